@@ -1,0 +1,275 @@
+//! Sessions with the control server: log in, poll the map, report endpoints, log out.
+//!
+//! One task on the control thread does it all. What it learns leaves by `watch` channels: the newest netmap, how far
+//! the login has come, and which report of ours control has accepted. When a session is lost it is opened again, with
+//! growing pauses, and the netmap stays as it was: the data plane does not need control from minute to minute.
+//! Source: Tailscale, control/controlclient/auto.go.
+
+mod dial;
+mod error;
+mod map;
+mod noise;
+mod ping;
+mod register;
+mod session;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, timeout_at};
+use tracing::{debug, info, warn};
+use url::Url;
+
+pub use error::{ConnectError, RegisterError};
+
+use crate::key::{AuthKey, DiscoPublic, LockPublic, MachinePrivate, NodePublic};
+use crate::netmap::Netmap;
+use crate::transport::backoff::Backoff;
+use crate::transport::underlay::Underlay;
+use crate::wire::tailcfg::hostinfo::{Hostinfo, NetInfo};
+use crate::wire::tailcfg::map::EndpointType;
+use dial::{Dialer, Session};
+use ping::Answerer;
+use register::Registration;
+use session::Ended;
+
+/// The first pause after a lost session, and the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Who logs in where.
+pub struct Config {
+    /// The control server.
+    pub url: Url,
+    /// How to reach it.
+    pub underlay: Underlay,
+    /// The machine key of this run.
+    pub machine: MachinePrivate,
+    /// The node key of this run.
+    pub node: NodePublic,
+    /// The disco key of this run.
+    pub disco: DiscoPublic,
+    /// What admits us.
+    pub auth_key: Option<AuthKey>,
+    /// Who we say that we are; `net_info` is filled in from [`HostReport`].
+    pub hostinfo: Hostinfo,
+    /// Whether subnet routes of peers are used.
+    pub accept_routes: bool,
+}
+
+/// What control is told of our network.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct HostReport {
+    /// Where we can be reached.
+    pub endpoints: Vec<SocketAddr>,
+    /// How each endpoint is known.
+    pub endpoint_types: Vec<EndpointType>,
+    /// What netcheck found, our home DERP included.
+    pub net_info: Option<NetInfo>,
+}
+
+/// How far the login has come.
+#[derive(Debug, Clone)]
+pub enum Phase {
+    /// Reaching the server; carries what last went wrong.
+    Connecting(Option<Arc<RegisterError>>),
+    /// The key is shown.
+    Registering(Option<Arc<RegisterError>>),
+    /// Admitted; the netmap is awaited.
+    AwaitingNetmap(Option<Arc<RegisterError>>),
+    /// Admitted, but an administrator has to approve the device.
+    AwaitingApproval,
+    /// The map stream is open.
+    Online,
+    /// The map stream is lost and being opened again.
+    Reconnecting(Arc<RegisterError>),
+    /// Over.
+    Failed(Arc<Failure>),
+}
+
+/// Why control is done with us.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// It refused the registration.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// Our node key's time is over.
+    #[error("the node key has expired")]
+    KeyExpired,
+    /// It does not know this node any more.
+    #[error("control no longer knows this node")]
+    Deleted,
+}
+
+/// A running client.
+pub struct Client {
+    /// The newest netmap.
+    pub netmap: watch::Receiver<Option<Arc<Netmap>>>,
+    /// How far the login has come.
+    pub phase: watch::Receiver<Phase>,
+    /// The last report that control has accepted.
+    pub accepted: watch::Receiver<HostReport>,
+    logout: mpsc::Sender<(Instant, oneshot::Sender<LoggedOut>)>,
+}
+
+/// How a logout ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoggedOut {
+    /// Control confirmed.
+    Confirmed,
+    /// We never registered.
+    NotNeeded,
+    /// No confirmation in time.
+    Unconfirmed,
+}
+
+impl Client {
+    /// Starts logging in on `runtime`; `report` is sent whenever it changes.
+    pub fn start(runtime: &tokio::runtime::Handle, config: Config, report: watch::Receiver<HostReport>) -> Self {
+        let (netmap_out, netmap) = watch::channel(None);
+        let (phase_out, phase) = watch::channel(Phase::Connecting(None));
+        let (accepted_out, accepted) = watch::channel(HostReport::default());
+        let (logout, logouts) = mpsc::channel(1);
+        let out = Out { netmap: netmap_out, phase: phase_out, accepted: accepted_out };
+        runtime.spawn(Task::new(config, report, out).run(logouts));
+        Self { netmap, phase, accepted, logout }
+    }
+
+    /// Logs out and ends the client, within `limit`.
+    pub async fn log_out(&self, limit: Duration) -> LoggedOut {
+        let deadline = Instant::now() + limit;
+        let (reply, answer) = oneshot::channel();
+        if self.logout.send((deadline, reply)).await.is_err() {
+            return LoggedOut::NotNeeded;
+        }
+        match timeout_at(deadline, answer).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) | Err(_) => LoggedOut::Unconfirmed,
+        }
+    }
+}
+
+/// Where the task tells what it learns.
+struct Out {
+    netmap: watch::Sender<Option<Arc<Netmap>>>,
+    phase: watch::Sender<Phase>,
+    accepted: watch::Sender<HostReport>,
+}
+
+struct Task {
+    config: Config,
+    dialer: Dialer,
+    lock: LockPublic,
+    report: watch::Receiver<HostReport>,
+    out: Out,
+    session: Option<Session>,
+    map: crate::netmap::session::Session,
+    answerer: Arc<Answerer>,
+    /// Whether control may know this node: a register request has left.
+    registering: bool,
+    registered: bool,
+}
+
+impl Task {
+    fn new(config: Config, report: watch::Receiver<HostReport>, out: Out) -> Self {
+        let dialer = Dialer::new(config.url.clone(), config.underlay.clone(), config.machine.clone());
+        let lock = lock_key();
+        let map = crate::netmap::session::Session::new(config.accept_routes);
+        let answerer = Arc::new(Answerer::new(config.url.clone(), config.underlay.tls.clone()));
+        let (session, registering, registered) = (None, false, false);
+        Self { config, dialer, lock, report, out, session, map, answerer, registering, registered }
+    }
+
+    async fn run(mut self, mut logouts: mpsc::Receiver<(Instant, oneshot::Sender<LoggedOut>)>) {
+        let logout = tokio::select! {
+            () = self.stay() => logouts.recv().await,
+            logout = logouts.recv() => logout,
+        };
+        let Some((deadline, reply)) = logout else { return };
+        let outcome = self.log_out(deadline).await;
+        // Whoever asked may have run out of patience.
+        let _ = reply.send(outcome);
+    }
+
+    /// Keeps the node registered and its map up to date, until that is over for good.
+    async fn stay(&mut self) {
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        loop {
+            let ended = self.session(&mut backoff).await;
+            self.session = None;
+            let pause = match ended {
+                Ended::Lost(error) => {
+                    let pause = backoff.next_delay();
+                    self.say_lost(error, pause);
+                    pause
+                }
+                Ended::RateLimited(wait) => {
+                    warn!(wait_s = wait.as_secs(), "control limits registrations, waiting");
+                    self.out.phase.send_replace(Phase::Registering(Some(Arc::new(RegisterError::RateLimited { wait }))));
+                    wait
+                }
+                Ended::Over(failure) => {
+                    self.out.phase.send_replace(Phase::Failed(Arc::new(failure)));
+                    return;
+                }
+            };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    fn say_lost(&self, error: RegisterError, pause: Duration) {
+        debug!(%error, pause_ms = pause.as_millis(), "control is not reached");
+        let error = Arc::new(error);
+        self.out.phase.send_modify(|phase| {
+            *phase = match phase {
+                Phase::Connecting(_) => Phase::Connecting(Some(error)),
+                Phase::Registering(_) => Phase::Registering(Some(error)),
+                Phase::AwaitingNetmap(_) => Phase::AwaitingNetmap(Some(error)),
+                Phase::AwaitingApproval | Phase::Online | Phase::Reconnecting(_) | Phase::Failed(_) => {
+                    Phase::Reconnecting(error)
+                }
+            };
+        });
+    }
+
+    /// Tells control that we leave: by the open session, else by a new one.
+    async fn log_out(&mut self, deadline: Instant) -> LoggedOut {
+        if !self.registering {
+            return LoggedOut::NotNeeded;
+        }
+        let hostinfo = self.config.hostinfo.clone();
+        for _ in 0..2 {
+            let open = self.session.take().filter(|session| !session.is_closed());
+            let attempt = async {
+                let session = match open {
+                    Some(session) => session,
+                    None => self.dialer.connect().await?,
+                };
+                let registration =
+                    Registration { node: self.config.node, lock: self.lock, auth_key: None, hostinfo: &hostinfo };
+                registration.log_out(&session).await
+            };
+            match timeout_at(deadline, attempt).await {
+                Ok(Ok(())) => {
+                    info!("logged out");
+                    return LoggedOut::Confirmed;
+                }
+                Ok(Err(error)) => debug!(%error, "logout failed, trying anew"),
+                Err(_) => break,
+            }
+        }
+        LoggedOut::Unconfirmed
+    }
+}
+
+/// A tailnet-lock key for this run. Only its public half is told: a run without wrapped key signs nothing.
+fn lock_key() -> LockPublic {
+    let random = ring::rand::SystemRandom::new();
+    let pair = ring::signature::Ed25519KeyPair::generate_pkcs8(&random)
+        .and_then(|document| Ok(ring::signature::Ed25519KeyPair::from_pkcs8(document.as_ref())?))
+        .expect("the system has randomness and ring reads its own keys");
+    let public: &[u8] = ring::signature::KeyPair::public_key(&pair).as_ref();
+    LockPublic::from_bytes(public.try_into().expect("an Ed25519 key has 32 octets"))
+}

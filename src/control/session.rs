@@ -1,0 +1,290 @@
+//! One session from its first request to its loss: register, then the map stream and our reports beside each other.
+//!
+//! The stream is opened first and carries what we know of ourselves already: headscale takes it from there. Other
+//! servers take it only from an update of its own, which follows as soon as the stream is open.
+//! Source: Tailscale, control/controlclient/direct.go, `sendMapRequest`; tailcfg, `MapRequest` (capability version 68).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Limited};
+use hyper::{Method, StatusCode};
+use jiff::Timestamp;
+use tokio::sync::watch;
+use tokio::time::{sleep_until, timeout};
+use tracing::{debug, info, warn};
+
+use super::dial::{CAPABILITY_VERSION, Session, excerpt};
+use super::map::{MapStream, WATCHDOG};
+use super::register::Registration;
+use super::{ConnectError, Failure, HostReport, Phase, RegisterError, Task};
+use crate::netmap::Netmap;
+use crate::netmap::diff::Changes;
+use crate::transport::backoff::Backoff;
+use crate::wire::tailcfg::map::MapRequest;
+
+/// The longest that an update may take. headscale answers after its tick of half a second.
+const UPDATE_LIMIT: Duration = Duration::from_secs(15);
+/// The most octets of an error's body.
+const ERROR_BODY_MAX: usize = 64 << 10;
+
+/// How a session ended.
+pub(super) enum Ended {
+    /// To be opened again after a pause.
+    Lost(RegisterError),
+    /// To be tried again after so long.
+    RateLimited(Duration),
+    /// For good.
+    Over(Failure),
+}
+
+impl From<ConnectError> for Ended {
+    fn from(error: ConnectError) -> Self {
+        Self::Lost(error.into())
+    }
+}
+
+impl From<RegisterError> for Ended {
+    fn from(error: RegisterError) -> Self {
+        match error {
+            RegisterError::RateLimited { wait } => Self::RateLimited(wait),
+            RegisterError::Connect(error) if heals(&error) => Self::Lost(error.into()),
+            refused => Self::Over(Failure::Register(refused)),
+        }
+    }
+}
+
+/// Whether a try later may succeed without anybody's help.
+fn heals(error: &ConnectError) -> bool {
+    match error {
+        ConnectError::Tls { .. } | ConnectError::NotControl { .. } => false,
+        ConnectError::Resolve { .. }
+        | ConnectError::Connect { .. }
+        | ConnectError::Silent { .. }
+        | ConnectError::Proxy { .. }
+        | ConnectError::Server { .. }
+        | ConnectError::Noise { .. }
+        | ConnectError::Protocol { .. } => true,
+    }
+}
+
+impl Task {
+    /// Runs one session. Until the first netmap an error that cannot heal ends the run; later the run goes on, since
+    /// a server that was right once may be so again.
+    pub(super) async fn session(&mut self, backoff: &mut Backoff) -> Ended {
+        let session = match self.dialer.connect().await {
+            Ok(session) => session,
+            Err(error) if self.registered => return error.into(),
+            Err(error) => return RegisterError::Connect(error).into(),
+        };
+        self.session = Some(session.clone());
+        if !self.registered
+            && let Err(error) = self.register(&session).await
+        {
+            return error.into();
+        }
+        match self.poll_map(&session, backoff).await {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    async fn register(&mut self, session: &Session) -> Result<(), RegisterError> {
+        self.out.phase.send_replace(Phase::Registering(None));
+        self.registering = true;
+        let auth_key = self.config.auth_key.as_ref();
+        let hostinfo = &self.config.hostinfo;
+        let registration = Registration { node: self.config.node, lock: self.lock, auth_key, hostinfo };
+        let admitted = registration.register(session).await?;
+        self.registered = true;
+        let phase = if admitted.approved { Phase::AwaitingNetmap(None) } else { Phase::AwaitingApproval };
+        self.out.phase.send_replace(phase);
+        Ok(())
+    }
+
+    /// Polls the map until the stream ends, reporting beside it.
+    async fn poll_map(&mut self, session: &Session, backoff: &mut Backoff) -> Result<std::convert::Infallible, Ended> {
+        let report = self.report.borrow().clone();
+        let response = timeout(WATCHDOG, self.post_map(session, &report, true)).await;
+        let silent = |_| ConnectError::Noise { detail: "the map stream did not open".to_owned() };
+        let response = response.map_err(silent)??;
+        let status = response.status();
+        if status != StatusCode::OK {
+            let body = Limited::new(response.into_body(), ERROR_BODY_MAX).collect().await;
+            let body = body.map(|body| excerpt(&body.to_bytes())).unwrap_or_default();
+            return Err(self.refused_poll(status, body));
+        }
+        let updates = Updates {
+            session: session.clone(),
+            config: MapRequester { node: self.config.node, disco: self.config.disco, hostinfo: self.config.hostinfo.clone() },
+            report: self.report.clone(),
+            accepted: self.out.accepted.clone(),
+        };
+        let mut stream = MapStream::new(response.into_body());
+        self.map.restart();
+        tokio::select! {
+            ended = self.read_map(session, &mut stream, backoff) => Err(ended),
+            never = updates.run() => match never {},
+        }
+    }
+
+    /// What a status other than 200 to the map poll means.
+    fn refused_poll(&mut self, status: StatusCode, body: String) -> Ended {
+        let unknown = matches!(status, StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST) && body.contains("not found");
+        if !unknown && status != StatusCode::NOT_FOUND {
+            return ConnectError::Server { status: status.as_u16(), body }.into();
+        }
+        // Between registration and the first poll a server may have forgotten an ephemeral node: the key is still here
+        // then, and registering again is right. Later it is a deletion.
+        if self.config.auth_key.is_some() {
+            warn!("control forgot this node, registering again");
+            self.registered = false;
+            return ConnectError::Server { status: status.as_u16(), body }.into();
+        }
+        Ended::Over(Failure::Deleted)
+    }
+
+    async fn read_map(&mut self, session: &Session, stream: &mut MapStream, backoff: &mut Backoff) -> Ended {
+        let mut key_expiry: Option<Timestamp> = None;
+        loop {
+            let message = tokio::select! {
+                message = stream.next() => message,
+                () = until(key_expiry) => return Ended::Over(Failure::KeyExpired),
+                () = until(self.map.next_expiry()) => {
+                    if let Some(netmap) = self.map.expire(Timestamp::now()) {
+                        self.publish(netmap);
+                    }
+                    continue;
+                }
+            };
+            let applied = match message {
+                Ok(message) => self.map.apply(message, Timestamp::now()),
+                Err(error) => return error.into(),
+            };
+            let applied = match applied {
+                Ok(applied) => applied,
+                Err(error) => return ConnectError::Protocol { detail: error.to_string() }.into(),
+            };
+            if let Some(ping) = applied.ping {
+                let (session, answerer) = (session.clone(), self.answerer.clone());
+                tokio::spawn(async move { answerer.answer(&session, ping).await });
+            }
+            if let Some(problems) = applied.health.filter(|problems| !problems.is_empty()) {
+                warn!(problems = problems.join("; "), "control reports problems with this node");
+            }
+            if let Some(netmap) = applied.netmap {
+                if netmap.self_node.expired {
+                    return Ended::Over(Failure::KeyExpired);
+                }
+                key_expiry = netmap.self_node.key_expiry;
+                backoff.reset();
+                self.publish(netmap);
+            }
+            if let Some(pause) = applied.sleep {
+                tokio::time::sleep(pause).await;
+            }
+        }
+    }
+
+    /// Hands out a netmap; the key that admitted us has then done its work and is wiped.
+    fn publish(&mut self, netmap: Arc<Netmap>) {
+        self.config.auth_key = None;
+        if !netmap.self_node.authorized {
+            self.out.phase.send_replace(Phase::AwaitingApproval);
+            return;
+        }
+        let before = self.out.netmap.send_replace(Some(netmap.clone()));
+        let changes = Changes::between(before.as_deref(), &netmap);
+        if !changes.is_empty() {
+            info!(%changes, "netmap");
+        }
+        self.out.phase.send_replace(Phase::Online);
+    }
+
+    async fn post_map(
+        &self,
+        session: &Session,
+        report: &HostReport,
+        stream: bool,
+    ) -> Result<hyper::Response<hyper::body::Incoming>, ConnectError> {
+        let requester =
+            MapRequester { node: self.config.node, disco: self.config.disco, hostinfo: self.config.hostinfo.clone() };
+        session.request(Method::POST, "/machine/map", requester.body(report, stream)).await
+    }
+}
+
+/// Waits until `time`; for ever if there is none.
+async fn until(time: Option<Timestamp>) {
+    let Some(time) = time else { return std::future::pending().await };
+    let left = time.duration_since(Timestamp::now());
+    sleep_until(tokio::time::Instant::now() + Duration::try_from(left).unwrap_or_default()).await;
+}
+
+/// Makes the bodies of `POST /machine/map`.
+struct MapRequester {
+    node: crate::key::NodePublic,
+    disco: crate::key::DiscoPublic,
+    hostinfo: crate::wire::tailcfg::hostinfo::Hostinfo,
+}
+
+impl MapRequester {
+    fn body(&self, report: &HostReport, stream: bool) -> Vec<u8> {
+        let mut hostinfo = self.hostinfo.clone();
+        hostinfo.net_info.clone_from(&report.net_info);
+        let request = MapRequest {
+            version: CAPABILITY_VERSION.into(),
+            compress: "zstd",
+            keep_alive: true,
+            node_key: self.node,
+            disco_key: self.disco,
+            stream,
+            omit_peers: !stream,
+            hostinfo: &hostinfo,
+            endpoints: &report.endpoints,
+            endpoint_types: &report.endpoint_types,
+        };
+        serde_json::to_vec(&request).expect("a request of plain values is JSON")
+    }
+}
+
+/// Tells control of our network: at once, then whenever it changed. One update is under way at a time, the newest wins.
+struct Updates {
+    session: Session,
+    config: MapRequester,
+    report: watch::Receiver<HostReport>,
+    accepted: watch::Sender<HostReport>,
+}
+
+impl Updates {
+    async fn run(mut self) -> std::convert::Infallible {
+        let mut backoff = Backoff::new(super::FIRST_PAUSE, super::LONGEST_PAUSE);
+        loop {
+            let report = self.report.borrow_and_update().clone();
+            match timeout(UPDATE_LIMIT, self.send(&report)).await {
+                Ok(Ok(())) => {
+                    backoff.reset();
+                    self.accepted.send_replace(report);
+                    if self.report.changed().await.is_err() {
+                        std::future::pending::<()>().await;
+                    }
+                    continue;
+                }
+                Ok(Err(error)) => debug!(%error, "an update to control failed"),
+                Err(_) => debug!("an update to control took too long"),
+            }
+            tokio::time::sleep(backoff.next_delay()).await;
+        }
+    }
+
+    async fn send(&self, report: &HostReport) -> Result<(), ConnectError> {
+        let body = self.config.body(report, false);
+        let response = self.session.request(Method::POST, "/machine/map", body).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ERROR_BODY_MAX).collect().await;
+        if status == StatusCode::OK {
+            return Ok(());
+        }
+        let body = body.map(|body| excerpt(&body.to_bytes())).unwrap_or_default();
+        Err(ConnectError::Server { status: status.as_u16(), body })
+    }
+}

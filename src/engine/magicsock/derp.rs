@@ -1,0 +1,148 @@
+//! Which DERP regions are connected, and which one leads to a peer.
+//!
+//! The home region is connected always: it is where peers reach us. Others are connected by the first packet that
+//! needs them, and closed when idle. Source: Tailscale, wgengine/magicsock, derp.go.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::netmap::RegionId;
+
+/// A region without packets for so long is closed. Source: Tailscale, `derpInactiveCleanupTime`.
+const IDLE: Duration = Duration::from_secs(60);
+/// How often that is looked at. Source: Tailscale, `derpCleanStaleInterval`.
+const SWEEP: Duration = Duration::from_secs(15);
+
+/// What the driver is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Action {
+    /// Connect or keep this region, which is our home or not.
+    Connect(RegionId, bool),
+    /// Close it.
+    Close(RegionId),
+}
+
+#[derive(Debug)]
+struct Relay {
+    connected: bool,
+    used: Instant,
+}
+
+/// The regions in use.
+#[derive(Debug, Default)]
+pub(super) struct Relays {
+    regions: BTreeMap<RegionId, Relay>,
+    home: Option<RegionId>,
+    sweep_at: Option<Instant>,
+    actions: VecDeque<Action>,
+}
+
+impl Relays {
+    /// A packet goes by this region, or came by it.
+    pub(super) fn touch(&mut self, region: RegionId, now: Instant) {
+        if let Some(relay) = self.regions.get_mut(&region) {
+            relay.used = now;
+            return;
+        }
+        self.regions.insert(region, Relay { connected: false, used: now });
+        self.actions.push_back(Action::Connect(region, self.home == Some(region)));
+        self.sweep_at.get_or_insert(now + SWEEP);
+    }
+
+    /// Whether packets came, or would go, by this region right now.
+    pub(super) fn is_connected(&self, region: RegionId) -> bool {
+        self.regions.get(&region).is_some_and(|relay| relay.connected)
+    }
+
+    pub(super) fn set_connected(&mut self, region: RegionId, connected: bool) {
+        if let Some(relay) = self.regions.get_mut(&region) {
+            relay.connected = connected;
+        }
+    }
+
+    /// We live there now. The old home loses its privilege and is closed when idle.
+    pub(super) fn set_home(&mut self, home: Option<RegionId>, now: Instant) {
+        if self.home == home {
+            return;
+        }
+        let old = std::mem::replace(&mut self.home, home);
+        if let Some(old) = old.filter(|old| self.regions.contains_key(old)) {
+            self.actions.push_back(Action::Connect(old, false));
+            self.sweep_at.get_or_insert(now + SWEEP);
+        }
+        if let Some(home) = home {
+            self.regions.entry(home).or_insert(Relay { connected: false, used: now });
+            self.actions.push_back(Action::Connect(home, true));
+        }
+    }
+
+    /// A region that the map no longer holds, or holds otherwise.
+    pub(super) fn close(&mut self, region: RegionId) {
+        if self.regions.remove(&region).is_some() {
+            self.actions.push_back(Action::Close(region));
+        }
+        if self.home == Some(region) {
+            self.home = None;
+        }
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        if self.sweep_at.is_none_or(|at| at > now) {
+            return;
+        }
+        let idle = |(region, relay): (&RegionId, &Relay)| {
+            (Some(*region) != self.home && now.duration_since(relay.used) >= IDLE).then_some(*region)
+        };
+        let stale: Vec<RegionId> = self.regions.iter().filter_map(idle).collect();
+        stale.into_iter().for_each(|region| self.close(region));
+        let others = self.regions.keys().any(|region| Some(*region) != self.home);
+        self.sweep_at = others.then(|| now + SWEEP);
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.sweep_at
+    }
+
+    pub(super) fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn actions(relays: &mut Relays) -> Vec<Action> {
+        std::iter::from_fn(|| relays.poll_action()).collect()
+    }
+
+    #[test]
+    fn the_first_packet_opens_and_idleness_closes_but_never_the_home() {
+        let start = Instant::now();
+        let mut relays = Relays::default();
+        relays.set_home(Some(1), start);
+        relays.touch(1, start);
+        relays.touch(2, start);
+        relays.touch(2, start + Duration::from_secs(30));
+        assert_eq!(actions(&mut relays), [Action::Connect(1, true), Action::Connect(2, false)]);
+        let mut closed_after = None;
+        for second in 0..200 {
+            relays.handle_timeout(start + Duration::from_secs(second));
+            if actions(&mut relays) == [Action::Close(2)] {
+                closed_after = Some(second);
+            }
+        }
+        assert_eq!(closed_after, Some(90));
+        assert_eq!(relays.next_deadline(), None);
+    }
+
+    #[test]
+    fn a_new_home_demotes_the_old_one() {
+        let now = Instant::now();
+        let mut relays = Relays::default();
+        relays.set_home(Some(1), now);
+        relays.set_home(Some(1), now);
+        relays.set_home(Some(2), now);
+        assert_eq!(actions(&mut relays), [Action::Connect(1, true), Action::Connect(1, false), Action::Connect(2, true)]);
+    }
+}

@@ -1,0 +1,347 @@
+//! Magicsock: which way a packet takes to its peer, by UDP or by which DERP region.
+//!
+//! Named after Tailscale's package, whose behaviour on the wire this follows. WireGuard never learns addresses here:
+//! only disco's pongs choose a UDP path. Source: Tailscale, wgengine/magicsock.
+
+mod derp;
+mod disco;
+mod endpoints;
+mod exchange;
+mod home;
+mod netcheck;
+mod peer;
+mod rank;
+mod round;
+
+use std::collections::{BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crypto_box::SalsaBox;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use self::derp::{Action, Relays};
+pub use self::netcheck::HostState;
+use self::netcheck::Netcheck;
+use self::peer::Path;
+use super::roster::{Change, Entry, Roster, Slot};
+use super::{Output, PathStatus, Transport};
+use crate::key::{DiscoPrivate, DiscoPublic, NodePublic};
+use crate::netmap::{Netmap, RegionId};
+use crate::wire::stun;
+use crate::wire::tailcfg::derp::DerpMap;
+
+/// How a packet came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Via {
+    /// From this address.
+    Udp(SocketAddr),
+    /// By this region, from this node: the server vouches for the key.
+    Derp(RegionId, NodePublic),
+}
+
+/// The ways that a packet takes now; both while a UDP path is in doubt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Ways {
+    pub(super) udp: Option<SocketAddr>,
+    pub(super) derp: Option<RegionId>,
+}
+
+/// What is known of one peer in use.
+struct Place {
+    path: Path,
+    /// The box that our disco key and this one of the peer make.
+    shared: Option<(DiscoPublic, SalsaBox)>,
+    /// Which of the endpoints of a peer without disco is tried.
+    rotation: usize,
+}
+
+/// All paths.
+pub(super) struct Magicsock {
+    transport: Transport,
+    node: NodePublic,
+    private: DiscoPrivate,
+    public: DiscoPublic,
+    rng: StdRng,
+    map: Arc<DerpMap>,
+    places: Vec<Option<Box<Place>>>,
+    /// Slots whose paths have deadlines.
+    active: BTreeSet<Slot>,
+    /// No path has anything to do before.
+    wake_at: Option<Instant>,
+    relays: Relays,
+    netcheck: Netcheck,
+    /// Peers to be called as soon as our endpoints are fresh, and since when they wait.
+    calls: BTreeSet<Slot>,
+    settled_at: Option<Instant>,
+    path_up: VecDeque<Slot>,
+    outputs: VecDeque<Output>,
+}
+
+impl Magicsock {
+    pub(super) fn new(transport: Transport, node: NodePublic, private: DiscoPrivate, seed: [u8; 32]) -> Self {
+        let mut rng = StdRng::from_seed(seed);
+        Self {
+            transport,
+            node,
+            public: private.public(),
+            private,
+            map: Arc::default(),
+            places: Vec::new(),
+            active: BTreeSet::new(),
+            wake_at: None,
+            relays: Relays::default(),
+            netcheck: Netcheck::new(transport, node, rng.random()),
+            rng,
+            calls: BTreeSet::new(),
+            settled_at: None,
+            path_up: VecDeque::new(),
+            outputs: VecDeque::new(),
+        }
+    }
+
+    pub(super) fn host_state(&self) -> &HostState {
+        self.netcheck.host()
+    }
+
+    pub(super) fn handle_netmap(&mut self, netmap: &Netmap, changes: &[Change], roster: &Roster, now: Instant) {
+        for change in changes {
+            match change {
+                Change::Removed(slot) => {
+                    if let Some(place) = self.places.get_mut(*slot) {
+                        *place = None;
+                    }
+                    self.active.remove(slot);
+                    self.calls.remove(slot);
+                }
+                Change::Updated(slot) => {
+                    let place = self.places.get_mut(*slot).and_then(Option::as_mut);
+                    if let (Some(place), Some(entry)) = (place, roster.entry(*slot)) {
+                        place.path.set_endpoints(&entry.peer.endpoints, now);
+                    }
+                }
+            }
+        }
+        if self.map != netmap.derp {
+            let old = std::mem::replace(&mut self.map, netmap.derp.clone());
+            for (id, _) in old.regions.iter().filter(|(id, region)| self.map.regions.get(id) != Some(region)) {
+                self.relays.close(*id);
+            }
+            self.netcheck.set_map(&netmap.derp, now);
+        }
+        self.follow_netcheck(roster, now);
+    }
+
+    pub(super) fn set_local_endpoints(&mut self, local: Vec<SocketAddr>, roster: &Roster, now: Instant) {
+        if self.netcheck.set_local_endpoints(local, now) {
+            self.places.iter_mut().flatten().for_each(|place| place.path.reset());
+        }
+        self.follow_netcheck(roster, now);
+    }
+
+    /// The ways for a packet that goes out now; counts as use of the peer, and looks for better ways when needed.
+    pub(super) fn ways(&mut self, slot: Slot, entry: &Entry, now: Instant) -> Ways {
+        self.netcheck.note_use(now);
+        let (transport, relay) = (self.transport, self.relay(slot, entry));
+        let place = self.place(slot, entry, now);
+        if entry.peer.wireguard_only {
+            let endpoints = &entry.peer.endpoints;
+            let turn = place.rotation.checked_rem(endpoints.len());
+            let udp = turn.and_then(|turn| endpoints.get(turn).copied()).filter(|_| transport != Transport::Derp);
+            return Ways { udp, derp: None };
+        }
+        let discover = place.path.note_send(now);
+        let best = place.path.best(now);
+        let deadline = place.path.next_deadline();
+        self.schedule(slot, deadline);
+        if discover && entry.disco.is_some() && transport != Transport::Derp {
+            self.discover(slot, entry, now);
+        }
+        let ways = match (transport, best) {
+            (Transport::Derp, _) | (Transport::Auto, None) => Ways { udp: None, derp: relay },
+            (Transport::Direct, best) => Ways { udp: best.map(|(best, _)| best.addr), derp: None },
+            (Transport::Auto, Some((best, true))) => Ways { udp: Some(best.addr), derp: None },
+            (Transport::Auto, Some((best, false))) => Ways { udp: Some(best.addr), derp: relay },
+        };
+        if let Some(region) = ways.derp {
+            self.relays.touch(region, now);
+        }
+        ways
+    }
+
+    /// An initiation goes out: a peer without disco gets it at its next endpoint.
+    pub(super) fn note_initiation(&mut self, slot: Slot) {
+        if let Some(place) = self.places.get_mut(slot).and_then(Option::as_mut) {
+            place.rotation = place.rotation.wrapping_add(1);
+        }
+    }
+
+    /// A packet of the peer came by this region.
+    pub(super) fn note_derp(&mut self, slot: Slot, entry: &Entry, region: RegionId, now: Instant) {
+        self.relays.touch(region, now);
+        let path = &mut self.place(slot, entry, now).path;
+        path.replies_by = Some(region);
+        path.heard_by = Some(region);
+    }
+
+    pub(super) fn handle_derp_peer_gone(&mut self, region: RegionId, slot: Slot) {
+        let Some(place) = self.places.get_mut(slot).and_then(Option::as_mut) else {
+            return;
+        };
+        place.path.replies_by.take_if(|by| *by == region);
+    }
+
+    pub(super) fn handle_derp_connected(&mut self, region: RegionId, connected: bool, roster: &Roster, now: Instant) {
+        self.relays.set_connected(region, connected);
+        if !connected {
+            self.netcheck.recheck(now);
+        }
+        self.follow_netcheck(roster, now);
+    }
+
+    pub(super) fn handle_stun(
+        &mut self,
+        transaction: &stun::TransactionId,
+        us: SocketAddr,
+        roster: &Roster,
+        now: Instant,
+    ) -> bool {
+        let expected = self.netcheck.handle_stun(transaction, us, now);
+        self.follow_netcheck(roster, now);
+        expected
+    }
+
+    pub(super) fn handle_stun_address(
+        &mut self,
+        region: RegionId,
+        servers: Vec<SocketAddr>,
+        roster: &Roster,
+        now: Instant,
+    ) {
+        self.netcheck.handle_stun_address(region, servers, now);
+        self.follow_netcheck(roster, now);
+    }
+
+    pub(super) fn handle_https_latency(
+        &mut self,
+        region: RegionId,
+        latency: Option<Duration>,
+        roster: &Roster,
+        now: Instant,
+    ) {
+        self.netcheck.handle_https_latency(region, latency, now);
+        self.follow_netcheck(roster, now);
+    }
+
+    pub(super) fn handle_timeout(&mut self, roster: &Roster, now: Instant) {
+        self.relays.handle_timeout(now);
+        self.netcheck.handle_timeout(now);
+        self.follow_netcheck(roster, now);
+        if self.wake_at.is_none_or(|at| at > now) {
+            return;
+        }
+        self.wake_at = None;
+        let slots: Vec<Slot> = self.active.iter().copied().collect();
+        for slot in slots {
+            let (Some(entry), Some(place)) = (roster.entry(slot), self.places.get_mut(slot).and_then(Option::as_mut))
+            else {
+                self.active.remove(&slot);
+                continue;
+            };
+            let (lost, probe) = place.path.handle_timeout(now);
+            if lost {
+                self.outputs.push_back(Output::PeerChanged { peer: entry.peer.key });
+            }
+            self.probe(slot, entry, probe, now);
+            self.reschedule(slot);
+        }
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<(Instant, &'static str)> {
+        let paths = self.wake_at.map(|at| (at, "paths"));
+        let relays = self.relays.next_deadline().map(|at| (at, "idle DERP regions"));
+        [paths, relays, self.netcheck.next_deadline()].into_iter().flatten().min_by_key(|(at, _)| *at)
+    }
+
+    pub(super) fn poll_output(&mut self) -> Option<Output> {
+        if let Some(action) = self.relays.poll_action() {
+            return Some(match action {
+                Action::Connect(region, home) => Output::ConnectDerp { region, home },
+                Action::Close(region) => Output::CloseDerp { region },
+            });
+        }
+        self.outputs.pop_front().or_else(|| self.netcheck.poll_output())
+    }
+
+    /// Peers that can be reached now and could not, or not as well, before.
+    pub(super) fn poll_path_up(&mut self) -> Option<Slot> {
+        self.path_up.pop_front()
+    }
+
+    pub(super) fn status(&self, slot: Slot, entry: &Entry, now: Instant) -> PathStatus {
+        let best = self.places.get(slot).and_then(Option::as_ref).and_then(|place| place.path.best(now));
+        match (best, self.relay(slot, entry)) {
+            (Some((best, true)), _) | (Some((best, false)), None) => {
+                PathStatus::Direct { addr: best.addr, rtt: best.latency }
+            }
+            (_, Some(region)) if self.transport != Transport::Direct => PathStatus::Derp { region },
+            _ => PathStatus::None,
+        }
+    }
+
+    /// The region that leads to the peer. Source: Tailscale, wgengine/magicsock, `derpWriteChanForRegion`.
+    fn relay(&self, slot: Slot, entry: &Entry) -> Option<RegionId> {
+        let path = self.places.get(slot).and_then(Option::as_ref).map(|place| &place.path);
+        let replies_by = path.and_then(|path| path.replies_by).filter(|region| self.relays.is_connected(*region));
+        let heard_by = path.and_then(|path| path.heard_by);
+        let known = |region: &RegionId| self.map.regions.contains_key(region);
+        replies_by.or(entry.peer.home_derp.filter(known)).or(heard_by).filter(known)
+    }
+
+    fn place(&mut self, slot: Slot, entry: &Entry, now: Instant) -> &mut Place {
+        if self.places.len() <= slot {
+            self.places.resize_with(slot + 1, || None);
+        }
+        self.places[slot].get_or_insert_with(|| {
+            let mut path = Path::default();
+            path.set_endpoints(&entry.peer.endpoints, now);
+            Box::new(Place { path, shared: None, rotation: 0 })
+        })
+    }
+
+    fn schedule(&mut self, slot: Slot, deadline: Option<Instant>) {
+        let Some(deadline) = deadline else {
+            return;
+        };
+        if self.wake_at.is_none_or(|at| deadline < at) {
+            self.wake_at = Some(deadline);
+        }
+        self.active.insert(slot);
+    }
+
+    fn reschedule(&mut self, slot: Slot) {
+        let deadline = self.places.get(slot).and_then(Option::as_ref).and_then(|place| place.path.next_deadline());
+        if deadline.is_none() {
+            self.active.remove(&slot);
+        }
+        self.schedule(slot, deadline);
+    }
+
+    /// Takes over what netcheck concluded: our home, and endpoints fresh enough for those who wait to be called.
+    fn follow_netcheck(&mut self, roster: &Roster, now: Instant) {
+        let home = self.netcheck.host().home;
+        self.relays.set_home(home, now);
+        self.netcheck.set_home_alive(home.is_some_and(|home| self.relays.is_connected(home)));
+        if self.settled_at == self.netcheck.settled_at() {
+            return;
+        }
+        self.settled_at = self.netcheck.settled_at();
+        for slot in std::mem::take(&mut self.calls) {
+            if let Some(entry) = roster.entry(slot) {
+                self.call(slot, entry, now);
+            }
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! Netcheck: what our network looks like from outside, and which DERP region is nearest.
+//!
+//! A full round asks every region at start, every five minutes and when our network changes. A small one keeps the
+//! NAT's mapping known while peers are in use. Conclusions are drawn as soon as they are useful: at start, the run
+//! waits for the home region. Source: Tailscale, net/netcheck.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::endpoints::Endpoints;
+use super::home::{self, Latencies};
+use super::peer::ACTIVE;
+use super::round::{self, Round};
+use crate::engine::{Output, Transport};
+use crate::key::NodePublic;
+use crate::netmap::RegionId;
+use crate::wire::stun;
+use crate::wire::tailcfg::derp::DerpMap;
+use crate::wire::tailcfg::hostinfo::NetInfo;
+use crate::wire::tailcfg::map::EndpointType;
+
+/// Between full rounds. Source: Tailscale, net/netcheck, `fullReportInterval`.
+const FULL_INTERVAL: Duration = Duration::from_secs(300);
+/// Between small rounds, at least and at most. Source: Tailscale, wgengine/magicsock, `shouldDoPeriodicReSTUNLocked`.
+const REFRESH: std::ops::Range<f64> = 20.0..26.0;
+/// Rounds that events ask for come no closer.
+const SPACING: Duration = Duration::from_secs(5);
+/// A peer is not told endpoints older than that. Source: Tailscale, `endpointsFreshEnoughDuration`.
+const FRESH: Duration = Duration::from_secs(27);
+/// The regions of a small round, beside the home. Source: Tailscale, net/netcheck, `numIncrementalRegions`.
+const SMALL: usize = 3;
+
+/// What control, and through it our peers, are told of us.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct HostState {
+    /// Where we can be reached by UDP, and how we know.
+    pub endpoints: Vec<(SocketAddr, EndpointType)>,
+    /// What netcheck found; holds the home too.
+    pub netinfo: NetInfo,
+    /// The home DERP region: the one where peers find us.
+    pub home: Option<RegionId>,
+}
+
+/// The machine.
+#[derive(Debug)]
+pub(super) struct Netcheck {
+    transport: Transport,
+    key: NodePublic,
+    rng: StdRng,
+    map: Arc<DerpMap>,
+    endpoints: Endpoints,
+    latencies: Latencies,
+    resolved: BTreeMap<RegionId, Vec<SocketAddr>>,
+    /// Seconds to each region in the newest full round, in the words of [`NetInfo`].
+    measured: BTreeMap<String, f64>,
+    round: Option<Round>,
+    settled_at: Option<Instant>,
+    full_at: Option<Instant>,
+    refresh_at: Option<Instant>,
+    used_at: Option<Instant>,
+    host: HostState,
+    /// What was last put out.
+    told: HostState,
+    /// Whether the home region is connected, whatever measurements say.
+    home_alive: bool,
+    outputs: VecDeque<Output>,
+}
+
+impl Netcheck {
+    pub(super) fn new(transport: Transport, key: NodePublic, seed: [u8; 32]) -> Self {
+        Self {
+            transport,
+            key,
+            rng: StdRng::from_seed(seed),
+            map: Arc::default(),
+            endpoints: Endpoints::default(),
+            latencies: Latencies::default(),
+            resolved: BTreeMap::new(),
+            measured: BTreeMap::new(),
+            round: None,
+            settled_at: None,
+            full_at: None,
+            refresh_at: None,
+            used_at: None,
+            host: HostState::default(),
+            told: HostState::default(),
+            home_alive: false,
+            outputs: VecDeque::new(),
+        }
+    }
+
+    pub(super) fn host(&self) -> &HostState {
+        &self.host
+    }
+
+    /// Whether datagrams of that family can be sent.
+    pub(super) fn has_family(&self, v6: bool) -> bool {
+        self.endpoints.has_family(v6)
+    }
+
+    pub(super) fn set_home_alive(&mut self, alive: bool) {
+        self.home_alive = alive;
+    }
+
+    pub(super) fn set_map(&mut self, map: &Arc<DerpMap>, now: Instant) {
+        if Arc::ptr_eq(&self.map, map) || *self.map == **map {
+            return;
+        }
+        self.map = map.clone();
+        self.resolved.clear();
+        if self.host.home.is_some_and(|home| !self.map.regions.contains_key(&home)) {
+            self.set_home(None);
+        }
+        self.start(true, now);
+    }
+
+    /// Whether they differ from before.
+    pub(super) fn set_local_endpoints(&mut self, local: Vec<SocketAddr>, now: Instant) -> bool {
+        let changed = self.transport != Transport::Derp && self.endpoints.set_local(local);
+        if changed {
+            self.start(true, now);
+            self.publish(now);
+        }
+        changed
+    }
+
+    /// A peer is in use: its NAT and ours must stay mapped.
+    pub(super) fn note_use(&mut self, now: Instant) {
+        self.used_at = Some(now);
+        if self.refresh_at.is_none() && self.transport != Transport::Derp {
+            self.refresh_at = Some(now + self.refresh_interval());
+        }
+    }
+
+    /// Whether our endpoints may be told to a peer; if not, they soon may: see [`take_settled`](Self::take_settled).
+    pub(super) fn freshen(&mut self, now: Instant) -> bool {
+        let fresh = self.settled_at.is_some_and(|at| now.duration_since(at) < FRESH);
+        if !fresh && self.round.as_ref().is_none_or(|round| round.settled) {
+            self.start(false, now);
+        }
+        self.settled_at.is_some_and(|at| now.duration_since(at) < FRESH)
+    }
+
+    /// Something suggests that our network changed.
+    pub(super) fn recheck(&mut self, now: Instant) {
+        if self.round.is_none() && self.settled_at.is_none_or(|at| now.duration_since(at) >= SPACING) {
+            self.start(false, now);
+        }
+    }
+
+    pub(super) fn handle_stun(&mut self, transaction: &stun::TransactionId, us: SocketAddr, now: Instant) -> bool {
+        let Some((region, server, latency)) = self.round.as_mut().and_then(|round| round.answer(transaction, now)) else {
+            return false;
+        };
+        self.endpoints.saw(server, us, now);
+        self.latencies.record(region, latency, now);
+        let family = if server.is_ipv6() { "v6" } else { "v4" };
+        self.measured.insert(format!("{region}-{family}"), latency.as_secs_f64());
+        self.conclude(now);
+        true
+    }
+
+    pub(super) fn handle_stun_address(&mut self, region: RegionId, mut servers: Vec<SocketAddr>, now: Instant) {
+        servers.retain(|server| self.has_family(server.is_ipv6()));
+        self.resolved.insert(region, servers.clone());
+        if let Some(round) = self.round.as_mut() {
+            servers.into_iter().for_each(|server| round.add(region, server, now));
+        }
+        self.handle_timeout(now);
+    }
+
+    pub(super) fn handle_https_latency(&mut self, region: RegionId, latency: Option<Duration>, now: Instant) {
+        if let Some(latency) = latency {
+            self.latencies.record(region, latency, now);
+            self.measured.insert(format!("{region}-v4"), latency.as_secs_f64());
+        }
+        if let Some(round) = self.round.as_mut() {
+            round.answer_https(region, latency.is_some(), now);
+        }
+        self.conclude(now);
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        if self.full_at.is_some_and(|at| at <= now) {
+            self.start(true, now);
+        }
+        if self.refresh_at.is_some_and(|at| at <= now) {
+            let used = self.used_at.is_some_and(|at| now.duration_since(at) < ACTIVE);
+            self.refresh_at = used.then(|| now + self.refresh_interval());
+            if used && self.round.is_none() {
+                self.start(false, now);
+            }
+        }
+        self.send_due(now);
+        self.conclude(now);
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<(Instant, &'static str)> {
+        let round = self.round.as_ref().map(|round| (round.next_deadline(), "netcheck"));
+        let full = self.full_at.map(|at| (at, "next netcheck"));
+        let refresh = self.refresh_at.map(|at| (at, "STUN refresh"));
+        [round, full, refresh].into_iter().flatten().min_by_key(|(at, _)| *at)
+    }
+
+    pub(super) fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// When the newest conclusion was drawn.
+    pub(super) fn settled_at(&self) -> Option<Instant> {
+        self.settled_at
+    }
+
+    fn start(&mut self, full: bool, now: Instant) {
+        if self.map.regions.is_empty() {
+            return;
+        }
+        if full {
+            self.full_at = Some(now + FULL_INTERVAL);
+            self.measured.clear();
+        }
+        self.take_only_home(now);
+        self.endpoints.begin_round();
+        let mut round = Round::new(full, full && self.host.home.is_none(), now);
+        let map = self.map.clone();
+        for (id, region) in map.regions.iter().filter(|(id, _)| self.takes_part(**id, full, now)).collect::<Vec<_>>() {
+            let resolved = self.resolved.get(id).map(Vec::as_slice).unwrap_or_default();
+            let (servers, unresolved) = round::servers(region, resolved);
+            for server in servers.into_iter().filter(|server| self.endpoints.has_family(server.is_ipv6())) {
+                round.add(*id, server, now);
+            }
+            if let Some((host, port)) = unresolved {
+                round.await_address(*id);
+                self.outputs.push_back(Output::ResolveStun { region: *id, host, port });
+            }
+        }
+        self.round = Some(round);
+        self.send_due(now);
+        self.conclude(now);
+    }
+
+    /// With one region to choose from there is nothing to measure before choosing.
+    fn take_only_home(&mut self, now: Instant) {
+        let mut eligible = self.map.regions.values().filter(|region| home::is_eligible(region, self.host.home));
+        if let (Some(only), None) = (eligible.next(), eligible.next()) {
+            let only = only.id;
+            self.set_home(Some(only));
+            self.publish(now);
+        }
+    }
+
+    fn takes_part(&self, region: RegionId, full: bool, now: Instant) -> bool {
+        let eligible = self.map.regions.get(&region).is_some_and(|it| home::is_eligible(it, self.host.home));
+        if self.transport == Transport::Derp {
+            return false;
+        }
+        if full || self.host.home == Some(region) {
+            return eligible || self.host.home == Some(region);
+        }
+        let best = self.latencies.best(now);
+        let mut fastest: Vec<_> = best.iter().map(|(id, latency)| (latency, id)).collect();
+        fastest.sort_unstable();
+        eligible && fastest.iter().take(SMALL).any(|(_, id)| **id == region)
+    }
+
+    fn send_due(&mut self, now: Instant) {
+        let Some(round) = self.round.as_mut() else {
+            return;
+        };
+        for (region, server) in round.due(now) {
+            let transaction: stun::TransactionId = self.rng.random();
+            round.note_sent(transaction, region, server, now);
+            let contents = stun::request(&transaction).to_vec();
+            self.outputs.push_back(Output::Udp { destination: server, segment: contents.len(), contents });
+        }
+    }
+
+    /// Draws what conclusions can be drawn from the round, and ends it.
+    fn conclude(&mut self, now: Instant) {
+        let Some(round) = self.round.as_mut() else {
+            return;
+        };
+        if round.wants_https(now) {
+            let eligible = self.map.regions.values().filter(|region| home::is_eligible(region, None));
+            let regions: BTreeSet<RegionId> = eligible.map(|region| region.id).collect();
+            self.outputs.extend(regions.iter().map(|region| Output::ProbeHttps { region: *region }));
+            round.begin_https(regions);
+        }
+        if !round.settled && round.is_conclusive(now) {
+            round.settled = true;
+            let full = round.full;
+            self.settled_at = Some(now);
+            if full {
+                self.choose_home(now);
+            }
+            self.publish(now);
+        }
+        if self.round.as_ref().is_some_and(|round| round.is_over(now)) {
+            self.round = None;
+        }
+    }
+
+    fn choose_home(&mut self, now: Instant) {
+        let latencies = self.latencies.best(now);
+        let chosen = home::choose(&self.map, self.host.home, &latencies, self.home_alive);
+        self.set_home(chosen.or_else(|| home::without_measurement(&self.map, &self.key)));
+    }
+
+    fn set_home(&mut self, home: Option<RegionId>) {
+        self.host.home = home;
+        self.host.netinfo.preferred_derp = home.unwrap_or_default();
+    }
+
+    /// Tells what changed; latencies alone are no change.
+    fn publish(&mut self, now: Instant) {
+        let (working_v6, working_udp) = self.round.as_ref().map(Round::worked).unwrap_or_default();
+        let old = &self.host.netinfo;
+        let netinfo = NetInfo {
+            mapping_varies_by_dest_ip: self.endpoints.mapping_varies().or(old.mapping_varies_by_dest_ip),
+            working_ipv6: working_v6.or(old.working_ipv6),
+            os_has_ipv6: Some(self.endpoints.has_family(true)),
+            working_udp: working_udp.or(old.working_udp),
+            preferred_derp: old.preferred_derp,
+            derp_latency: self.measured.clone(),
+        };
+        let endpoints = if self.transport == Transport::Derp { Vec::new() } else { self.endpoints.list(now) };
+        self.host = HostState { endpoints, netinfo, home: self.host.home };
+        let told_latency = self.told.netinfo.derp_latency.clone();
+        let netinfo = NetInfo { derp_latency: told_latency, ..self.host.netinfo.clone() };
+        if (HostState { netinfo, ..self.host.clone() }) != self.told {
+            self.told = self.host.clone();
+            self.outputs.push_back(Output::HostChanged(self.host.clone()));
+        }
+    }
+
+    fn refresh_interval(&mut self) -> Duration {
+        Duration::from_secs_f64(self.rng.random_range(REFRESH))
+    }
+}

@@ -1,0 +1,201 @@
+//! One round of measuring: STUN requests to servers, and which of them answered.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use crate::netmap::RegionId;
+use crate::wire::stun::TransactionId;
+use crate::wire::tailcfg::derp::{DerpNode, Family, Region};
+
+/// Requests to a server that does not answer.
+const TRIES: usize = 3;
+/// The time between them.
+const TRY_INTERVAL: Duration = Duration::from_millis(100);
+/// After the first answer, the slower servers are not waited for longer than that.
+const GRACE: Duration = Duration::from_millis(500);
+/// Without any answer, HTTPS is tried beside.
+const UDP_PATIENCE: Duration = Duration::from_secs(1);
+/// Answers are waited for that long. Source: Tailscale, net/netcheck, `stunProbeTimeout`.
+const STUN_TIMEOUT: Duration = Duration::from_secs(3);
+/// A round with HTTPS ends then. Source: the same, `ReportTimeout`.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A server of a region by one address family; `true` is IPv6.
+type Target = (RegionId, bool);
+
+/// A round under way.
+#[derive(Debug)]
+pub(super) struct Round {
+    /// Whether all regions take part, and the home may move.
+    pub(super) full: bool,
+    /// Whether HTTPS may help out: nothing is known yet.
+    may_https: bool,
+    started: Instant,
+    tries: usize,
+    try_at: Option<Instant>,
+    targets: BTreeMap<Target, Vec<SocketAddr>>,
+    /// Regions whose servers' names are being resolved.
+    unresolved: BTreeSet<RegionId>,
+    sent: BTreeMap<TransactionId, (RegionId, SocketAddr, Instant)>,
+    answered: BTreeSet<Target>,
+    first_answer: Option<Instant>,
+    /// Whether endpoints and home have been concluded from it.
+    pub(super) settled: bool,
+    https: Option<BTreeSet<RegionId>>,
+    first_https: Option<Instant>,
+}
+
+impl Round {
+    pub(super) fn new(full: bool, may_https: bool, now: Instant) -> Self {
+        Self {
+            full,
+            may_https,
+            started: now,
+            tries: 0,
+            try_at: None,
+            targets: BTreeMap::new(),
+            unresolved: BTreeSet::new(),
+            sent: BTreeMap::new(),
+            answered: BTreeSet::new(),
+            first_answer: None,
+            settled: false,
+            https: None,
+            first_https: None,
+        }
+    }
+
+    /// A server to ask.
+    pub(super) fn add(&mut self, region: RegionId, server: SocketAddr, now: Instant) {
+        self.unresolved.remove(&region);
+        self.targets.entry((region, server.is_ipv6())).or_default().push(server);
+        self.tries = 0;
+        self.try_at = Some(now);
+    }
+
+    /// A server whose address is not known yet.
+    pub(super) fn await_address(&mut self, region: RegionId) {
+        self.unresolved.insert(region);
+    }
+
+    /// The requests that are due now: region and server.
+    pub(super) fn due(&mut self, now: Instant) -> Vec<(RegionId, SocketAddr)> {
+        if self.try_at.is_none_or(|at| at > now) {
+            return Vec::new();
+        }
+        let silent = self.targets.iter().filter(|(target, _)| !self.answered.contains(target));
+        let attempt = self.tries;
+        let due = silent.map(|((region, _), servers)| (*region, servers[attempt % servers.len()])).collect();
+        self.tries += 1;
+        self.try_at = (self.tries < TRIES).then(|| now + TRY_INTERVAL);
+        due
+    }
+
+    pub(super) fn note_sent(&mut self, transaction: TransactionId, region: RegionId, server: SocketAddr, now: Instant) {
+        self.sent.insert(transaction, (region, server, now));
+    }
+
+    /// An answer: the region, the server, and how long it took.
+    pub(super) fn answer(&mut self, transaction: &TransactionId, now: Instant) -> Option<(RegionId, SocketAddr, Duration)> {
+        let (region, server, at) = self.sent.remove(transaction)?;
+        self.answered.insert((region, server.is_ipv6()));
+        self.first_answer.get_or_insert(now);
+        Some((region, server, now.duration_since(at)))
+    }
+
+    /// HTTPS begins, for these regions.
+    pub(super) fn begin_https(&mut self, regions: BTreeSet<RegionId>) {
+        self.https = Some(regions);
+    }
+
+    /// A region's HTTPS answered, or failed.
+    pub(super) fn answer_https(&mut self, region: RegionId, answered: bool, now: Instant) {
+        if let Some(waiting) = self.https.as_mut() {
+            waiting.remove(&region);
+        }
+        if answered {
+            self.first_https.get_or_insert(now);
+        }
+    }
+
+    /// Whether nothing came by UDP although it was tried, or cannot be tried, long enough for HTTPS to help.
+    pub(super) fn wants_https(&self, now: Instant) -> bool {
+        let hopeless = self.targets.is_empty() && self.unresolved.is_empty();
+        let patient = now.duration_since(self.started) < UDP_PATIENCE;
+        self.may_https && self.https.is_none() && self.first_answer.is_none() && (hopeless || !patient)
+    }
+
+    /// Whether there is something to conclude now: everybody answered, or waiting longer is no use.
+    pub(super) fn is_conclusive(&self, now: Instant) -> bool {
+        let since = |at: Option<Instant>| at.is_some_and(|at| now.duration_since(at) >= GRACE);
+        let https_done = self.https.as_ref().is_none_or(BTreeSet::is_empty);
+        let all_stun = self.unresolved.is_empty() && self.targets.keys().all(|target| self.answered.contains(target));
+        if self.first_answer.is_some() {
+            return all_stun || since(self.first_answer);
+        }
+        if self.https.is_some() {
+            return https_done || since(self.first_https) || self.is_over(now);
+        }
+        (all_stun && !self.may_https) || self.is_over(now)
+    }
+
+    /// Whether late answers are no longer waited for.
+    pub(super) fn is_over(&self, now: Instant) -> bool {
+        let all_stun = self.unresolved.is_empty() && self.targets.keys().all(|target| self.answered.contains(target));
+        let https_done = self.https.as_ref().is_none_or(BTreeSet::is_empty);
+        if self.settled && all_stun && https_done {
+            return true;
+        }
+        let limit = if self.https.is_some() { REPORT_TIMEOUT } else { STUN_TIMEOUT };
+        now.duration_since(self.started) >= limit
+    }
+
+    /// Whether any server answered by IPv6, or by UDP at all; `None` when none was asked.
+    pub(super) fn worked(&self) -> (Option<bool>, Option<bool>) {
+        let v6 = self.targets.keys().any(|(_, v6)| *v6).then(|| self.answered.iter().any(|(_, v6)| *v6));
+        let udp = (!self.targets.is_empty()).then(|| !self.answered.is_empty());
+        (v6, udp)
+    }
+
+    pub(super) fn next_deadline(&self) -> Instant {
+        let grace = |at: Option<Instant>| at.filter(|_| !self.settled).map(|at| at + GRACE);
+        let https = self.may_https && self.https.is_none() && self.first_answer.is_none();
+        let https_at = https.then(|| self.started + UDP_PATIENCE);
+        let limit = if self.https.is_some() { REPORT_TIMEOUT } else { STUN_TIMEOUT };
+        let first = grace(self.first_answer).or_else(|| grace(self.first_https));
+        [self.try_at, first, https_at].into_iter().flatten().min().unwrap_or(self.started + limit)
+    }
+}
+
+/// Where a region's servers answer STUN, as far as addresses are known; and what to resolve if none are.
+pub(super) fn servers(region: &Region, resolved: &[SocketAddr]) -> (Vec<SocketAddr>, Option<(String, u16)>) {
+    let mut known = Vec::new();
+    let mut unresolved = None;
+    for node in &region.nodes {
+        let Some(port) = node.stun() else {
+            continue;
+        };
+        let addresses = addresses(node);
+        if addresses.is_empty() && (node.ipv4 == Family::Resolve || node.ipv6 == Family::Resolve) {
+            unresolved.get_or_insert_with(|| (node.host_name.clone(), port));
+        }
+        known.extend(addresses.into_iter().map(|ip| SocketAddr::new(ip, port)));
+    }
+    if !known.is_empty() {
+        return (known, None);
+    }
+    if resolved.is_empty() { (known, unresolved) } else { (resolved.to_vec(), None) }
+}
+
+fn addresses(node: &DerpNode) -> Vec<IpAddr> {
+    if let Some(ip) = node.stun_test_ip {
+        return vec![ip];
+    }
+    let literal: Option<IpAddr> = node.host_name.parse().ok();
+    let of_family = |family: Family, v6: bool| match family {
+        Family::At(ip) => Some(ip),
+        Family::Resolve => literal.filter(|ip| ip.is_ipv6() == v6),
+        Family::Never => None,
+    };
+    [of_family(node.ipv4, false), of_family(node.ipv6, true)].into_iter().flatten().collect()
+}

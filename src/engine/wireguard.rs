@@ -1,0 +1,530 @@
+//! WireGuard: one boringtun `Tunn` for each peer that is in use, and everything that is peculiar about boringtun.
+//!
+//! - `Tunn` queues packets while it has no session, but flushes that queue only where it initiated. So packets are
+//!   staged here, and `encapsulate` is called with a session only.
+//! - It repeats an unanswered initiation after 5 s; here the first handshake is repeated after 250 ms, then ever later.
+//!   A responder forgets the session of an initiation as soon as the next one arrives, so the answer to an initiation
+//!   that has a successor is no session to send on: the successor's answer is.
+//! - It reads the clock itself: its timers need a call a quarter second, and virtual time does not reach them.
+//! - It panics when a buffer is short: [`SCRATCH_LENGTH`] and the writers' room are sized for its worst case.
+//! - A receiver index is the slot in the upper 24 bits and the session in the lower 8.
+//! - Handshakes share one `RateLimiter`. By DERP there is no source address that a cookie could prove, so under load
+//!   those are dropped.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use boringtun::noise::errors::WireGuardError;
+use boringtun::noise::handshake::parse_handshake_anon;
+use boringtun::noise::rate_limiter::RateLimiter;
+use boringtun::noise::{Packet, Tunn, TunnResult};
+use boringtun::x25519::{PublicKey, StaticSecret};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::roster::{Roster, Slot};
+use super::stats::Dropped;
+use crate::key::{NodePrivate, NodePublic};
+
+/// What encryption adds to an inner packet: header, counter and tag. boringtun does not pad.
+pub(super) const OVERHEAD: usize = 32;
+/// A buffer that holds whatever boringtun may write: a datagram of DERP is 64 KiB at most.
+pub(super) const SCRATCH_LENGTH: usize = 65_536 + 256;
+/// How often the timers of tunnels are looked at; a random tenth less, so that peers' keepalives do not march in step.
+const TICK: Duration = Duration::from_millis(250);
+/// Packets that wait for a peer's handshake.
+const STAGED: usize = 64;
+/// How long they wait: a TCP stack has repeated a SYN by then.
+const STAGED_FOR: Duration = Duration::from_secs(5);
+/// When an initiation is repeated first; twice as long each time.
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+/// How late it is repeated at most. Below boringtun's 5 s, so that boringtun never repeats one of these itself.
+const RETRY_MOST: Duration = Duration::from_secs(4);
+/// When a handshake is given up. Source: the WireGuard paper, section 6.1, Rekey-Attempt-Time.
+const ATTEMPT: Duration = Duration::from_secs(90);
+/// A tunnel without session and without anything to do is kept that long for the peer's confirmation.
+const IDLE: Duration = Duration::from_secs(15);
+/// Handshake messages a second before cookies are demanded; each initiation is counted twice.
+const HANDSHAKES_A_SECOND: u64 = 200;
+
+/// What became of a WireGuard message.
+#[derive(Debug)]
+pub(super) enum Received {
+    /// An inner packet of this length is at the start of the scratch buffer.
+    Packet(Slot, usize),
+    /// A handshake message or a keepalive that has been dealt with.
+    Handled,
+    /// A cookie of this length, at the start of the scratch buffer, is to go back to the sender's address.
+    Cookie(usize),
+    /// Nothing came of it.
+    Dropped(Dropped),
+}
+
+/// A first handshake that waits for its answer.
+#[derive(Debug)]
+struct Attempt {
+    started: Instant,
+    retry_at: Instant,
+    retry_in: Duration,
+    /// The receiver index that the answer to the newest initiation carries.
+    newest: u32,
+}
+
+/// An active peer's tunnel.
+struct Tunnel {
+    tunn: Tunn,
+    /// Whether there is a session that the peer is known to hold too.
+    usable: bool,
+    attempt: Option<Attempt>,
+    /// When a handshake message last went out or anything authentic came in.
+    touched: Instant,
+}
+
+/// What is remembered of a peer whether or not it has a tunnel.
+#[derive(Default)]
+struct Place {
+    tunnel: Option<Box<Tunnel>>,
+    staged: VecDeque<(Instant, Vec<u8>)>,
+    counters: Counters,
+}
+
+/// A peer's numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Counters {
+    pub(super) handshakes_sent: u64,
+    pub(super) last_handshake: Option<Instant>,
+    pub(super) sent_bytes: u64,
+    pub(super) received_bytes: u64,
+}
+
+/// All tunnels, by the peer's slot.
+pub(super) struct WireGuard {
+    private: StaticSecret,
+    public: PublicKey,
+    limiter: Arc<RateLimiter>,
+    limiter_reset: Instant,
+    places: Vec<Place>,
+    active: BTreeSet<Slot>,
+    rng: StdRng,
+    tick_at: Option<Instant>,
+    /// No retry is due before.
+    retry_at: Option<Instant>,
+    outbox: VecDeque<(Slot, Vec<u8>)>,
+    established: VecDeque<Slot>,
+    staged_dropped: u64,
+    message: Box<[u8; 256]>,
+}
+
+impl WireGuard {
+    pub(super) fn new(key: &NodePrivate, seed: [u8; 32], now: Instant) -> Self {
+        let private = StaticSecret::from(*key.as_bytes());
+        let public = PublicKey::from(&private);
+        Self {
+            limiter: Arc::new(RateLimiter::new(&public, HANDSHAKES_A_SECOND)),
+            limiter_reset: now,
+            private,
+            public,
+            places: Vec::new(),
+            active: BTreeSet::new(),
+            rng: StdRng::from_seed(seed),
+            tick_at: None,
+            retry_at: None,
+            outbox: VecDeque::new(),
+            established: VecDeque::new(),
+            staged_dropped: 0,
+            message: Box::new([0; 256]),
+        }
+    }
+
+    /// Forgets a peer.
+    pub(super) fn remove(&mut self, slot: Slot) {
+        if let Some(place) = self.places.get_mut(slot) {
+            self.staged_dropped += place.staged.len() as u64;
+            *place = Place::default();
+        }
+        self.active.remove(&slot);
+    }
+
+    /// Whether [`encrypt`](Self::encrypt) may be called.
+    pub(super) fn is_usable(&self, slot: Slot) -> bool {
+        self.places.get(slot).and_then(|place| place.tunnel.as_ref()).is_some_and(|tunnel| tunnel.usable)
+    }
+
+    /// Encrypts into `room`, which has [`OVERHEAD`] bytes more than the packet and 148 at least. False when there is no
+    /// session.
+    pub(super) fn encrypt(&mut self, slot: Slot, packet: &[u8], room: &mut [u8]) -> bool {
+        let Some(place) = self.places.get_mut(slot) else {
+            return false;
+        };
+        let Some(tunnel) = place.tunnel.as_mut().filter(|tunnel| tunnel.usable) else {
+            return false;
+        };
+        assert!(room.len() >= (packet.len() + OVERHEAD).max(148), "the batch reserves room for boringtun's worst case");
+        place.counters.sent_bytes += packet.len() as u64;
+        matches!(tunnel.tunn.encapsulate(packet, room), TunnResult::WriteToNetwork(_))
+    }
+
+    /// Keeps a packet until there is a session, and sees to it that there will be one.
+    pub(super) fn stage(&mut self, slot: Slot, key: &NodePublic, packet: &[u8], now: Instant) {
+        self.initiate(slot, key, now);
+        let staged = &mut self.places[slot].staged;
+        let before = staged.len();
+        while staged.front().is_some_and(|(since, _)| now.duration_since(*since) >= STAGED_FOR) || staged.len() >= STAGED {
+            staged.pop_front();
+        }
+        self.staged_dropped += (before - staged.len()) as u64;
+        staged.push_back((now, packet.to_vec()));
+    }
+
+    /// The oldest staged packet that is still worth sending.
+    pub(super) fn unstage(&mut self, slot: Slot, now: Instant) -> Option<Vec<u8>> {
+        let staged = &mut self.places.get_mut(slot)?.staged;
+        loop {
+            let (since, packet) = staged.pop_front()?;
+            if now.duration_since(since) < STAGED_FOR {
+                return Some(packet);
+            }
+            self.staged_dropped += 1;
+        }
+    }
+
+    /// Starts a handshake unless there is a session or a handshake under way.
+    pub(super) fn initiate(&mut self, slot: Slot, key: &NodePublic, now: Instant) {
+        let tunnel = self.tunnel(slot, key, now);
+        if tunnel.usable || tunnel.attempt.is_some() {
+            return;
+        }
+        tunnel.attempt = Some(Attempt { started: now, retry_at: now, retry_in: RETRY_FIRST, newest: 0 });
+        self.send_initiation(slot, now);
+    }
+
+    /// A path to the peer has come up: an initiation that waits need not wait longer.
+    pub(super) fn hurry(&mut self, slot: Slot, now: Instant) {
+        let waiting = self.places.get(slot).and_then(|place| place.tunnel.as_ref()).is_some_and(|t| t.attempt.is_some());
+        if waiting {
+            self.send_initiation(slot, now);
+        }
+    }
+
+    /// Takes a message from a UDP source, or from DERP without one; the result is in `scratch`.
+    pub(super) fn receive(
+        &mut self,
+        source: Option<IpAddr>,
+        message: &[u8],
+        roster: &Roster,
+        scratch: &mut [u8],
+        now: Instant,
+    ) -> Received {
+        assert!(scratch.len() >= message.len().max(256), "the scratch buffer holds any datagram");
+        match Tunn::parse_incoming_packet(message) {
+            Ok(Packet::PacketData(data)) => self.receive_data(data.receiver_idx, message, scratch, now),
+            Ok(Packet::HandshakeInit(_)) => self.receive_initiation(source, message, roster, scratch, now),
+            Ok(Packet::HandshakeResponse(response)) => {
+                self.receive_response(response.receiver_idx, source, message, scratch, now)
+            }
+            Ok(Packet::PacketCookieReply(cookie)) => self.receive_cookie(cookie.receiver_idx, message, scratch),
+            Err(_) => Received::Dropped(Dropped::Malformed),
+        }
+    }
+
+    /// Peers whose session has become usable since the last call.
+    pub(super) fn poll_established(&mut self) -> Option<Slot> {
+        self.established.pop_front()
+    }
+
+    /// Handshake messages and keepalives to send.
+    pub(super) fn poll_message(&mut self) -> Option<(Slot, Vec<u8>)> {
+        self.outbox.pop_front()
+    }
+
+    /// Staged packets that were dropped since the last call.
+    pub(super) fn take_staged_dropped(&mut self) -> u64 {
+        std::mem::take(&mut self.staged_dropped)
+    }
+
+    pub(super) fn counters(&self, slot: Slot) -> Counters {
+        self.places.get(slot).map(|place| place.counters).unwrap_or_default()
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.retry(now);
+        }
+        if self.tick_at.is_some_and(|at| at <= now) {
+            self.reset_limiter(now);
+            let slots: Vec<Slot> = self.active.iter().copied().collect();
+            slots.into_iter().for_each(|slot| self.tick(slot, now));
+            self.tick_at = (!self.active.is_empty()).then(|| now + self.jittered_tick());
+        }
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<(Instant, &'static str)> {
+        let tick = self.tick_at.map(|at| (at, "wireguard timers"));
+        let retry = self.retry_at.map(|at| (at, "handshake retry"));
+        tick.into_iter().chain(retry).min_by_key(|(at, _)| *at)
+    }
+
+    fn receive_data(&mut self, index: u32, message: &[u8], scratch: &mut [u8], now: Instant) -> Received {
+        let slot = (index >> 8) as Slot;
+        let Some(place) = self.places.get_mut(slot) else {
+            return Received::Dropped(Dropped::NoSession);
+        };
+        let Some(tunnel) = place.tunnel.as_mut() else {
+            return Received::Dropped(Dropped::NoSession);
+        };
+        let received = match tunnel.tunn.decapsulate(None, message, scratch) {
+            TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
+                place.counters.received_bytes += packet.len() as u64;
+                Received::Packet(slot, packet.len())
+            }
+            TunnResult::Done => Received::Handled,
+            TunnResult::Err(error) => return Received::Dropped(reason(&error)),
+            TunnResult::WriteToNetwork(_) => return Received::Dropped(Dropped::Malformed),
+        };
+        tunnel.touched = now;
+        if !tunnel.usable {
+            tunnel.usable = true;
+            tunnel.attempt = None;
+            place.counters.last_handshake = Some(now);
+            self.established.push_back(slot);
+        }
+        received
+    }
+
+    /// The answer to an initiation whose sender nobody knows yet.
+    fn receive_initiation(
+        &mut self,
+        source: Option<IpAddr>,
+        message: &[u8],
+        roster: &Roster,
+        scratch: &mut [u8],
+        now: Instant,
+    ) -> Received {
+        self.reset_limiter(now);
+        let mut cookie = [0; 64];
+        let parsed = match self.limiter.verify_packet(source, message, &mut cookie) {
+            Ok(parsed) => parsed,
+            Err(TunnResult::WriteToNetwork(cookie)) => {
+                scratch[..cookie.len()].copy_from_slice(cookie);
+                return Received::Cookie(cookie.len());
+            }
+            Err(TunnResult::Err(error)) => return Received::Dropped(reason(&error)),
+            Err(_) => return Received::Dropped(Dropped::Malformed),
+        };
+        let Packet::HandshakeInit(initiation) = parsed else {
+            return Received::Dropped(Dropped::Malformed);
+        };
+        let Ok(half) = parse_handshake_anon(&self.private, &self.public, &initiation) else {
+            return Received::Dropped(Dropped::Forged);
+        };
+        let key = NodePublic::from_bytes(half.peer_static_public);
+        let Some(slot) = roster.slot(&key) else {
+            return Received::Dropped(Dropped::Stranger);
+        };
+        let fresh = !self.active.contains(&slot);
+        let tunnel = self.tunnel(slot, &key, now);
+        match tunnel.tunn.decapsulate(source, message, scratch) {
+            TunnResult::WriteToNetwork(reply) if reply.len() == 64 => Received::Cookie(reply.len()),
+            TunnResult::WriteToNetwork(reply) => {
+                tunnel.touched = now;
+                // The peer is there and its own handshake is about to be confirmed: ours can wait for that.
+                if let Some(attempt) = tunnel.attempt.as_mut() {
+                    attempt.retry_at = attempt.retry_at.max(now + Duration::from_secs(1));
+                }
+                let reply = reply.to_vec();
+                self.outbox.push_back((slot, reply));
+                Received::Handled
+            }
+            TunnResult::Err(error) => {
+                // Only now is the sender proven; a forged one shall not cost us a tunnel.
+                if fresh {
+                    self.places[slot].tunnel = None;
+                    self.active.remove(&slot);
+                }
+                Received::Dropped(reason(&error))
+            }
+            TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
+                Received::Dropped(Dropped::Malformed)
+            }
+        }
+    }
+
+    fn receive_response(
+        &mut self,
+        index: u32,
+        source: Option<IpAddr>,
+        message: &[u8],
+        scratch: &mut [u8],
+        now: Instant,
+    ) -> Received {
+        self.reset_limiter(now);
+        let slot = (index >> 8) as Slot;
+        let Some(place) = self.places.get_mut(slot) else {
+            return Received::Dropped(Dropped::NoSession);
+        };
+        let Some(tunnel) = place.tunnel.as_mut() else {
+            return Received::Dropped(Dropped::NoSession);
+        };
+        match tunnel.tunn.decapsulate(source, message, scratch) {
+            TunnResult::WriteToNetwork(cookie) if cookie.len() == 64 => Received::Cookie(cookie.len()),
+            TunnResult::WriteToNetwork(keepalive) => {
+                tunnel.touched = now;
+                if tunnel.attempt.as_ref().is_some_and(|attempt| attempt.newest != index) {
+                    return Received::Handled;
+                }
+                tunnel.attempt = None;
+                place.counters.last_handshake = Some(now);
+                self.outbox.push_back((slot, keepalive.to_vec()));
+                tunnel.usable = true;
+                self.established.push_back(slot);
+                Received::Handled
+            }
+            TunnResult::Err(error) => Received::Dropped(reason(&error)),
+            TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
+                Received::Dropped(Dropped::Malformed)
+            }
+        }
+    }
+
+    fn receive_cookie(&mut self, index: u32, message: &[u8], scratch: &mut [u8]) -> Received {
+        let slot = (index >> 8) as Slot;
+        let Some(tunnel) = self.places.get_mut(slot).and_then(|place| place.tunnel.as_mut()) else {
+            return Received::Dropped(Dropped::NoSession);
+        };
+        match tunnel.tunn.decapsulate(None, message, scratch) {
+            TunnResult::Err(error) => Received::Dropped(reason(&error)),
+            TunnResult::Done
+            | TunnResult::WriteToNetwork(_)
+            | TunnResult::WriteToTunnelV4(..)
+            | TunnResult::WriteToTunnelV6(..) => Received::Handled,
+        }
+    }
+
+    /// The peer's tunnel, made if there is none.
+    fn tunnel(&mut self, slot: Slot, key: &NodePublic, now: Instant) -> &mut Tunnel {
+        if self.places.len() <= slot {
+            self.places.resize_with(slot + 1, Place::default);
+        }
+        self.active.insert(slot);
+        if self.tick_at.is_none() {
+            self.tick_at = Some(now + self.jittered_tick());
+        }
+        self.places[slot].tunnel.get_or_insert_with(|| {
+            let theirs = PublicKey::from(*key.as_bytes());
+            let tunn =
+                Tunn::new(self.private.clone(), theirs, None, None, slot as u32, Some(self.limiter.clone()));
+            Box::new(Tunnel { tunn, usable: false, attempt: None, touched: now })
+        })
+    }
+
+    fn send_initiation(&mut self, slot: Slot, now: Instant) {
+        let place = &mut self.places[slot];
+        let Some(tunnel) = place.tunnel.as_mut() else {
+            return;
+        };
+        let TunnResult::WriteToNetwork(initiation) = tunnel.tunn.format_handshake_initiation(&mut self.message[..], true)
+        else {
+            return;
+        };
+        if let (Some(attempt), Some(index)) = (tunnel.attempt.as_mut(), sender_index(initiation)) {
+            attempt.newest = index;
+            attempt.retry_at = now + attempt.retry_in;
+            attempt.retry_in = (attempt.retry_in * 2).min(RETRY_MOST);
+            self.retry_at = Some(self.retry_at.map_or(attempt.retry_at, |at| at.min(attempt.retry_at)));
+        }
+        tunnel.touched = now;
+        place.counters.handshakes_sent += 1;
+        self.outbox.push_back((slot, initiation.to_vec()));
+    }
+
+    /// Repeats the first handshakes that are due, and finds out when the next one is.
+    fn retry(&mut self, now: Instant) {
+        self.retry_at = None;
+        let mut due = Vec::new();
+        for slot in self.active.iter().copied() {
+            let Some(attempt) = self.places[slot].tunnel.as_ref().and_then(|tunnel| tunnel.attempt.as_ref()) else {
+                continue;
+            };
+            if attempt.retry_at <= now {
+                due.push((slot, now.duration_since(attempt.started) >= ATTEMPT));
+            } else {
+                self.retry_at = Some(self.retry_at.map_or(attempt.retry_at, |at| at.min(attempt.retry_at)));
+            }
+        }
+        for (slot, hopeless) in due {
+            if hopeless { self.drop_tunnel(slot) } else { self.send_initiation(slot, now) }
+        }
+    }
+
+    fn tick(&mut self, slot: Slot, now: Instant) {
+        let place = &mut self.places[slot];
+        let Some(tunnel) = place.tunnel.as_mut() else {
+            return;
+        };
+        match tunnel.tunn.update_timers(&mut self.message[..]) {
+            TunnResult::WriteToNetwork(message) => {
+                tunnel.touched = now;
+                if message.first() == Some(&1) {
+                    place.counters.handshakes_sent += 1;
+                }
+                self.outbox.push_back((slot, message.to_vec()));
+            }
+            TunnResult::Err(WireGuardError::ConnectionExpired) => return self.drop_tunnel(slot),
+            TunnResult::Err(_)
+            | TunnResult::Done
+            | TunnResult::WriteToTunnelV4(..)
+            | TunnResult::WriteToTunnelV6(..) => {}
+        }
+        tunnel.usable = tunnel.usable && tunnel.tunn.time_since_last_handshake().is_some();
+        if !tunnel.usable && tunnel.attempt.is_none() && now.duration_since(tunnel.touched) >= IDLE {
+            self.drop_tunnel(slot);
+        }
+    }
+
+    /// Ends a tunnel but keeps what is known of the peer.
+    fn drop_tunnel(&mut self, slot: Slot) {
+        let place = &mut self.places[slot];
+        place.tunnel = None;
+        self.staged_dropped += place.staged.drain(..).count() as u64;
+        self.active.remove(&slot);
+    }
+
+    fn jittered_tick(&mut self) -> Duration {
+        TICK - TICK.mul_f64(self.rng.random_range(0.0..0.1))
+    }
+
+    fn reset_limiter(&mut self, now: Instant) {
+        if now.duration_since(self.limiter_reset) >= Duration::from_secs(1) {
+            self.limiter_reset = now;
+            self.limiter.reset_count();
+        }
+    }
+}
+
+/// The index by which the answer to an initiation will name us.
+fn sender_index(initiation: &[u8]) -> Option<u32> {
+    initiation.get(4..8)?.first_chunk().copied().map(u32::from_le_bytes)
+}
+
+fn reason(error: &WireGuardError) -> Dropped {
+    match error {
+        WireGuardError::DuplicateCounter | WireGuardError::InvalidCounter => Dropped::Duplicate,
+        WireGuardError::UnderLoad => Dropped::UnderLoad,
+        WireGuardError::NoCurrentSession
+        | WireGuardError::WrongIndex
+        | WireGuardError::UnexpectedPacket
+        | WireGuardError::ConnectionExpired => Dropped::NoSession,
+        WireGuardError::InvalidMac
+        | WireGuardError::InvalidAeadTag
+        | WireGuardError::WrongKey
+        | WireGuardError::InvalidTai64nTimestamp
+        | WireGuardError::WrongTai64nTimestamp => Dropped::Forged,
+        WireGuardError::DestinationBufferTooSmall
+        | WireGuardError::IncorrectPacketLength
+        | WireGuardError::WrongPacketType
+        | WireGuardError::InvalidPacket
+        | WireGuardError::LockFailed => Dropped::Malformed,
+    }
+}

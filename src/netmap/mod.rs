@@ -1,0 +1,181 @@
+//! What the tailnet looks like to this node: one immutable value, replaced whole whenever control says so.
+//!
+//! A [`session::Session`] builds it from control's messages; whoever needs a name, a peer or a route
+//! borrows the newest and never sees half a change. There is no packet filter in it: this node
+//! accepts no inbound connection, so control's rules for inbound have nothing to decide.
+
+pub mod diff;
+mod node;
+mod routes;
+pub mod session;
+mod state;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+pub use self::routes::tailnet_range;
+use self::routes::{Prefixes, Routes};
+use crate::key::{DiscoPublic, NodePublic};
+use crate::wire::tailcfg::derp::DerpMap;
+use crate::wire::tailcfg::dns::DnsConfig;
+
+/// Control's number for a node; stable inside a tailnet.
+pub type NodeId = i64;
+
+/// A DERP region's number.
+pub type RegionId = u32;
+
+/// This node, as control describes it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SelfNode {
+    /// Control's number for us.
+    pub id: NodeId,
+    /// Our full name without trailing dot, lower case.
+    pub name: String,
+    /// Our node key.
+    pub key: NodePublic,
+    /// Our addresses.
+    pub addresses: Vec<IpAddr>,
+    /// When our key ends; `None` for never.
+    pub key_expiry: Option<jiff::Timestamp>,
+    /// Whether our key has ended already, by control's word or by its clock.
+    pub expired: bool,
+    /// Whether an administrator has approved us, or none is needed.
+    pub authorized: bool,
+    /// Tags granted.
+    pub tags: Vec<String>,
+    /// The attributes that control gives us, with their raw values.
+    pub attributes: BTreeMap<String, Vec<serde_json::Value>>,
+}
+
+/// Another node that policy lets us know of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Peer {
+    /// Control's number for it.
+    pub id: NodeId,
+    /// The id that people and exit-node settings use.
+    pub stable_id: String,
+    /// Its full name without trailing dot, lower case.
+    pub name: String,
+    /// Its node key.
+    pub key: NodePublic,
+    /// Its disco key; `None` if it speaks no disco.
+    pub disco: Option<DiscoPublic>,
+    /// Its own addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Everything it may send from and serves: its addresses, subnet routes, exit routes.
+    pub allowed_ips: Vec<IpNet>,
+    /// Where it says that it can be reached.
+    pub endpoints: Vec<SocketAddr>,
+    /// Its home DERP region.
+    pub home_derp: Option<RegionId>,
+    /// Whether it is connected to control; `None` if control does not say.
+    pub online: Option<bool>,
+    /// Whether its key has ended: no traffic.
+    pub expired: bool,
+    /// Plain WireGuard, no disco and no DERP.
+    pub wireguard_only: bool,
+    /// PeerAPI ports for IPv4 and IPv6; 0 for none.
+    pub peerapi: (u16, u16),
+    /// Whether it serves as an app connector.
+    pub app_connector: bool,
+    /// Its tags.
+    pub tags: Vec<String>,
+}
+
+/// Why a route leads to a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RouteKind {
+    /// One of the peer's own addresses.
+    Address,
+    /// A subnet behind the peer.
+    Subnet,
+    /// Everything, by an exit node.
+    Exit,
+}
+
+/// Where an address leads.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Route<'a> {
+    /// The longest prefix that covers the address.
+    pub prefix: IpNet,
+    /// Who serves it.
+    pub peer: &'a Arc<Peer>,
+    /// Why.
+    pub kind: RouteKind,
+}
+
+/// The whole tailnet, as control last described it.
+#[derive(Debug)]
+pub struct Netmap {
+    /// Ourselves.
+    pub self_node: SelfNode,
+    /// Everybody else.
+    pub peers: BTreeMap<NodeId, Arc<Peer>>,
+    /// The tailnet's name, such as `example.com`; not the MagicDNS suffix.
+    pub domain: String,
+    /// The regions of DERP.
+    pub derp: Arc<DerpMap>,
+    /// The DNS settings.
+    pub dns: Arc<DnsConfig>,
+    /// Whether the tailnet lock is on and control sent no signature for our key: peers will not talk to us.
+    pub locked_out: bool,
+    /// Names of nodes whose subdomains resolve to them too, in the form of [`Peer::name`].
+    pub subdomain_hosts: BTreeSet<String>,
+    by_key: HashMap<NodePublic, NodeId>,
+    by_ip: HashMap<IpAddr, NodeId>,
+    by_name: HashMap<String, NodeId>,
+    routes: Routes,
+    routed: Arc<Prefixes>,
+}
+
+impl Netmap {
+    /// The peer with this node key.
+    pub fn peer_by_key(&self, key: &NodePublic) -> Option<&Arc<Peer>> {
+        self.peers.get(self.by_key.get(key)?)
+    }
+
+    /// The peer that has `ip` as one of its own addresses, usable or not.
+    pub fn peer_by_ip(&self, ip: IpAddr) -> Option<&Arc<Peer>> {
+        self.peers.get(self.by_ip.get(&ip.to_canonical())?)
+    }
+
+    /// The addresses of the node with this full name, ours included. `name` is in the form of [`Peer::name`].
+    pub fn addresses_of(&self, name: &str) -> Option<&[IpAddr]> {
+        if name == self.self_node.name {
+            return Some(&self.self_node.addresses);
+        }
+        Some(&self.peers.get(self.by_name.get(name)?)?.addresses)
+    }
+
+    /// Where packets to `ip` go: the longest prefix over all usable peers. Of several peers with the
+    /// same prefix one that is online comes before one of which control does not say, and that before
+    /// one that is offline; then the lowest id counts. `None` for our own addresses too.
+    ///
+    /// Peers whose key has ended, and peers without any path, never serve. Subnet routes count only
+    /// if routes are accepted, and those to everything only by the chosen exit node.
+    pub fn route(&self, ip: IpAddr) -> Option<Route<'_>> {
+        self.routes.find(ip.to_canonical())
+    }
+
+    /// Whether `peer` may send packets from `source`: exactly what it could be sent packets for, even
+    /// where another peer serves the same prefix now, since its replies may still be on their way.
+    pub fn allowed(&self, peer: &Peer, source: IpAddr) -> bool {
+        self.routes.serves(peer.id, source.to_canonical())
+    }
+
+    /// Whether a route to `ip` is, or was at any time in this run, in the netmap. What once belonged to the
+    /// tailnet is never taken for public when its route goes.
+    pub fn was_routed(&self, ip: IpAddr) -> bool {
+        self.routed.cover(ip.to_canonical())
+    }
+
+    /// What full names of this tailnet's nodes end with, without dots at its ends; empty if control
+    /// gives us no full name.
+    pub fn magicdns_suffix(&self) -> &str {
+        self.self_node.name.split_once('.').map_or("", |(_, suffix)| suffix)
+    }
+}

@@ -1,0 +1,167 @@
+//! What control has said so far in one stream of map messages, and how a delta changes it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use super::node::{has_subdomains, name, peer, self_node};
+use super::routes::{Accept, Prefixes, Routes};
+use super::{Netmap, NodeId, Peer};
+use crate::wire::tailcfg::derp::DerpMap;
+use crate::wire::tailcfg::dns::DnsConfig;
+use crate::wire::tailcfg::map::{DisplayMessage, LockState, MapResponse};
+use crate::wire::tailcfg::node::Node;
+
+#[derive(Debug)]
+pub(super) struct State {
+    /// Ourselves.
+    pub(super) node: Node,
+    /// Everybody else.
+    pub(super) peers: BTreeMap<NodeId, Tracked>,
+    domain: String,
+    derp: Arc<DerpMap>,
+    dns: Arc<DnsConfig>,
+    health: Vec<String>,
+    messages: BTreeMap<String, DisplayMessage>,
+    lock: LockState,
+}
+
+/// A peer in control's words and in ours.
+#[derive(Debug)]
+pub(super) struct Tracked {
+    pub(super) node: Node,
+    pub(super) peer: Arc<Peer>,
+}
+
+impl State {
+    /// What is known once control has described ourselves: nothing else.
+    pub(super) fn new(node: Node) -> Self {
+        Self {
+            node,
+            peers: BTreeMap::new(),
+            domain: String::new(),
+            derp: Arc::default(),
+            dns: Arc::default(),
+            health: Vec::new(),
+            messages: BTreeMap::new(),
+            lock: LockState::default(),
+        }
+    }
+
+    /// Makes `nodes` the only peers. Those that are as before in `known` stay the same value.
+    pub(super) fn replace_peers(&mut self, nodes: Vec<Node>, mut known: BTreeMap<NodeId, Tracked>, clock: Timestamp) {
+        self.peers.clear();
+        for node in nodes {
+            let before = known.remove(&node.id);
+            self.track(node, before, clock);
+        }
+    }
+
+    /// A delta's peers, in the order that control means: gone, changed, online, patched.
+    pub(super) fn update_peers(&mut self, message: &mut MapResponse, clock: Timestamp) {
+        for id in &message.peers_removed {
+            self.peers.remove(id);
+        }
+        for node in std::mem::take(&mut message.peers_changed) {
+            let before = self.peers.remove(&node.id);
+            self.track(node, before, clock);
+        }
+        for (id, online) in &message.online_change {
+            self.change(*id, clock, |node| node.online = Some(*online));
+        }
+        for patch in std::mem::take(&mut message.peers_changed_patch) {
+            self.change(patch.node_id, clock, |node| node.patch(patch));
+        }
+    }
+
+    fn change(&mut self, id: NodeId, clock: Timestamp, change: impl FnOnce(&mut Node)) {
+        let Some(Tracked { mut node, peer }) = self.peers.remove(&id) else { return };
+        let before = Some(Tracked { node: node.clone(), peer });
+        change(&mut node);
+        self.track(node, before, clock);
+    }
+
+    fn track(&mut self, node: Node, before: Option<Tracked>, clock: Timestamp) {
+        // A peer without key can never be spoken to.
+        if node.key.is_zero() {
+            return;
+        }
+        let now = peer(&node, clock);
+        let peer = match before {
+            Some(before) if *before.peer == now => before.peer,
+            Some(_) | None => Arc::new(now),
+        };
+        self.peers.insert(node.id, Tracked { node, peer });
+    }
+
+    /// What a message says besides peers and problems.
+    pub(super) fn update_settings(&mut self, message: &mut MapResponse) {
+        if let Some(update) = message.derp_map.take() {
+            self.derp = Arc::new(self.derp.merged(update));
+        }
+        if let Some(dns) = message.dns_config.take() {
+            self.dns = Arc::new(dns);
+        }
+        if !message.domain.is_empty() {
+            self.domain = std::mem::take(&mut message.domain);
+        }
+        if let Some(lock) = message.lock.take() {
+            self.lock = lock;
+        }
+    }
+
+    /// All problems, if the message says anything of them.
+    pub(super) fn update_health(&mut self, message: &mut MapResponse) -> Option<Vec<String>> {
+        let messages = std::mem::take(&mut message.display_messages);
+        if message.health.is_none() && messages.is_empty() {
+            return None;
+        }
+        if let Some(health) = message.health.take() {
+            self.health = health;
+        }
+        if messages.get("*").is_some_and(Option::is_none) {
+            self.messages.clear();
+        }
+        for (id, message) in messages {
+            match message {
+                Some(message) => self.messages.insert(id, message),
+                None => self.messages.remove(&id),
+            };
+        }
+        let shown = self.messages.values().map(|DisplayMessage { title, text }| match text.is_empty() {
+            true => title.clone(),
+            false => format!("{title}: {text}"),
+        });
+        Some(self.health.iter().cloned().chain(shown).collect())
+    }
+
+    /// All of it as one netmap.
+    pub(super) fn netmap(&self, accept: &Accept, routed: Arc<Prefixes>, clock: Timestamp) -> Netmap {
+        let peers: BTreeMap<_, _> = self.peers.iter().map(|(id, tracked)| (*id, Arc::clone(&tracked.peer))).collect();
+        let mut by_name = HashMap::new();
+        let mut by_ip = HashMap::new();
+        for (id, peer) in &peers {
+            by_name.entry(peer.name.clone()).or_insert(*id);
+            for ip in &peer.addresses {
+                by_ip.entry(*ip).or_insert(*id);
+            }
+        }
+        let nodes = self.peers.values().map(|tracked| &tracked.node).chain([&self.node]);
+        let locked = !self.lock.head.is_empty() && !self.lock.disabled;
+        Netmap {
+            self_node: self_node(&self.node, clock),
+            by_key: peers.values().map(|peer| (peer.key, peer.id)).collect(),
+            by_ip,
+            by_name,
+            routes: Routes::new(peers.values(), accept),
+            routed,
+            peers,
+            domain: self.domain.clone(),
+            derp: Arc::clone(&self.derp),
+            dns: Arc::clone(&self.dns),
+            locked_out: locked && self.node.key_signature.0.is_empty(),
+            subdomain_hosts: nodes.filter(|node| has_subdomains(node)).map(|node| name(&node.name)).collect(),
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! One flow: its addresses, its socket alone in a set, its timer.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Instant;
+
+use smoltcp::iface::{Context, Interface, PollResult, SocketHandle, SocketSet};
+use smoltcp::socket::{tcp, udp};
+use smoltcp::time::Duration;
+
+use super::device::Device;
+use super::ports::endpoint;
+use super::socket_set;
+
+/// Octets that a connection receives ahead of its reader: with the round trip it bounds the rate (1 MiB at 100 ms is
+/// 84 Mbit/s). Pages are committed when they are written, so an idle flow costs two.
+const RECEIVE_RING: usize = 1 << 20;
+/// Octets that a connection sends ahead of the peer's acknowledgement.
+const SEND_RING: usize = 512 << 10;
+/// Datagrams and octets that a UDP flow holds each way: DNS asks few questions.
+const UDP_DATAGRAMS: usize = 16;
+const UDP_OCTETS: usize = 16 << 10;
+/// The shortest retransmission timeout. Source: Linux, `TCP_RTO_MIN`.
+const MIN_RTO: Duration = Duration::from_millis(200);
+/// A connection whose data nobody acknowledges for so long is dead.
+const DEAD_AFTER: Duration = Duration::from_secs(180);
+/// An idle connection asks so often whether its peer is still there, so that a peer that vanished is noticed.
+const KEEP_ALIVE: Duration = Duration::from_secs(75);
+
+/// A flow's number; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FlowId(pub(super) u64);
+
+/// TCP or UDP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Kind {
+    Tcp,
+    Udp,
+}
+
+/// What a packet of the flow is known by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct FlowKey {
+    pub(super) kind: Kind,
+    pub(super) local: SocketAddr,
+    pub(super) remote: SocketAddr,
+}
+
+impl FlowKey {
+    /// The flow that an inbound packet belongs to, if it is whole enough to tell.
+    pub(super) fn of_inbound(packet: &[u8]) -> Option<Self> {
+        let (protocol, source, destination, payload) = match packet.first()? >> 4 {
+            4 => {
+                let header = usize::from(packet[0] & 0x0f) * 4;
+                let source: [u8; 4] = packet.get(12..16)?.try_into().ok()?;
+                let destination: [u8; 4] = packet.get(16..20)?.try_into().ok()?;
+                (*packet.get(9)?, IpAddr::from(source), IpAddr::from(destination), packet.get(header..)?)
+            }
+            6 => {
+                let source: [u8; 16] = packet.get(8..24)?.try_into().ok()?;
+                let destination: [u8; 16] = packet.get(24..40)?.try_into().ok()?;
+                (*packet.get(6)?, IpAddr::from(source), IpAddr::from(destination), packet.get(40..)?)
+            }
+            _ => return None,
+        };
+        let kind = match protocol {
+            6 => Kind::Tcp,
+            17 => Kind::Udp,
+            _ => return None,
+        };
+        let port = |at: usize| Some(u16::from_be_bytes([*payload.get(at)?, *payload.get(at + 1)?]));
+        Some(Self { kind, remote: SocketAddr::new(source, port(0)?), local: SocketAddr::new(destination, port(2)?) })
+    }
+}
+
+pub(super) struct Flow {
+    pub(super) key: FlowKey,
+    pub(super) sockets: SocketSet<'static>,
+    handle: SocketHandle,
+    /// Whether it is on the list of those that may have something to send.
+    pub(super) dirty: bool,
+    /// When smoltcp wants it polled.
+    pub(super) due: Option<Instant>,
+    released: bool,
+}
+
+impl Flow {
+    /// A TCP connection whose SYN is about to leave.
+    pub(super) fn connect(context: &mut Context, local: SocketAddr, remote: SocketAddr) -> Self {
+        let ring = |octets| tcp::SocketBuffer::new(vec![0; octets]);
+        let mut socket = tcp::Socket::new(ring(RECEIVE_RING), ring(SEND_RING));
+        tune(&mut socket);
+        socket.connect(context, endpoint(remote), endpoint(local)).expect("the socket is new and both addresses are set");
+        Self::new(Kind::Tcp, local, remote, |sockets| sockets.add(socket))
+    }
+
+    /// A UDP flow.
+    pub(super) fn udp(local: SocketAddr, remote: SocketAddr) -> Self {
+        let ring = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; UDP_DATAGRAMS], vec![0; UDP_OCTETS]);
+        let mut socket = udp::Socket::new(ring(), ring());
+        socket.bind(endpoint(local)).expect("the socket is new and its port is set");
+        Self::new(Kind::Udp, local, remote, |sockets| sockets.add(socket))
+    }
+
+    fn new(
+        kind: Kind,
+        local: SocketAddr,
+        remote: SocketAddr,
+        add: impl FnOnce(&mut SocketSet<'static>) -> SocketHandle,
+    ) -> Self {
+        let mut sockets = socket_set();
+        let handle = add(&mut sockets);
+        let key = FlowKey { kind, local, remote };
+        Self { key, sockets, handle, dirty: false, due: None, released: false }
+    }
+
+    pub(super) fn tcp(&mut self) -> Option<&mut tcp::Socket<'static>> {
+        (self.key.kind == Kind::Tcp).then(|| self.sockets.get_mut(self.handle))
+    }
+
+    pub(super) fn udp_socket(&mut self) -> Option<&mut udp::Socket<'static>> {
+        (self.key.kind == Kind::Udp).then(|| self.sockets.get_mut(self.handle))
+    }
+
+    /// Sends one packet, if there is one.
+    pub(super) fn send_one(
+        &mut self,
+        iface: &mut Interface,
+        time: smoltcp::time::Instant,
+        scratch: &mut [u8],
+        send: &mut dyn FnMut(&[u8]),
+    ) -> bool {
+        let mut device = Device::new(None, scratch, send);
+        iface.poll_egress(time, &mut device, &mut self.sockets) == PollResult::SocketStateChanged
+    }
+
+    /// Nobody holds the flow any more: a connection that both sides have closed may end in peace, any other is aborted.
+    pub(super) fn release(&mut self) {
+        self.released = true;
+        let Some(socket) = self.tcp() else { return };
+        match socket.state() {
+            tcp::State::Closed | tcp::State::Closing | tcp::State::LastAck | tcp::State::TimeWait => {}
+            tcp::State::Listen
+            | tcp::State::SynSent
+            | tcp::State::SynReceived
+            | tcp::State::Established
+            | tcp::State::FinWait1
+            | tcp::State::FinWait2
+            | tcp::State::CloseWait => socket.abort(),
+        }
+    }
+
+    /// Whether nothing will ever come of it again. A connection in TIME-WAIT is done: its port rests because ports
+    /// are used in turn.
+    pub(super) fn finished(&mut self) -> bool {
+        if !self.released {
+            return false;
+        }
+        match self.tcp() {
+            Some(socket) => matches!(socket.state(), tcp::State::Closed | tcp::State::TimeWait),
+            None => true,
+        }
+    }
+}
+
+/// The settings of every connection. The first three are the fork's own: without them the crate is plain smoltcp.
+fn tune(socket: &mut tcp::Socket<'static>) {
+    socket.set_sack_recovery(true);
+    socket.set_min_rto(MIN_RTO);
+    socket.set_congestion_control(tcp::CongestionControl::Cubic);
+    socket.set_timeout(Some(DEAD_AFTER));
+    socket.set_keep_alive(Some(KEEP_ALIVE));
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_bytes_belong_to_a_flow_or_to_none(packet in proptest::collection::vec(any::<u8>(), 0..80)) {
+            let _ = FlowKey::of_inbound(&packet);
+        }
+    }
+}

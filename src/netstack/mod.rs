@@ -1,0 +1,262 @@
+//! TCP and UDP inside the tunnel: one smoltcp `SocketSet` a flow, one `Interface` for all.
+//!
+//! smoltcp looks through a whole set for every packet; with a set a flow that search has length one, so a thousand idle
+//! connections cost the busy one nothing, and every flow gets its turn. Flows are found by their addresses and ports.
+//! Only what we opened is here: a packet of no flow is not answered at all.
+
+mod device;
+mod flow;
+mod ports;
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Instant;
+
+use smoltcp::iface::{Interface, SocketSet};
+use smoltcp::socket::{tcp, udp};
+use smoltcp::wire::{HardwareAddress, IpCidr};
+
+use device::{Device, MTU};
+pub use flow::FlowId;
+use flow::{Flow, FlowKey, Kind};
+use ports::Ports;
+pub use ports::PortsExhausted;
+
+/// Segments that one flow may send before the next has its turn: one GSO batch.
+const QUANTUM: usize = 48;
+
+/// The stack. Pure: packets and `now` come in, packets go out by a closure.
+pub struct Netstack {
+    iface: Interface,
+    epoch: Instant,
+    addresses: Vec<IpAddr>,
+    flows: HashMap<FlowId, Flow>,
+    by_key: HashMap<FlowKey, FlowId>,
+    next_id: u64,
+    ports: Ports,
+    /// Flows that may have something to send.
+    dirty: VecDeque<FlowId>,
+    timers: BTreeSet<(Instant, FlowId)>,
+    /// Answers that smoltcp made while it took a packet in.
+    replies: Vec<Vec<u8>>,
+    scratch: Box<[u8; MTU]>,
+    removed: VecDeque<FlowKey>,
+}
+
+impl Netstack {
+    /// A stack without addresses. `seed` makes sequence numbers and ports unguessable.
+    pub fn new(seed: u64, now: Instant) -> Self {
+        let mut config = smoltcp::iface::Config::new(HardwareAddress::Ip);
+        config.random_seed = seed;
+        let mut scratch = Box::new([0; MTU]);
+        let mut nowhere = |_: &[u8]| {};
+        let mut device = Device::new(None, &mut scratch[..], &mut nowhere);
+        let iface = Interface::new(config, &mut device, smoltcp::time::Instant::ZERO);
+        Self {
+            iface,
+            epoch: now,
+            addresses: Vec::new(),
+            flows: HashMap::new(),
+            by_key: HashMap::new(),
+            next_id: 0,
+            ports: Ports::new(seed),
+            dirty: VecDeque::new(),
+            timers: BTreeSet::new(),
+            replies: Vec::new(),
+            scratch,
+            removed: VecDeque::new(),
+        }
+    }
+
+    /// Takes over the node's addresses. Flows from an address that is gone find no answer any more and time out.
+    pub fn set_addresses(&mut self, addresses: &[IpAddr]) {
+        addresses.clone_into(&mut self.addresses);
+        self.iface.update_ip_addrs(|list| {
+            list.clear();
+            for address in addresses {
+                let cidr = IpCidr::new((*address).into(), if address.is_ipv4() { 32 } else { 128 });
+                // The list holds eight: a node has one address of each family, and masquerade addresses are rare.
+                let _ = list.push(cidr);
+            }
+        });
+    }
+
+    /// Our address of the same family as `remote`.
+    pub fn source_for(&self, remote: IpAddr) -> Option<IpAddr> {
+        self.addresses.iter().copied().find(|address| address.is_ipv4() == remote.is_ipv4())
+    }
+
+    /// Begins a TCP connection from `local` to `remote`. The SYN leaves with the next [`egress`](Self::egress).
+    ///
+    /// # Errors
+    /// [`PortsExhausted`] when every local port is in use for that destination.
+    pub fn connect(&mut self, local: IpAddr, remote: SocketAddr) -> Result<FlowId, PortsExhausted> {
+        let by_key = &self.by_key;
+        let key_for = |port| FlowKey { kind: Kind::Tcp, local: SocketAddr::new(local, port), remote };
+        let port = self.ports.choose(|port| by_key.contains_key(&key_for(port)))?;
+        let flow = Flow::connect(self.iface.context(), SocketAddr::new(local, port), remote);
+        Ok(self.insert(flow))
+    }
+
+    /// Opens a UDP flow from `local` to `remote`.
+    ///
+    /// # Errors
+    /// [`PortsExhausted`] when every local port is in use for that destination.
+    pub fn open_udp(&mut self, local: IpAddr, remote: SocketAddr) -> Result<FlowId, PortsExhausted> {
+        let by_key = &self.by_key;
+        let key_for = |port| FlowKey { kind: Kind::Udp, local: SocketAddr::new(local, port), remote };
+        let port = self.ports.choose(|port| by_key.contains_key(&key_for(port)))?;
+        Ok(self.insert(Flow::udp(SocketAddr::new(local, port), remote)))
+    }
+
+    fn insert(&mut self, flow: Flow) -> FlowId {
+        let id = FlowId(self.next_id);
+        self.next_id += 1;
+        self.by_key.insert(flow.key, id);
+        self.flows.insert(id, flow);
+        self.touch(id);
+        id
+    }
+
+    /// A flow's local and remote address; `None` once it is removed.
+    pub fn addresses_of(&self, id: FlowId) -> Option<(SocketAddr, SocketAddr)> {
+        self.flows.get(&id).map(|flow| (flow.key.local, flow.key.remote))
+    }
+
+    /// The TCP socket of a flow. Call [`touch`](Self::touch) after a change.
+    pub fn tcp(&mut self, id: FlowId) -> Option<&mut tcp::Socket<'static>> {
+        self.flows.get_mut(&id).and_then(Flow::tcp)
+    }
+
+    /// The UDP socket of a flow. Call [`touch`](Self::touch) after a change.
+    pub fn udp(&mut self, id: FlowId) -> Option<&mut udp::Socket<'static>> {
+        self.flows.get_mut(&id).and_then(Flow::udp_socket)
+    }
+
+    /// Puts a flow on the list of those that may have something to send.
+    pub fn touch(&mut self, id: FlowId) {
+        if let Some(flow) = self.flows.get_mut(&id)
+            && !flow.dirty
+        {
+            flow.dirty = true;
+            self.dirty.push_back(id);
+        }
+    }
+
+    /// Lets go of a flow. A TCP connection that is still open gets a RST with the next egress; one that was closed
+    /// well goes on in the background until its last FIN is answered.
+    pub fn release(&mut self, id: FlowId) {
+        if let Some(flow) = self.flows.get_mut(&id) {
+            flow.release();
+            self.touch(id);
+        }
+    }
+
+    /// Takes a packet from the tunnel. Returns the flow that it belongs to, or `None`: it is dropped then.
+    pub fn handle_packet(&mut self, packet: &[u8], now: Instant) -> Option<FlowId> {
+        let id = *self.by_key.get(&FlowKey::of_inbound(packet)?)?;
+        let flow = self.flows.get_mut(&id)?;
+        let replies = &mut self.replies;
+        let mut reply = |packet: &[u8]| replies.push(packet.to_vec());
+        let mut device = Device::new(Some(packet), &mut self.scratch[..], &mut reply);
+        self.iface.poll_ingress_single(timestamp(self.epoch, now), &mut device, &mut flow.sockets);
+        self.touch(id);
+        Some(id)
+    }
+
+    /// Gives every flow that has something to send one turn of at most [`QUANTUM`] packets; `send` takes each packet.
+    /// Returns whether more waits. Stops early, between two flows, when `blocked` says so.
+    pub fn egress(&mut self, now: Instant, send: &mut dyn FnMut(&[u8])) -> bool {
+        for packet in self.replies.drain(..) {
+            send(&packet);
+        }
+        let time = timestamp(self.epoch, now);
+        for _ in 0..self.dirty.len() {
+            let Some(id) = self.dirty.pop_front() else { break };
+            let Some(flow) = self.flows.get_mut(&id) else { continue };
+            flow.dirty = false;
+            let mut sent = QUANTUM;
+            while sent > 0 && flow.send_one(&mut self.iface, time, &mut self.scratch[..], send) {
+                sent -= 1;
+            }
+            if sent == 0 {
+                self.touch(id);
+            } else if flow.finished() {
+                self.remove(id);
+            } else {
+                self.schedule(id, now);
+            }
+        }
+        !self.dirty.is_empty()
+    }
+
+    /// Sets a flow's timer to when smoltcp wants it polled again.
+    fn schedule(&mut self, id: FlowId, now: Instant) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let due = self.iface.poll_at(timestamp(self.epoch, now), &flow.sockets).map(|at| {
+            let micros = u64::try_from(at.total_micros()).unwrap_or(0);
+            (self.epoch + std::time::Duration::from_micros(micros)).max(now)
+        });
+        if flow.due == due {
+            return;
+        }
+        if let Some(old) = std::mem::replace(&mut flow.due, due) {
+            self.timers.remove(&(old, id));
+        }
+        if let Some(due) = due {
+            self.timers.insert((due, id));
+        }
+    }
+
+    fn remove(&mut self, id: FlowId) {
+        let Some(flow) = self.flows.remove(&id) else { return };
+        self.by_key.remove(&flow.key);
+        self.removed.push_back(flow.key);
+        if let Some(due) = flow.due {
+            self.timers.remove(&(due, id));
+        }
+    }
+
+    /// When [`handle_timeout`](Self::handle_timeout) is to be called next.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.timers.first().map(|(due, _)| *due)
+    }
+
+    /// Wakes the flows whose time has come; they send with the next [`egress`](Self::egress).
+    pub fn handle_timeout(&mut self, now: Instant) {
+        while let Some(&(due, id)) = self.timers.first()
+            && due <= now
+        {
+            self.timers.pop_first();
+            if let Some(flow) = self.flows.get_mut(&id) {
+                flow.due = None;
+            }
+            self.touch(id);
+        }
+    }
+
+    /// Whether a flow has something to send that no [`egress`](Self::egress) has seen yet.
+    pub fn has_work(&self) -> bool {
+        !self.dirty.is_empty() || !self.replies.is_empty()
+    }
+
+    /// The next flow that has ended since the last call: whether it was UDP, its local and its remote address.
+    pub fn poll_removed(&mut self) -> Option<(bool, SocketAddr, SocketAddr)> {
+        self.removed.pop_front().map(|key| (key.kind == Kind::Udp, key.local, key.remote))
+    }
+
+    /// How many flows there are, those that are ending included.
+    pub fn flow_count(&self) -> usize {
+        self.flows.len()
+    }
+}
+
+fn timestamp(epoch: Instant, now: Instant) -> smoltcp::time::Instant {
+    let micros = i64::try_from(now.saturating_duration_since(epoch).as_micros()).unwrap_or(i64::MAX);
+    smoltcp::time::Instant::from_micros(micros)
+}
+
+/// A set that never grows: one flow, one socket.
+fn socket_set() -> SocketSet<'static> {
+    SocketSet::new(Vec::with_capacity(1))
+}

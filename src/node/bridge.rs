@@ -1,0 +1,196 @@
+//! The way from the control thread into the tunnel: hickory's resolvers run there, the netstack does not.
+//!
+//! A resolver asks by [`Tunnel`] for a TCP connection or a UDP flow; a task on the data thread opens it and carries the
+//! octets. Questions are few and small, so a copy between the threads costs nothing that matters.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Mutex;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use hickory_resolver::net::runtime::iocompat::AsyncIoTokioAsStd;
+use hickory_resolver::net::runtime::{DnsUdpSocket, RuntimeProvider, TokioHandle, TokioTime};
+use tokio::io::DuplexStream;
+use tokio::sync::{mpsc, oneshot};
+
+use super::core::Shared;
+use super::tunnel::{ConnectFailure, TunnelDatagrams, TunnelStream};
+
+/// Octets between the two ends of a bridged connection.
+const PIPE: usize = 64 << 10;
+/// Datagrams that wait on either side of a bridged flow.
+const DATAGRAMS: usize = 16;
+/// The longest that a connection to a resolver may take.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+/// What the control thread asks of the data thread.
+enum Request {
+    Tcp(SocketAddr, Duration, oneshot::Sender<Result<DuplexStream, ConnectFailure>>),
+    Udp(SocketAddr, oneshot::Sender<Result<Datagrams, ConnectFailure>>),
+}
+
+/// The control thread's end.
+#[derive(Clone)]
+pub(super) struct Tunnel {
+    requests: mpsc::Sender<Request>,
+    handle: TokioHandle,
+}
+
+impl Tunnel {
+    /// Starts the data thread's end on the current `LocalSet`.
+    pub(super) fn start(core: Shared) -> Self {
+        let (requests, mut incoming) = mpsc::channel(64);
+        tokio::task::spawn_local(async move {
+            while let Some(request) = incoming.recv().await {
+                tokio::task::spawn_local(serve(core.clone(), request));
+            }
+        });
+        Self { requests, handle: TokioHandle::default() }
+    }
+
+    /// Connects to `remote` through the tunnel.
+    pub(super) async fn connect(&self, remote: SocketAddr, limit: Duration) -> io::Result<DuplexStream> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Request::Tcp(remote, limit, reply)).await?;
+        answer.await.map_err(stopped)?.map_err(|failure| failed(remote, failure))
+    }
+
+    async fn open_udp(&self, remote: SocketAddr) -> io::Result<Datagrams> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Request::Udp(remote, reply)).await?;
+        answer.await.map_err(stopped)?.map_err(|failure| failed(remote, failure))
+    }
+
+    async fn ask(&self, request: Request) -> io::Result<()> {
+        self.requests.send(request).await.map_err(stopped)
+    }
+}
+
+fn stopped<E>(_: E) -> io::Error {
+    io::Error::new(io::ErrorKind::NotConnected, "the node has stopped")
+}
+
+fn failed(remote: SocketAddr, failure: ConnectFailure) -> io::Error {
+    let kind = match failure {
+        ConnectFailure::Refused => io::ErrorKind::ConnectionRefused,
+        ConnectFailure::Unanswered => io::ErrorKind::TimedOut,
+        ConnectFailure::Rejected(_) => io::ErrorKind::PermissionDenied,
+        ConnectFailure::Family | ConnectFailure::Ports => io::ErrorKind::AddrNotAvailable,
+    };
+    io::Error::new(kind, format!("{remote}: {failure:?}"))
+}
+
+async fn serve(core: Shared, request: Request) {
+    match request {
+        Request::Tcp(remote, limit, reply) => {
+            let mut stream = match TunnelStream::connect(&core, remote, limit).await {
+                Ok(stream) => stream,
+                Err(failure) => {
+                    // Whoever asked may have gone.
+                    let _ = reply.send(Err(failure));
+                    return;
+                }
+            };
+            let (mut ours, theirs) = tokio::io::duplex(PIPE);
+            if reply.send(Ok(theirs)).is_ok() {
+                // How the carrying ended shows in what the resolver reads.
+                let _ = tokio::io::copy_bidirectional(&mut ours, &mut stream).await;
+            }
+        }
+        Request::Udp(remote, reply) => match TunnelDatagrams::open(&core, remote) {
+            Ok(flow) => carry_datagrams(flow, remote, reply).await,
+            Err(failure) => {
+                // Whoever asked may have gone.
+                let _ = reply.send(Err(failure));
+            }
+        },
+    }
+}
+
+async fn carry_datagrams(
+    flow: TunnelDatagrams,
+    remote: SocketAddr,
+    reply: oneshot::Sender<Result<Datagrams, ConnectFailure>>,
+) {
+    let (outgoing, mut from_resolver) = mpsc::channel::<Vec<u8>>(DATAGRAMS);
+    let (to_resolver, incoming) = mpsc::channel(DATAGRAMS);
+    if reply.send(Ok(Datagrams { remote, outgoing, incoming: Mutex::new(incoming) })).is_err() {
+        return;
+    }
+    loop {
+        tokio::select! {
+            question = from_resolver.recv() => match question {
+                Some(question) => flow.send(&question),
+                None => return,
+            },
+            answer = flow.recv() => match answer {
+                Ok(answer) => {
+                    if to_resolver.send(answer).await.is_err() {
+                        return;
+                    }
+                }
+                Err(_) => return,
+            },
+        }
+    }
+}
+
+/// A UDP flow to one resolver, as hickory uses it.
+pub(super) struct Datagrams {
+    remote: SocketAddr,
+    outgoing: mpsc::Sender<Vec<u8>>,
+    incoming: Mutex<mpsc::Receiver<Vec<u8>>>,
+}
+
+impl DnsUdpSocket for Datagrams {
+    type Time = TokioTime;
+
+    fn poll_recv_from(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<(usize, SocketAddr)>> {
+        let mut incoming = self.incoming.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        incoming.poll_recv(cx).map(|datagram| {
+            let datagram = datagram.ok_or_else(|| stopped(()))?;
+            let count = datagram.len().min(buf.len());
+            buf[..count].copy_from_slice(&datagram[..count]);
+            Ok((count, self.remote))
+        })
+    }
+
+    fn poll_send_to(&self, _cx: &mut Context<'_>, buf: &[u8], _target: SocketAddr) -> Poll<io::Result<usize>> {
+        // A datagram that finds the channel full is lost, as datagrams are; the resolver asks again.
+        let _ = self.outgoing.try_send(buf.to_vec());
+        Poll::Ready(Ok(buf.len()))
+    }
+}
+
+impl RuntimeProvider for Tunnel {
+    type Handle = TokioHandle;
+    type Timer = TokioTime;
+    type Udp = Datagrams;
+    type Tcp = AsyncIoTokioAsStd<DuplexStream>;
+
+    fn create_handle(&self) -> Self::Handle {
+        self.handle.clone()
+    }
+
+    fn connect_tcp(
+        &self,
+        server: SocketAddr,
+        _bind: Option<SocketAddr>,
+        timeout: Option<Duration>,
+    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
+        let tunnel = self.clone();
+        let limit = timeout.unwrap_or(CONNECT_LIMIT);
+        Box::pin(async move { tunnel.connect(server, limit).await.map(AsyncIoTokioAsStd) })
+    }
+
+    fn bind_udp(
+        &self,
+        _local: SocketAddr,
+        server: SocketAddr,
+    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Udp>>>> {
+        let tunnel = self.clone();
+        Box::pin(async move { tunnel.open_udp(server).await })
+    }
+}

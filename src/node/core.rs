@@ -1,0 +1,418 @@
+//! The data plane in one place: engine, netstack and the sockets that carry out what they say.
+//!
+//! Everything here runs on the data thread. Proxy tasks and the driver share it by a `RefCell` that nobody holds over
+//! an `await`. Whoever changes something calls [`Core::pump`], which sends what is to be sent at once: handing it to
+//! another task first would cost a scheduler pass for every message.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::{Notify, mpsc, watch};
+use tracing::{debug, trace};
+
+use super::regions;
+use crate::control::HostReport;
+use crate::engine::{Engine, Flow, Output, Protocol};
+use crate::key::{NodePrivate, NodePublic};
+use crate::netmap::{Netmap, RegionId};
+use crate::netstack::{FlowId, Netstack, PortsExhausted};
+use crate::transport::derp::{Event, Packet, Region};
+use crate::transport::udp::{ReceiveBuffers, Udp};
+use crate::transport::underlay::Underlay;
+use crate::wire::tsmp::Reason;
+
+/// Rounds of egress in one pump before the driver has its turn: a flow that could send for ever must not keep it.
+const ROUNDS: usize = 64;
+
+/// A shared handle to the data plane.
+pub(super) type Shared = Rc<RefCell<Core>>;
+
+/// What the core needs of the outside.
+pub(super) struct Parts {
+    pub(super) engine: Engine,
+    pub(super) netstack: Netstack,
+    pub(super) udp: Option<Rc<Udp>>,
+    pub(super) key: NodePrivate,
+    pub(super) underlay: Underlay,
+    pub(super) control: tokio::runtime::Handle,
+    pub(super) derp_events: mpsc::Sender<(RegionId, Event)>,
+    pub(super) probes: mpsc::Sender<regions::Probed>,
+    pub(super) report: watch::Sender<HostReport>,
+}
+
+/// The data plane.
+pub(super) struct Core {
+    parts: Parts,
+    buffers: ReceiveBuffers,
+    netmap: Option<Arc<Netmap>>,
+    regions: BTreeMap<RegionId, Region>,
+    /// Regions whose relay has admitted us.
+    connected: BTreeMap<RegionId, ()>,
+    home: watch::Sender<Option<RegionId>>,
+    /// Batches that a full UDP socket did not take.
+    blocked: VecDeque<Batch>,
+    /// Flows that a peer's filter has rejected.
+    rejected: HashMap<FlowId, Reason>,
+    by_flow: HashMap<Flow, FlowId>,
+    /// Wakes the driver, whose next deadline may have come nearer.
+    wake: Rc<Notify>,
+    /// Wakes those who wait for a peer.
+    pub(super) peer_changed: Rc<Notify>,
+    next_deadline: Option<Instant>,
+    stats: Stats,
+}
+
+/// What the core counts.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Stats {
+    /// Batches that the operating system refused for their destination, as when it has no route there.
+    pub(super) send_errors: u64,
+    /// Packets that a slow relay's queue dropped.
+    pub(super) derp_dropped: u64,
+}
+
+struct Batch {
+    destination: SocketAddr,
+    contents: Vec<u8>,
+    segment: usize,
+}
+
+impl Core {
+    pub(super) fn new(parts: Parts) -> Self {
+        Self {
+            parts,
+            buffers: ReceiveBuffers::default(),
+            netmap: None,
+            regions: BTreeMap::new(),
+            connected: BTreeMap::new(),
+            home: watch::Sender::new(None),
+            blocked: VecDeque::new(),
+            rejected: HashMap::new(),
+            by_flow: HashMap::new(),
+            wake: Rc::new(Notify::new()),
+            peer_changed: Rc::new(Notify::new()),
+            next_deadline: None,
+            stats: Stats::default(),
+        }
+    }
+
+    /// Wakes the driver.
+    pub(super) fn waker(&self) -> Rc<Notify> {
+        self.wake.clone()
+    }
+
+    /// The home region once its relay has admitted us.
+    pub(super) fn home(&self) -> watch::Receiver<Option<RegionId>> {
+        self.home.subscribe()
+    }
+
+    /// The UDP sockets, for the driver to wait on.
+    pub(super) fn udp(&self) -> Option<Rc<Udp>> {
+        self.parts.udp.clone()
+    }
+
+    /// Whether batches wait for a UDP socket to take them.
+    pub(super) fn is_blocked(&self) -> bool {
+        !self.blocked.is_empty()
+    }
+
+    /// The engine, for questions about peers.
+    pub(super) fn engine(&mut self) -> &mut Engine {
+        &mut self.parts.engine
+    }
+
+    /// The TCP and UDP of the tunnel.
+    pub(super) fn netstack(&mut self) -> &mut Netstack {
+        &mut self.parts.netstack
+    }
+
+    /// When the driver has to call [`handle_timeout`](Self::handle_timeout).
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.next_deadline
+    }
+
+    /// Takes over a new netmap.
+    pub(super) fn handle_netmap(&mut self, netmap: Arc<Netmap>, now: Instant) {
+        self.parts.netstack.set_addresses(&netmap.self_node.addresses);
+        let changed: Vec<RegionId> = self
+            .regions
+            .keys()
+            .copied()
+            .filter(|id| self.netmap.as_ref().is_some_and(|old| old.derp.regions.get(id) != netmap.derp.regions.get(id)))
+            .collect();
+        self.netmap = Some(netmap.clone());
+        for region in changed {
+            debug!(region, "derp region changed, connecting anew");
+            self.regions.remove(&region);
+            self.lose_region(region, now);
+            self.connect_region(region, false);
+        }
+        self.parts.engine.handle_netmap(netmap, now);
+        self.pump(now);
+    }
+
+    /// Opens a TCP flow; the SYN leaves at once.
+    pub(super) fn connect(&mut self, remote: SocketAddr, now: Instant) -> Result<Option<FlowId>, PortsExhausted> {
+        let Some(local) = self.parts.netstack.source_for(remote.ip()) else { return Ok(None) };
+        let id = self.parts.netstack.connect(local, remote)?;
+        self.open_flow(id, Protocol::Tcp);
+        self.pump(now);
+        Ok(Some(id))
+    }
+
+    /// Opens a UDP flow.
+    pub(super) fn open_udp(&mut self, remote: SocketAddr) -> Result<Option<FlowId>, PortsExhausted> {
+        let Some(local) = self.parts.netstack.source_for(remote.ip()) else { return Ok(None) };
+        let id = self.parts.netstack.open_udp(local, remote)?;
+        self.open_flow(id, Protocol::Udp);
+        Ok(Some(id))
+    }
+
+    fn open_flow(&mut self, id: FlowId, protocol: Protocol) {
+        if let Some((local, remote)) = self.parts.netstack.addresses_of(id) {
+            let flow = Flow { protocol, local, remote };
+            self.parts.engine.open_flow(flow);
+            self.by_flow.insert(flow, id);
+        }
+    }
+
+    /// Lets go of a flow.
+    pub(super) fn release(&mut self, id: FlowId, now: Instant) {
+        self.parts.netstack.release(id);
+        self.rejected.remove(&id);
+        self.pump(now);
+    }
+
+    /// Why a peer rejected a flow, if it did.
+    pub(super) fn rejection(&self, id: FlowId) -> Option<Reason> {
+        self.rejected.get(&id).copied()
+    }
+
+    /// The address that packets to `remote` leave from.
+    pub(super) fn source_for(&self, remote: IpAddr) -> Option<IpAddr> {
+        self.parts.netstack.source_for(remote)
+    }
+
+    /// Takes what waits on the UDP sockets.
+    pub(super) fn handle_readable(&mut self, now: Instant) {
+        let Some(udp) = self.parts.udp.clone() else { return };
+        let (engine, netstack) = (&mut self.parts.engine, &mut self.parts.netstack);
+        udp.receive(&mut self.buffers, |from, datagram| {
+            if let Some(packet) = engine.handle_udp(from, datagram, now) {
+                netstack.handle_packet(packet, now);
+            }
+        });
+        self.pump(now);
+    }
+
+    /// Takes what a relay says.
+    pub(super) fn handle_derp(&mut self, region: RegionId, event: Event, now: Instant) {
+        if !self.regions.contains_key(&region) {
+            return;
+        }
+        let (engine, netstack) = (&mut self.parts.engine, &mut self.parts.netstack);
+        match event {
+            Event::Connected => {
+                self.connected.insert(region, ());
+                engine.handle_derp_connected(region, now);
+                self.tell_home();
+            }
+            Event::Packets(packets) => {
+                for packet in packets {
+                    let mut contents = Vec::from(packet.contents);
+                    if let Some(inner) = engine.handle_derp(region, packet.peer, &mut contents, now) {
+                        netstack.handle_packet(inner, now);
+                    }
+                }
+            }
+            Event::PeerGone(peer, _) => engine.handle_derp_peer_gone(region, peer),
+            Event::Lost(_) => self.lose_region(region, now),
+        }
+        self.pump(now);
+    }
+
+    fn lose_region(&mut self, region: RegionId, now: Instant) {
+        self.connected.remove(&region);
+        self.parts.engine.handle_derp_lost(region, now);
+        self.tell_home();
+    }
+
+    /// Takes the outcome of a probe that the engine asked for.
+    pub(super) fn handle_probe(&mut self, probed: regions::Probed, now: Instant) {
+        match probed {
+            regions::Probed::Https(region, latency) => self.parts.engine.handle_https_latency(region, latency, now),
+            regions::Probed::Stun(region, addresses) => self.parts.engine.handle_stun_address(region, addresses, now),
+        }
+        self.pump(now);
+    }
+
+    /// Does what time demands.
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        self.parts.engine.handle_timeout(now);
+        self.parts.netstack.handle_timeout(now);
+        self.pump(now);
+    }
+
+    /// Starts a handshake with a peer, so that it is done when the first packet comes.
+    pub(super) fn warm(&mut self, peer: NodePublic, now: Instant) {
+        self.parts.engine.warm(peer, now);
+        self.pump(now);
+    }
+
+    /// Marks a flow as changed, and sends.
+    pub(super) fn touch(&mut self, id: FlowId, now: Instant) {
+        self.parts.netstack.touch(id);
+        self.pump(now);
+    }
+
+    /// Sends until nothing is left to send or the sockets are full.
+    pub(super) fn pump(&mut self, now: Instant) {
+        self.flush_blocked();
+        for _ in 0..ROUNDS {
+            let mut more = false;
+            if self.blocked.is_empty() {
+                let (engine, netstack) = (&mut self.parts.engine, &mut self.parts.netstack);
+                more = netstack.egress(now, &mut |packet| {
+                    if let Err(error) = engine.handle_outbound(packet, now) {
+                        trace!(%error, "packet without a route");
+                    }
+                });
+            }
+            self.execute_outputs();
+            if !more || !self.blocked.is_empty() {
+                break;
+            }
+        }
+        self.forget_removed();
+        self.schedule();
+    }
+
+    fn schedule(&mut self) {
+        let engine = self.parts.engine.next_deadline().map(|(at, _)| at);
+        let deadline = [engine, self.parts.netstack.next_deadline()].into_iter().flatten().min();
+        let nearer = match (deadline, self.next_deadline) {
+            (Some(new), Some(old)) => new < old,
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        self.next_deadline = deadline;
+        if nearer || self.parts.netstack.has_work() || !self.blocked.is_empty() {
+            self.wake.notify_one();
+        }
+    }
+
+    fn forget_removed(&mut self) {
+        while let Some((udp, local, remote)) = self.parts.netstack.poll_removed() {
+            let flow = Flow { protocol: if udp { Protocol::Udp } else { Protocol::Tcp }, local, remote };
+            self.parts.engine.close_flow(&flow);
+            if let Some(id) = self.by_flow.remove(&flow) {
+                self.rejected.remove(&id);
+            }
+        }
+    }
+
+    fn execute_outputs(&mut self) {
+        while let Some(output) = self.parts.engine.poll_output() {
+            match output {
+                Output::Udp { destination, contents, segment } => {
+                    self.send_udp(Batch { destination, contents, segment });
+                }
+                Output::Derp { region, to, packet } => self.send_derp(region, to, packet),
+                Output::ConnectDerp { region, home } => self.connect_region(region, home),
+                Output::CloseDerp { region } => {
+                    self.regions.remove(&region);
+                    self.connected.remove(&region);
+                }
+                Output::ProbeHttps { region } => self.probe(region, regions::probe_https),
+                Output::ResolveStun { region, host, port } => {
+                    let probes = self.parts.probes.clone();
+                    self.parts.control.spawn(regions::resolve_stun(region, host, port, probes));
+                }
+                Output::HostChanged(state) => {
+                    self.parts.report.send_replace(regions::report(&state));
+                    self.set_home(state.home);
+                }
+                Output::Rejected { flow, reason } => {
+                    if let Some(id) = self.by_flow.get(&flow) {
+                        self.rejected.insert(*id, reason);
+                        self.peer_changed.notify_waiters();
+                    }
+                }
+                Output::PeerChanged { .. } => self.peer_changed.notify_waiters(),
+            }
+        }
+    }
+
+    fn send_udp(&mut self, batch: Batch) {
+        let Some(udp) = &self.parts.udp else { return };
+        if !self.blocked.is_empty() {
+            self.blocked.push_back(batch);
+            return;
+        }
+        match udp.send(batch.destination, &batch.contents, batch.segment) {
+            Ok(()) => self.parts.engine.recycle(batch.contents),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.blocked.push_back(batch),
+            Err(error) => {
+                trace!(%error, "datagram not sent");
+                self.stats.send_errors += 1;
+                self.parts.engine.recycle(batch.contents);
+            }
+        }
+    }
+
+    fn flush_blocked(&mut self) {
+        for batch in std::mem::take(&mut self.blocked) {
+            self.send_udp(batch);
+        }
+    }
+
+    fn send_derp(&mut self, region: RegionId, to: NodePublic, packet: Vec<u8>) {
+        if let Some(connection) = self.regions.get(&region)
+            && !connection.send(Packet { peer: to, contents: packet.into() })
+        {
+            self.stats.derp_dropped += 1;
+        }
+    }
+
+    fn connect_region(&mut self, region: RegionId, home: bool) {
+        let Some(relays) = self.relays(region) else { return };
+        let parts = &self.parts;
+        let connection = self.regions.entry(region).or_insert_with(|| {
+            let events = parts.derp_events.clone();
+            Region::start(&parts.control, region, relays, parts.key.clone(), parts.underlay.clone(), events)
+        });
+        if home {
+            connection.set_home(true);
+        }
+    }
+
+    fn relays(&self, region: RegionId) -> Option<Vec<crate::transport::derp::Relay>> {
+        Some(regions::relays(self.netmap.as_ref()?.derp.regions.get(&region)?))
+    }
+
+    fn probe<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        region: RegionId,
+        probe: fn(RegionId, crate::transport::derp::Relay, Underlay, mpsc::Sender<regions::Probed>) -> F,
+    ) {
+        let Some(relay) = self.relays(region).and_then(|relays| relays.into_iter().next()) else { return };
+        self.parts.control.spawn(probe(region, relay, self.parts.underlay.clone(), self.parts.probes.clone()));
+    }
+
+    fn set_home(&self, home: Option<RegionId>) {
+        for (id, region) in &self.regions {
+            region.set_home(Some(*id) == home);
+        }
+        self.tell_home();
+    }
+
+    fn tell_home(&self) {
+        let home = self.parts.engine.host_state().home.filter(|home| self.connected.contains_key(home));
+        self.home.send_if_modified(|old| std::mem::replace(old, home) != home);
+    }
+}

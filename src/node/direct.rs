@@ -1,0 +1,166 @@
+//! Connections outside the tailnet, for hosts that `--direct-allow` names and for no others.
+
+use std::cell::Cell;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::time::timeout;
+
+use super::dial::{DialError, Host, Target};
+use super::resolve::ResolveError;
+use super::stream::Spliced;
+
+/// Dials `target` on the underlay. Only [`dial`](super::dial::dial) may call it, after a rule of the user's has matched.
+pub(super) async fn connect(target: &Target, limit: Duration) -> Result<TcpStream, DialError> {
+    let addresses = addresses(target).await?;
+    let first = addresses[0];
+    for address in addresses {
+        if let Ok(Ok(stream)) = timeout(limit, TcpStream::connect(address)).await {
+            // Small messages must not wait for an ACK; without the option they are only later.
+            let _ = stream.set_nodelay(true);
+            return Ok(stream);
+        }
+    }
+    Err(DialError::Refused { address: first })
+}
+
+/// At least one address of the target, by the machine's own resolver where it is a name.
+async fn addresses(target: &Target) -> Result<Vec<SocketAddr>, DialError> {
+    let name = match &target.host {
+        Host::Ip(ip) => return Ok(vec![SocketAddr::new(*ip, target.port)]),
+        Host::Name(name) => name.clone(),
+    };
+    let resolver = "the machine's own resolver".to_owned();
+    let found = tokio::net::lookup_host((name.as_str(), target.port)).await.map(Iterator::collect::<Vec<_>>);
+    match found {
+        Ok(found) if found.is_empty() => Err(ResolveError::NoAddress { name, resolver }.into()),
+        Ok(found) => Ok(found),
+        Err(error) => Err(ResolveError::Failed { name, resolver, rcode: error.to_string() }.into()),
+    }
+}
+
+/// Bytes read at once. Two such buffers live as long as a direct connection; the kernel backs only what was touched.
+const CHUNK: usize = 32 * 1024;
+
+/// Which side of a splice a failure came from.
+enum Side {
+    Client,
+    Target,
+}
+
+/// See [`Stream::splice`](super::Stream::splice); a target outside fails or ends like one inside.
+pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
+    let (sent, received) = (Cell::new(0), Cell::new(0));
+    let ended = {
+        let (mut from_client, mut to_client) = client.split();
+        let (mut from_target, mut to_target) = target.split();
+        let outward = async {
+            to_target.write_all(early).await.map_err(|error| (Side::Target, error))?;
+            sent.set(early.len() as u64);
+            carry((Side::Client, &mut from_client), (Side::Target, &mut to_target), &sent).await
+        };
+        let inward = carry((Side::Target, &mut from_target), (Side::Client, &mut to_client), &received);
+        tokio::try_join!(outward, inward)
+    };
+    let spliced = Spliced { sent: sent.get(), received: received.get(), reset: false };
+    let Err((side, error)) = ended else { return Ok(spliced) };
+    // Whoever still stands learns of it the way we did; the failed side's own socket is beyond caring.
+    let _ = client.set_zero_linger();
+    let _ = target.set_zero_linger();
+    match side {
+        Side::Target => Ok(Spliced { reset: true, ..spliced }),
+        Side::Client if received.get() > 0 || sent.get() > 0 => Ok(spliced),
+        Side::Client => Err(error),
+    }
+}
+
+/// One direction, until the reading side has ended; its end is passed on.
+async fn carry(
+    (reading, from): (Side, &mut ReadHalf<'_>),
+    (writing, to): (Side, &mut WriteHalf<'_>),
+    carried: &Cell<u64>,
+) -> Result<(), (Side, io::Error)> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let length = match from.read(&mut buffer).await {
+            Ok(length) => length,
+            Err(error) => return Err((reading, error)),
+        };
+        if length == 0 {
+            // The other side may be gone already; its own direction tells so.
+            let _ = to.shutdown().await;
+            return Ok(());
+        }
+        if let Err(error) = to.write_all(&buffer[..length]).await {
+            return Err((writing, error));
+        }
+        carried.set(carried.get() + length as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::net::TcpListener;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// Two connected sockets.
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (dialled, listener.accept().await.unwrap().0)
+    }
+
+    /// A client and a target with a splice between them.
+    async fn spliced(early: &'static [u8]) -> (TcpStream, TcpStream, tokio::task::JoinHandle<io::Result<Spliced>>) {
+        let (client, near) = pair().await;
+        let (far, target) = pair().await;
+        let splice = tokio::spawn(splice(far, near, early));
+        (client, target, splice)
+    }
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    #[tokio::test]
+    async fn half_close_passes_and_the_other_direction_goes_on() {
+        let (mut client, mut target, splice) = spliced(b"early ").await;
+        client.write_all(b"question").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut question = String::new();
+        timeout(SOON, target.read_to_string(&mut question)).await.unwrap().unwrap();
+        assert_eq!(question, "early question");
+        target.write_all(b"answer").await.unwrap();
+        drop(target);
+        let mut answer = String::new();
+        timeout(SOON, client.read_to_string(&mut answer)).await.unwrap().unwrap();
+        assert_eq!(answer, "answer");
+        assert_eq!(splice.await.unwrap().unwrap(), Spliced { sent: 14, received: 6, reset: false });
+    }
+
+    #[tokio::test]
+    async fn reset_of_the_target_resets_the_client() {
+        let (mut client, target, splice) = spliced(b"").await;
+        target.set_zero_linger().unwrap();
+        drop(target);
+        let error = timeout(SOON, client.read_u8()).await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert!(splice.await.unwrap().unwrap().reset);
+    }
+
+    #[tokio::test]
+    async fn reset_of_the_client_resets_the_target() {
+        let (client, mut target, splice) = spliced(b"").await;
+        client.set_zero_linger().unwrap();
+        drop(client);
+        let error = timeout(SOON, target.read_u8()).await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert!(splice.await.unwrap().is_err());
+    }
+}

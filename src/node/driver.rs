@@ -1,0 +1,81 @@
+//! The loop that waits for everything the data plane can be woken by: datagrams, relays, netmaps, time.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::core::Shared;
+use super::regions::Probed;
+use crate::netmap::{Netmap, RegionId};
+use crate::transport::derp::Event;
+
+/// What the driver listens to.
+pub(super) struct Inputs {
+    pub(super) netmap: watch::Receiver<Option<Arc<Netmap>>>,
+    pub(super) derp_events: mpsc::Receiver<(RegionId, Event)>,
+    pub(super) probes: mpsc::Receiver<Probed>,
+    pub(super) stop: CancellationToken,
+}
+
+/// What woke the driver.
+enum Woken {
+    Readable,
+    Writable,
+    Derp(RegionId, Event),
+    Netmap,
+    Probe(Probed),
+    Time,
+    Stop,
+}
+
+/// Drives the data plane until it is stopped.
+pub(super) async fn run(core: Shared, mut inputs: Inputs) {
+    let (udp, wake) = (core.borrow().udp(), core.borrow().waker());
+    loop {
+        let (deadline, blocked) = (core.borrow().next_deadline(), core.borrow().is_blocked());
+        let readable = poll_fn(|cx| match &udp {
+            Some(udp) => udp.poll_readable(cx).map(drop),
+            None => std::task::Poll::Pending,
+        });
+        let writable = poll_fn(|cx| match &udp {
+            Some(udp) if blocked => udp.poll_writable(cx).map(drop),
+            Some(_) | None => std::task::Poll::Pending,
+        });
+        let woken = tokio::select! {
+            () = readable => Woken::Readable,
+            () = writable => Woken::Writable,
+            Some((region, event)) = inputs.derp_events.recv() => Woken::Derp(region, event),
+            Ok(()) = inputs.netmap.changed() => Woken::Netmap,
+            Some(probed) = inputs.probes.recv() => Woken::Probe(probed),
+            () = wait_until(deadline) => Woken::Time,
+            () = wake.notified() => Woken::Time,
+            () = inputs.stop.cancelled() => Woken::Stop,
+        };
+        let now = Instant::now();
+        let mut core = core.borrow_mut();
+        match woken {
+            Woken::Readable => core.handle_readable(now),
+            Woken::Writable => core.pump(now),
+            Woken::Derp(region, event) => core.handle_derp(region, event, now),
+            Woken::Netmap => {
+                let netmap = inputs.netmap.borrow_and_update().clone();
+                if let Some(netmap) = netmap {
+                    core.handle_netmap(netmap, now);
+                }
+            }
+            Woken::Probe(probed) => core.handle_probe(probed, now),
+            Woken::Time => core.handle_timeout(now),
+            Woken::Stop => return,
+        }
+    }
+}
+
+async fn wait_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,165 @@
+//! From what control and the relays say to one [`State`], and what control is told of us.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use super::{Config, JoinStage, Joined, NodeError, State, Transport};
+use crate::control::{Client, Failure, HostReport, Phase};
+use crate::netmap::{Netmap, RegionId};
+use crate::wire::tailcfg::hostinfo::Hostinfo;
+
+/// What control is told of us. Inbound is closed, logs stay here, and tags are asked for only where the user says so:
+/// a key brings its own, and headscale refuses a request beside them.
+pub(super) fn hostinfo(config: &Config) -> Hostinfo {
+    let mut log_id = [0; 32];
+    rand::fill(&mut log_id[..]);
+    Hostinfo {
+        ipn_version: format!("{}-tailcar", env!("CARGO_PKG_VERSION")),
+        backend_log_id: hex::encode(log_id),
+        os: std::env::consts::OS.to_owned(),
+        app: "tailcar".to_owned(),
+        go_arch: match std::env::consts::ARCH {
+            "x86_64" => "amd64".to_owned(),
+            "aarch64" => "arm64".to_owned(),
+            other => other.to_owned(),
+        },
+        hostname: config.hostname.clone(),
+        shields_up: true,
+        no_logs_no_support: true,
+        request_tags: config.advertise_tags.clone(),
+        userspace: Some(true),
+        userspace_router: Some(true),
+        ..Hostinfo::default()
+    }
+}
+
+/// The engine's word for the same thing: its layer does not know ours.
+pub(super) fn engine_transport(transport: Transport) -> crate::engine::Transport {
+    match transport {
+        Transport::Auto => crate::engine::Transport::Auto,
+        Transport::Direct => crate::engine::Transport::Direct,
+        Transport::Derp => crate::engine::Transport::Derp,
+    }
+}
+
+/// Starts a task that sums up how far the node has come.
+pub(super) fn watch_state(
+    client: &Client,
+    home: watch::Receiver<Option<RegionId>>,
+    join_timeout: Duration,
+    started: Instant,
+    stop: CancellationToken,
+) -> watch::Receiver<State> {
+    let first = State::Joining { stage: JoinStage::Control, last_error: None };
+    let (out, state) = watch::channel(first);
+    let watcher = Watcher {
+        netmap: client.netmap.clone(),
+        phase: client.phase.clone(),
+        accepted: client.accepted.clone(),
+        home,
+        started,
+        join_timeout,
+        joined_after: None,
+        was_ready: false,
+    };
+    tokio::task::spawn_local(watcher.run(out, stop));
+    state
+}
+
+struct Watcher {
+    netmap: watch::Receiver<Option<std::sync::Arc<Netmap>>>,
+    phase: watch::Receiver<Phase>,
+    accepted: watch::Receiver<HostReport>,
+    home: watch::Receiver<Option<RegionId>>,
+    started: Instant,
+    join_timeout: Duration,
+    joined_after: Option<Duration>,
+    was_ready: bool,
+}
+
+impl Watcher {
+    async fn run(mut self, out: watch::Sender<State>, stop: CancellationToken) {
+        let deadline = tokio::time::Instant::from_std(self.started + self.join_timeout);
+        loop {
+            let state = self.sum_up();
+            let over = matches!(state, State::Failed(_));
+            out.send_replace(state);
+            if over {
+                return;
+            }
+            tokio::select! {
+                Ok(()) = self.netmap.changed() => {}
+                Ok(()) = self.phase.changed() => {}
+                Ok(()) = self.accepted.changed() => {}
+                Ok(()) = self.home.changed() => {}
+                () = tokio::time::sleep_until(deadline), if !self.was_ready => {
+                    out.send_replace(State::Failed(self.too_late().into()));
+                    return;
+                }
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// Once ready, a node stays ready: a relay or a server that is away for a while does not end what goes on.
+    fn sum_up(&mut self) -> State {
+        let phase = self.phase.borrow_and_update().clone();
+        if let Phase::Failed(failure) = &phase {
+            return State::Failed(failed(failure).into());
+        }
+        let Some(netmap) = self.netmap.borrow_and_update().clone() else {
+            let (stage, last_error) = stage_of(phase);
+            return State::Joining { stage, last_error };
+        };
+        let join_time = *self.joined_after.get_or_insert_with(|| self.started.elapsed());
+        let home = *self.home.borrow_and_update();
+        let told = self.accepted.borrow_and_update().net_info.as_ref().map_or(0, |info| info.preferred_derp);
+        let joined = Joined {
+            tailnet: netmap.magicdns_suffix().to_owned(),
+            name: netmap.self_node.name.clone(),
+            id: netmap.self_node.id,
+            addresses: netmap.self_node.addresses.clone(),
+            tags: netmap.self_node.tags.clone(),
+            home_derp: home,
+            join_time,
+        };
+        let relayed = home.is_some_and(|home| home == told);
+        if !self.was_ready && relayed {
+            debug!(ms = self.started.elapsed().as_millis(), "ready");
+        }
+        self.was_ready |= relayed;
+        if self.was_ready { State::Ready(joined.into()) } else { State::Joined(joined.into()) }
+    }
+
+    fn too_late(&self) -> NodeError {
+        let limit = self.join_timeout;
+        if self.netmap.borrow().is_some() {
+            return NodeError::JoinTimeout { stage: JoinStage::Relay, limit, last_error: None };
+        }
+        let (stage, last_error) = stage_of(self.phase.borrow().clone());
+        NodeError::JoinTimeout { stage, limit, last_error }
+    }
+}
+
+fn stage_of(phase: Phase) -> (JoinStage, Option<std::sync::Arc<crate::control::RegisterError>>) {
+    match phase {
+        Phase::Connecting(error) => (JoinStage::Control, error),
+        Phase::Registering(error) => (JoinStage::Register, error),
+        Phase::AwaitingNetmap(error) => (JoinStage::Netmap, error),
+        Phase::AwaitingApproval => (JoinStage::Approval, None),
+        Phase::Reconnecting(error) => (JoinStage::Netmap, Some(error)),
+        Phase::Online | Phase::Failed(_) => (JoinStage::Netmap, None),
+    }
+}
+
+/// The failure as ours: it is shared with whoever else watches the phase, so its words are carried over.
+fn failed(failure: &Failure) -> NodeError {
+    match failure {
+        Failure::Register(error) => NodeError::Register(error.clone()),
+        Failure::KeyExpired => NodeError::KeyExpired,
+        Failure::Deleted => NodeError::Deleted,
+    }
+}

@@ -1,0 +1,271 @@
+//! The node: the only place where the pure core meets sockets.
+//!
+//! [`Node::start`] makes the keys, binds the UDP sockets, logs in on the control thread and drives the data plane on
+//! the data thread's `LocalSet`. Whoever holds a [`Node`] dials through it, sees how far it has come, and ends it.
+
+mod bridge;
+pub mod config;
+mod core;
+pub mod dial;
+mod direct;
+mod doh;
+mod driver;
+mod lifecycle;
+mod regions;
+pub mod resolve;
+pub mod stream;
+mod tunnel;
+
+use std::cell::RefCell;
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+pub use config::{Config, Transport};
+pub use dial::{DialError, DirectRule, Host, RouteError, Target};
+pub use resolve::ResolveError;
+pub use stream::{Spliced, Stream};
+
+use self::core::{Core, Parts, Shared};
+use crate::control::{Client, HostReport, RegisterError};
+use crate::engine::Engine;
+use crate::key::{DiscoPrivate, MachinePrivate, NodePrivate};
+use crate::netmap::Netmap;
+use crate::netstack::Netstack;
+use crate::transport::interfaces::local_endpoints;
+use crate::transport::tls::{RootsError, Tls};
+use crate::transport::udp::Udp;
+use crate::transport::underlay::Underlay;
+
+/// How far the node has come. The newest value wins; see [`Node::state`].
+#[derive(Debug, Clone)]
+pub enum State {
+    /// On its way in; says what it waits for and what last went wrong.
+    Joining {
+        /// What is waited for.
+        stage: JoinStage,
+        /// The last failure that is being retried.
+        last_error: Option<Arc<RegisterError>>,
+    },
+    /// A netmap is here: names and routes are known, connections may be dialled.
+    Joined(Arc<Joined>),
+    /// The home DERP is connected too, and control has accepted our endpoints.
+    Ready(Arc<Joined>),
+    /// It will not come in, or it was put out.
+    Failed(Arc<NodeError>),
+}
+
+/// What a joining node waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JoinStage {
+    /// The control server to answer.
+    Control,
+    /// Control to accept the key.
+    Register,
+    /// An administrator to approve the device.
+    Approval,
+    /// The first netmap.
+    Netmap,
+    /// The home DERP, and control to accept our endpoints.
+    Relay,
+}
+
+/// What a node knows of itself once it is in.
+#[derive(Debug, Clone)]
+pub struct Joined {
+    /// The tailnet's name, as MagicDNS suffix.
+    pub tailnet: String,
+    /// Our full name, without trailing dot.
+    pub name: String,
+    /// Control's number for us.
+    pub id: i64,
+    /// Our addresses inside the tailnet.
+    pub addresses: Vec<IpAddr>,
+    /// The tags that control granted.
+    pub tags: Vec<String>,
+    /// The home DERP region, once chosen.
+    pub home_derp: Option<u32>,
+    /// From start to netmap.
+    pub join_time: Duration,
+}
+
+/// Why a node is not, or no longer, part of the tailnet. Terminal.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// Control refused us.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// `join_timeout` passed; carries what was waited for and the last error.
+    #[error("not joined after {limit:?}, still waiting for {stage:?}")]
+    JoinTimeout {
+        /// What was waited for.
+        stage: JoinStage,
+        /// The limit.
+        limit: Duration,
+        /// The last failure that was being retried.
+        last_error: Option<Arc<RegisterError>>,
+    },
+    /// The node key's time ended in mid-run.
+    #[error("the node's key has expired")]
+    KeyExpired,
+    /// An administrator, or the server, deleted the node in mid-run.
+    #[error("control no longer knows this node")]
+    Deleted,
+    /// The trusted certificates cannot be read.
+    #[error(transparent)]
+    Roots(#[from] RootsError),
+    /// The operating system refused a socket.
+    #[error("cannot open {what}: {source}")]
+    Os {
+        /// What was to be opened.
+        what: &'static str,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+}
+
+/// How a logout ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logout {
+    /// Control confirmed it.
+    Confirmed,
+    /// There was nothing to log out from: the node never registered.
+    NotNeeded,
+    /// No confirmation came within the limit.
+    Unconfirmed,
+}
+
+/// A handle to the node. Clones are cheap; all live on the data thread.
+#[derive(Clone)]
+pub struct Node {
+    inner: Rc<Inner>,
+}
+
+struct Inner {
+    config: Config,
+    core: Shared,
+    client: Client,
+    netmap: watch::Receiver<Option<Arc<Netmap>>>,
+    state: watch::Receiver<State>,
+    resolvers: resolve::Resolvers,
+    /// Our own listeners, so that a connection to them is not made a loop.
+    listeners: RefCell<Vec<SocketAddr>>,
+    stop: CancellationToken,
+}
+
+impl Node {
+    /// Starts the node: binds its UDP sockets, logs in on the `control` runtime, and drives the data plane on the
+    /// current `LocalSet`. Returns at once; progress shows in [`Node::state`].
+    ///
+    /// # Errors
+    /// [`NodeError::Roots`] when `ca_file` cannot be used, [`NodeError::Os`] when no UDP socket can be bound.
+    pub fn start(mut config: Config, control: tokio::runtime::Handle) -> Result<Self, NodeError> {
+        let started = Instant::now();
+        let tls = Tls::load(config.ca_file.as_deref())?;
+        let proxy = config.proxy.clone().map(Arc::new);
+        let underlay = Underlay { tls, proxy, no_proxy: config.no_proxy.clone().into() };
+        let udp = bind(config.transport)?;
+        let (node_key, disco_key) = (NodePrivate::random(), DiscoPrivate::random());
+        let (report_out, report) = watch::channel(HostReport::default());
+        let client = Client::start(
+            &control,
+            crate::control::Config {
+                url: config.login_server.clone(),
+                underlay: underlay.clone(),
+                machine: MachinePrivate::random(),
+                node: node_key.public(),
+                disco: disco_key.public(),
+                // From here on the control client alone holds the key, and wipes it once it has done its work.
+                auth_key: config.auth_key.take(),
+                hostinfo: lifecycle::hostinfo(&config),
+                accept_routes: config.accept_routes,
+            },
+            report,
+        );
+
+        let (derp_out, derp_events) = mpsc::channel(256);
+        let (probes_out, probes) = mpsc::channel(16);
+        let mut engine = Engine::new(
+            crate::engine::Config {
+                node_key: node_key.clone(),
+                disco_key,
+                seed: rand::random(),
+                transport: lifecycle::engine_transport(config.transport),
+            },
+            started,
+        );
+        if let Some(udp) = &udp {
+            engine.set_local_endpoints(local_endpoints(udp.ports()), started);
+        }
+        let parts = Parts {
+            engine,
+            netstack: Netstack::new(rand::random(), started),
+            udp,
+            key: node_key,
+            underlay,
+            control: control.clone(),
+            derp_events: derp_out,
+            probes: probes_out,
+            report: report_out,
+        };
+        let core: Shared = Rc::new(RefCell::new(Core::new(parts)));
+        let stop = CancellationToken::new();
+        let inputs = driver::Inputs { netmap: client.netmap.clone(), derp_events, probes, stop: stop.clone() };
+        tokio::task::spawn_local(driver::run(core.clone(), inputs));
+        let state = lifecycle::watch_state(&client, core.borrow().home(), config.join_timeout, started, stop.clone());
+        let resolvers = resolve::Resolvers::new(bridge::Tunnel::start(core.clone()), control);
+        let netmap = client.netmap.clone();
+        let listeners = RefCell::default();
+        Ok(Self { inner: Rc::new(Inner { config, core, client, netmap, state, resolvers, listeners, stop }) })
+    }
+
+    /// How far the node has come.
+    pub fn state(&self) -> watch::Receiver<State> {
+        self.inner.state.clone()
+    }
+
+    /// The newest netmap, once there is one.
+    pub fn netmap(&self) -> Option<Arc<Netmap>> {
+        self.inner.netmap.borrow().clone()
+    }
+
+    /// Tells the node where this process listens, so that nobody is connected to us through us.
+    pub fn set_listeners(&self, listeners: Vec<SocketAddr>) {
+        *self.inner.listeners.borrow_mut() = listeners;
+    }
+
+    /// Opens a connection to `target` through the tailnet, or outside where the user allowed it by name.
+    /// Returns once the target has answered. Waits while the node joins, at most `hold_timeout`; then at most
+    /// `dial_timeout`.
+    ///
+    /// # Errors
+    /// [`DialError`], each with its own code in the table of faults.
+    pub async fn dial(&self, target: &Target) -> Result<Stream, DialError> {
+        dial::dial(&self.inner, target).await
+    }
+
+    /// Logs out and stops, within `limit`.
+    pub async fn shutdown(&self, limit: Duration) -> Logout {
+        let outcome = self.inner.client.log_out(limit).await;
+        self.inner.stop.cancel();
+        match outcome {
+            crate::control::LoggedOut::Confirmed => Logout::Confirmed,
+            crate::control::LoggedOut::NotNeeded => Logout::NotNeeded,
+            crate::control::LoggedOut::Unconfirmed => Logout::Unconfirmed,
+        }
+    }
+}
+
+fn bind(transport: Transport) -> Result<Option<Rc<Udp>>, NodeError> {
+    match transport {
+        Transport::Derp => Ok(None),
+        Transport::Auto | Transport::Direct => match Udp::bind() {
+            Ok(udp) => Ok(Some(Rc::new(udp))),
+            Err(source) => Err(NodeError::Os { what: "a UDP socket", source }),
+        },
+    }
+}

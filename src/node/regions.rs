@@ -1,0 +1,128 @@
+//! Between the netmap's DERP map, the engine's findings, and what transport and control want of them.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tracing::debug;
+
+use crate::control::HostReport;
+use crate::engine::HostState;
+use crate::netmap::RegionId;
+use crate::transport::derp::Relay;
+use crate::transport::tls::Check;
+use crate::transport::underlay::{Underlay, authority};
+use crate::wire::tailcfg::derp::{DerpNode, Family, Region};
+
+/// The longest that an HTTPS probe may take.
+const PROBE_LIMIT: Duration = Duration::from_secs(3);
+
+/// What a probe found.
+pub(super) enum Probed {
+    /// The time of an HTTPS request to a region; `None` if it failed.
+    Https(RegionId, Option<Duration>),
+    /// The addresses of a region's STUN server.
+    Stun(RegionId, Vec<SocketAddr>),
+}
+
+/// The relays of a region, in the order in which they are tried.
+pub(super) fn relays(region: &Region) -> Vec<Relay> {
+    region.nodes.iter().filter(|node| !node.stun_only).filter_map(relay).collect()
+}
+
+fn relay(node: &DerpNode) -> Option<Relay> {
+    let check = if let Some(pin) = node.cert_name.strip_prefix("sha256-raw:") {
+        let mut hash = [0; 32];
+        // A pin that cannot be read must not become no pin.
+        hex::decode_to_slice(pin, &mut hash).ok()?;
+        Check::Pin(hash)
+    } else if node.insecure_for_tests {
+        Check::Insecure
+    } else if node.cert_name.is_empty() {
+        Check::Name(node.host_name.clone())
+    } else {
+        Check::Name(node.cert_name.clone())
+    };
+    let address = match (node.ipv4, node.ipv6) {
+        (Family::At(ip), _) | (_, Family::At(ip)) => ip.to_string(),
+        (Family::Resolve | Family::Never, Family::Resolve | Family::Never) => node.host_name.clone(),
+    };
+    Some(Relay { host: node.host_name.clone(), address, port: node.https(), check })
+}
+
+/// What control is told of the engine's findings.
+pub(super) fn report(state: &HostState) -> HostReport {
+    let (endpoints, endpoint_types) = state.endpoints.iter().copied().unzip();
+    HostReport { endpoints, endpoint_types, net_info: Some(state.netinfo.clone()) }
+}
+
+/// Measures a region by an HTTPS request, for networks that let no UDP pass.
+/// Source: Tailscale, net/netcheck, `measureHTTPSLatency`.
+pub(super) async fn probe_https(
+    region: RegionId,
+    relay: Relay,
+    underlay: Underlay,
+    probes: mpsc::Sender<Probed>,
+) {
+    let latency = match https_latency(&relay, &underlay).await {
+        Ok(latency) => Some(latency),
+        Err(error) => {
+            debug!(region, %error, "no answer to an HTTPS probe");
+            None
+        }
+    };
+    // A driver that is gone needs no latency.
+    let _ = probes.send(Probed::Https(region, latency)).await;
+}
+
+async fn https_latency(relay: &Relay, underlay: &Underlay) -> Result<Duration, reqwest::Error> {
+    let tls = underlay.tls.checked(&relay.check).as_ref().clone();
+    let mut builder = reqwest::Client::builder()
+        .tls_backend_preconfigured(tls)
+        .redirect(reqwest::redirect::Policy::none())
+        .timeout(PROBE_LIMIT)
+        .no_proxy();
+    if let Some(proxy) = &underlay.proxy {
+        builder = builder.proxy(reqwest::Proxy::all(proxy.as_str())?);
+    } else if let Ok(ip) = relay.address.parse::<IpAddr>() {
+        builder = builder.resolve(&relay.host, SocketAddr::new(ip, relay.port));
+    }
+    let client = builder.build()?;
+    let url = format!("https://{}/derp/latency-check", authority(&relay.host, relay.port));
+    // The first request pays for TCP and TLS; the second measures the round trip.
+    client.head(&url).send().await?;
+    let begun = Instant::now();
+    client.head(&url).send().await?;
+    Ok(begun.elapsed())
+}
+
+/// Looks up a STUN server's name by the machine's own resolver: it is part of the underlay.
+pub(super) async fn resolve_stun(region: RegionId, host: String, port: u16, probes: mpsc::Sender<Probed>) {
+    let addresses = tokio::net::lookup_host((host.as_str(), port)).await;
+    let addresses = addresses.map(Iterator::collect).unwrap_or_default();
+    // A driver that is gone needs no address.
+    let _ = probes.send(Probed::Stun(region, addresses)).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn relay_of(json: &str) -> Option<Relay> {
+        relay(&serde_json::from_str(json).unwrap())
+    }
+
+    #[test]
+    fn a_pin_that_cannot_be_read_leaves_the_relay_out() {
+        assert_eq!(relay_of(r#"{"HostName":"h","CertName":"sha256-raw:xyz","InsecureForTests":true}"#), None);
+        let pin = format!(r#"{{"HostName":"h","CertName":"sha256-raw:{}"}}"#, "ab".repeat(32));
+        assert_eq!(relay_of(&pin).unwrap().check, Check::Pin([0xab; 32]));
+    }
+
+    #[test]
+    fn a_certificate_is_checked_unless_the_map_says_otherwise() {
+        assert_eq!(relay_of(r#"{"HostName":"h"}"#).unwrap().check, Check::Name("h".to_owned()));
+        assert_eq!(relay_of(r#"{"HostName":"h","CertName":"c"}"#).unwrap().check, Check::Name("c".to_owned()));
+        assert_eq!(relay_of(r#"{"HostName":"h","InsecureForTests":true}"#).unwrap().check, Check::Insecure);
+    }
+}

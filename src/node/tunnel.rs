@@ -1,0 +1,379 @@
+//! A TCP connection or a UDP flow inside the tunnel, as the data thread sees it.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use smoltcp::socket::tcp;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::core::Shared;
+use super::stream::Spliced;
+use crate::netstack::{FlowId, PortsExhausted};
+use crate::wire::tsmp::Reason;
+
+/// Octets that one direction may carry before other tasks have their turn.
+const TURN: usize = 1 << 20;
+
+/// A flow that is released when it is dropped.
+pub(super) struct Handle {
+    pub(super) core: Shared,
+    pub(super) id: FlowId,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // A task that is dropped while the core is borrowed cannot be one of ours: nobody holds it over an await.
+        if let Ok(mut core) = self.core.try_borrow_mut() {
+            core.release(self.id, Instant::now());
+        }
+    }
+}
+
+/// Why a connection inside the tunnel was not made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ConnectFailure {
+    /// We have no address of that family.
+    Family,
+    /// No local port is free.
+    Ports,
+    /// A RST came.
+    Refused,
+    /// The peer's filter said so.
+    Rejected(Reason),
+    /// Nothing came in time.
+    Unanswered,
+}
+
+impl From<PortsExhausted> for ConnectFailure {
+    fn from(_: PortsExhausted) -> Self {
+        Self::Ports
+    }
+}
+
+/// An open TCP connection inside the tunnel.
+pub struct TunnelStream {
+    handle: Handle,
+}
+
+impl TunnelStream {
+    /// Connects to `remote`, within `limit`.
+    pub(super) async fn connect(core: &Shared, remote: SocketAddr, limit: Duration) -> Result<Self, ConnectFailure> {
+        let id = core.borrow_mut().connect(remote, Instant::now())?.ok_or(ConnectFailure::Family)?;
+        let handle = Handle { core: core.clone(), id };
+        let rejected = core.borrow().peer_changed.clone();
+        let established = async {
+            loop {
+                let notified = rejected.notified();
+                if let Some(reason) = core.borrow().rejection(id) {
+                    return Err(ConnectFailure::Rejected(reason));
+                }
+                tokio::select! {
+                    outcome = poll_fn(|cx| poll_established(core, id, cx)) => return outcome,
+                    () = notified => {}
+                }
+            }
+        };
+        timeout(limit, established).await.map_err(|_| ConnectFailure::Unanswered)??;
+        Ok(Self { handle })
+    }
+
+    /// See [`Stream::splice`](super::Stream::splice).
+    pub(super) async fn splice(self, client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
+        let mut splice = Splice { tunnel: &self, client, early, up: Half::Open, down: Half::Open, total: Spliced::default() };
+        poll_fn(|cx| splice.poll(cx)).await?;
+        let (client, total) = (splice.client, splice.total);
+        if total.reset {
+            // A reset stays a reset: the client learns that the connection did not end in peace.
+            rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO))?;
+        }
+        Ok(total)
+    }
+
+    /// Runs `act` on the socket; `None` once the flow is gone.
+    fn with<T>(&self, act: impl FnOnce(&mut tcp::Socket<'static>) -> T) -> Option<T> {
+        self.handle.core.borrow_mut().netstack().tcp(self.handle.id).map(act)
+    }
+
+    /// Sends what was put into the socket.
+    fn pump(&self) {
+        self.handle.core.borrow_mut().touch(self.handle.id, Instant::now());
+    }
+}
+
+fn poll_established(core: &Shared, id: FlowId, cx: &mut Context<'_>) -> Poll<Result<(), ConnectFailure>> {
+    let mut core = core.borrow_mut();
+    let Some(socket) = core.netstack().tcp(id) else { return Poll::Ready(Err(ConnectFailure::Refused)) };
+    match socket.state() {
+        tcp::State::Closed => Poll::Ready(Err(ConnectFailure::Refused)),
+        tcp::State::SynSent | tcp::State::SynReceived | tcp::State::Listen => {
+            socket.register_send_waker(cx.waker());
+            socket.register_recv_waker(cx.waker());
+            Poll::Pending
+        }
+        tcp::State::Established
+        | tcp::State::FinWait1
+        | tcp::State::FinWait2
+        | tcp::State::CloseWait
+        | tcp::State::Closing
+        | tcp::State::LastAck
+        | tcp::State::TimeWait => Poll::Ready(Ok(())),
+    }
+}
+
+/// One direction of a splice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Half {
+    Open,
+    Ended,
+}
+
+/// Bytes both ways between a kernel socket and a flow's rings, without a buffer between: what is read goes into the
+/// ring, what is written comes from it. A full ring is a closed window, and that is all the back-pressure there is.
+struct Splice<'s> {
+    tunnel: &'s TunnelStream,
+    client: TcpStream,
+    early: &'s [u8],
+    up: Half,
+    down: Half,
+    total: Spliced,
+}
+
+impl Splice<'_> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let moved_up = self.poll_up(cx);
+        let moved_down = self.poll_down(cx);
+        self.tunnel.pump();
+        if moved_up? || moved_down? {
+            // The turn was used up: come back after the others.
+            cx.waker().wake_by_ref();
+        }
+        if self.total.reset || (self.up == Half::Ended && self.down == Half::Ended) {
+            return Poll::Ready(Ok(()));
+        }
+        Poll::Pending
+    }
+
+    /// From the client into the tunnel. Returns whether more could be carried at once.
+    fn poll_up(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut carried = 0;
+        while self.up == Half::Open {
+            if carried >= TURN {
+                return Ok(true);
+            }
+            let room = self.tunnel.with(|socket| {
+                let open = socket.may_send();
+                if open && !socket.can_send() {
+                    socket.register_send_waker(cx.waker());
+                }
+                (open, socket.can_send())
+            });
+            match room {
+                Some((true, true)) => {}
+                Some((true, false)) => return Ok(false),
+                Some((false, _)) | None => {
+                    self.up = Half::Ended;
+                    self.total.reset |= self.is_reset();
+                    return Ok(false);
+                }
+            }
+            let Some(count) = self.carry_up(cx)? else { return Ok(false) };
+            carried += count;
+        }
+        Ok(false)
+    }
+
+    /// Fills the ring once: `None` when the client has nothing now, 0 when it has ended.
+    fn carry_up(&mut self, cx: &mut Context<'_>) -> io::Result<Option<usize>> {
+        if !self.early.is_empty() {
+            let sent = self.tunnel.with(|socket| socket.send_slice(self.early).unwrap_or(0)).unwrap_or(0);
+            self.early = &self.early[sent..];
+            self.total.sent += sent as u64;
+            return Ok(Some(sent));
+        }
+        match self.client.poll_read_ready(cx) {
+            Poll::Ready(ready) => ready?,
+            Poll::Pending => return Ok(None),
+        }
+        let client = &self.client;
+        let read = self.tunnel.with(|socket| {
+            socket.send(|ring| match client.try_read(ring) {
+                Ok(count) => (count, Ok(count)),
+                Err(error) => (0, Err(error)),
+            })
+        });
+        match read {
+            Some(Ok(Ok(0))) => {
+                self.tunnel.with(tcp::Socket::close);
+                self.up = Half::Ended;
+                Ok(Some(0))
+            }
+            Some(Ok(Ok(count))) => {
+                self.total.sent += count as u64;
+                Ok(Some(count))
+            }
+            Some(Ok(Err(error))) if error.kind() == io::ErrorKind::WouldBlock => Ok(Some(0)),
+            Some(Ok(Err(error))) => Err(error),
+            Some(Err(_)) | None => Ok(Some(0)),
+        }
+    }
+
+    /// From the tunnel to the client. Returns whether more could be carried at once.
+    fn poll_down(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut carried = 0;
+        while self.down == Half::Open {
+            if carried >= TURN {
+                return Ok(true);
+            }
+            let state = self.tunnel.with(|socket| {
+                if !socket.can_recv() && socket.may_recv() {
+                    socket.register_recv_waker(cx.waker());
+                }
+                (socket.can_recv(), socket.may_recv(), finished(socket))
+            });
+            match state {
+                Some((true, ..)) => {}
+                Some((false, true, _)) => return Ok(false),
+                Some((false, false, true)) => {
+                    self.down = Half::Ended;
+                    rustix::net::shutdown(&self.client, rustix::net::Shutdown::Write)?;
+                    return Ok(false);
+                }
+                Some((false, false, false)) | None => {
+                    self.total.reset = true;
+                    return Ok(false);
+                }
+            }
+            match self.client.poll_write_ready(cx) {
+                Poll::Ready(ready) => ready?,
+                Poll::Pending => return Ok(false),
+            }
+            let client = &self.client;
+            let written = self.tunnel.with(|socket| {
+                socket.recv(|ring| match client.try_write(ring) {
+                    Ok(count) => (count, Ok(count)),
+                    Err(error) => (0, Err(error)),
+                })
+            });
+            match written {
+                Some(Ok(Ok(count))) => {
+                    self.total.received += count as u64;
+                    carried += count;
+                }
+                Some(Ok(Err(error))) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Some(Ok(Err(error))) => return Err(error),
+                Some(Err(_)) | None => {}
+            }
+        }
+        Ok(false)
+    }
+
+    fn is_reset(&self) -> bool {
+        self.tunnel.with(|socket| socket.state() == tcp::State::Closed && !finished(socket)).unwrap_or(true)
+    }
+}
+
+/// Whether the target ended its side in peace: everything came, then its FIN.
+fn finished(socket: &mut tcp::Socket<'static>) -> bool {
+    matches!(socket.recv(|_| (0, ())), Err(tcp::RecvError::Finished))
+}
+
+impl AsyncRead for TunnelStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let outcome = self.with(|socket| {
+            match socket.recv(|ring| {
+                let count = ring.len().min(buf.remaining());
+                buf.put_slice(&ring[..count]);
+                (count, count)
+            }) {
+                Ok(0) => {
+                    socket.register_recv_waker(cx.waker());
+                    Poll::Pending
+                }
+                Ok(_) | Err(tcp::RecvError::Finished) => Poll::Ready(Ok(())),
+                Err(tcp::RecvError::InvalidState) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+            }
+        });
+        let outcome = outcome.unwrap_or_else(|| Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())));
+        if outcome.is_ready() {
+            // The window has opened.
+            self.pump();
+        }
+        outcome
+    }
+}
+
+impl AsyncWrite for TunnelStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
+        let outcome = self.with(|socket| match socket.send_slice(octets) {
+            Ok(0) if !octets.is_empty() => {
+                socket.register_send_waker(cx.waker());
+                Poll::Pending
+            }
+            Ok(count) => Poll::Ready(Ok(count)),
+            Err(tcp::SendError::InvalidState) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+        });
+        self.pump();
+        outcome.unwrap_or_else(|| Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(tcp::Socket::close);
+        self.pump();
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// A UDP flow inside the tunnel.
+pub(super) struct TunnelDatagrams {
+    handle: Rc<Handle>,
+}
+
+impl TunnelDatagrams {
+    /// Opens a flow to `remote`.
+    pub(super) fn open(core: &Shared, remote: SocketAddr) -> Result<Self, ConnectFailure> {
+        let id = core.borrow_mut().open_udp(remote)?.ok_or(ConnectFailure::Family)?;
+        Ok(Self { handle: Rc::new(Handle { core: core.clone(), id }) })
+    }
+
+    /// Sends one datagram; one that finds no room is lost, as datagrams are.
+    pub(super) fn send(&self, octets: &[u8]) {
+        let mut core = self.handle.core.borrow_mut();
+        let Some((_, remote)) = core.netstack().addresses_of(self.handle.id) else { return };
+        let to = smoltcp::wire::IpEndpoint::new(remote.ip().into(), remote.port());
+        if let Some(socket) = core.netstack().udp(self.handle.id)
+            && socket.send_slice(octets, to).is_err()
+        {
+            return;
+        }
+        core.touch(self.handle.id, Instant::now());
+    }
+
+    /// The next datagram.
+    pub(super) async fn recv(&self) -> io::Result<Vec<u8>> {
+        poll_fn(|cx| {
+            let mut core = self.handle.core.borrow_mut();
+            let Some(socket) = core.netstack().udp(self.handle.id) else {
+                return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+            };
+            match socket.recv() {
+                Ok((octets, _)) => Poll::Ready(Ok(octets.to_vec())),
+                Err(_) => {
+                    socket.register_recv_waker(cx.waker());
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+}

@@ -1,0 +1,327 @@
+//! The way in for the browser: SOCKS5 and HTTP on one port.
+//!
+//! The first byte of a connection tells the protocol, without being taken from the socket. Every connection gets an
+//! answer in its own protocol, the one over the limit and the one that comes while the run ends included: a browser
+//! that meets a reset shuns the proxy for minutes. A success is told only once the target has answered.
+
+pub mod access;
+pub mod stats;
+
+mod answer;
+#[cfg(test)]
+mod bed;
+mod body;
+mod fields;
+mod forward;
+mod head;
+mod http;
+mod request;
+mod socks;
+mod splice;
+mod upstream;
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
+
+pub use access::Credentials;
+pub use stats::Stats;
+
+use crate::fault::{self, Fault, Row};
+use crate::node::{Node, Stream, Target};
+use access::OwnListeners;
+use stats::Protocol;
+
+/// The proxy's settings.
+#[derive(Debug)]
+pub struct Config {
+    /// The user and password that clients must show. Defaults to none.
+    pub credentials: Option<Credentials>,
+    /// Connections open at once; the next one is answered and closed. Defaults to 4,096.
+    pub max_connections: usize,
+    /// Bytes of a request head. Defaults to 16 KiB.
+    pub head_limit: usize,
+    /// The longest that a request head, a SOCKS negotiation or an idle HTTP connection may take. Defaults to 10 s.
+    pub head_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { credentials: None, max_connections: 4_096, head_limit: 16 * 1024, head_timeout: Duration::from_secs(10) }
+    }
+}
+
+/// Connections that are being told that there are too many. Past these the kernel's backlog holds what comes.
+const OVERFLOW: usize = 256;
+
+/// How long such a connection may take to say what it wants.
+const OVERFLOW_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The pause after a failed accept: without file descriptors it fails again at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What all connections share.
+struct Proxy {
+    node: Node,
+    config: Config,
+    stats: Arc<Stats>,
+    own: OwnListeners,
+    drain: CancellationToken,
+    overflow: Arc<Semaphore>,
+}
+
+/// Serves `listeners` on the current `LocalSet` until `drain` is cancelled and the connections open then have ended;
+/// a caller that will not wait for them drops the future's result and goes on. The listeners stay bound, and answer
+/// that the run is ending, until the `LocalSet` is dropped.
+///
+/// # Errors
+/// When the operating system does not let a listener be polled.
+pub async fn serve(
+    listeners: Vec<std::net::TcpListener>,
+    node: Node,
+    config: Config,
+    stats: Arc<Stats>,
+    drain: CancellationToken,
+) -> io::Result<()> {
+    let mut bound = Vec::with_capacity(listeners.len());
+    let mut addresses = Vec::with_capacity(listeners.len());
+    for listener in listeners {
+        listener.set_nonblocking(true)?;
+        addresses.push(listener.local_addr()?);
+        bound.push(TcpListener::from_std(listener)?);
+    }
+    let overflow = Arc::new(Semaphore::new(OVERFLOW));
+    let own = OwnListeners::new(addresses);
+    let proxy = Rc::new(Proxy { node, config, stats, own, drain: drain.clone(), overflow });
+    let open = TaskTracker::new();
+    for listener in bound {
+        tokio::task::spawn_local(accept(Rc::clone(&proxy), listener, open.clone()));
+    }
+    drain.cancelled().await;
+    open.close();
+    open.wait().await;
+    Ok(())
+}
+
+/// Takes connections for as long as the `LocalSet` lives.
+async fn accept(proxy: Rc<Proxy>, listener: TcpListener, open: TaskTracker) {
+    let mut number = 0_u64;
+    loop {
+        let (client, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        number += 1;
+        let span = tracing::debug_span!("conn", port = peer.port(), number);
+        let Some(refusal) = proxy.refusal(open.len()) else {
+            open.spawn_local(counted(Rc::clone(&proxy), client, peer).instrument(span));
+            continue;
+        };
+        // The semaphore is never closed; a failure would mean the same as a permit.
+        let permit = Arc::clone(&proxy.overflow).acquire_owned().await.ok();
+        let proxy = Rc::clone(&proxy);
+        let refused = async move {
+            let _permit = permit;
+            let limit = OVERFLOW_TIMEOUT.min(proxy.config.head_timeout);
+            let _ = timeout(limit, connection(proxy, client, peer, Some(refusal))).await;
+        };
+        tokio::task::spawn_local(refused.instrument(span));
+    }
+}
+
+/// One connection that counts.
+async fn counted(proxy: Rc<Proxy>, client: TcpStream, peer: SocketAddr) {
+    struct Open(Arc<Stats>);
+    impl Drop for Open {
+        fn drop(&mut self) {
+            self.0.connection_closed();
+        }
+    }
+    let open = Open(Arc::clone(&proxy.stats));
+    open.0.connection_opened();
+    connection(proxy, client, peer, None).await;
+}
+
+/// One connection: its first byte tells what it speaks. With a `refusal`, whatever it asks is answered so.
+async fn connection(proxy: Rc<Proxy>, client: TcpStream, peer: SocketAddr, refusal: Option<&'static Row>) {
+    // A reply that waits for more bytes costs a round trip of the client's delayed acknowledgement.
+    let _ = client.set_nodelay(true);
+    let Some(first) = first_byte(&proxy, &client, refusal).await else { return };
+    let protocol = match first {
+        5 => Protocol::Socks5,
+        4 => Protocol::Socks4,
+        byte if byte.is_ascii_alphabetic() => Protocol::Http,
+        _ => Protocol::Unknown,
+    };
+    proxy.stats.protocol_known(protocol);
+    match protocol {
+        Protocol::Socks5 => socks::serve(&proxy, client, refusal).await,
+        Protocol::Socks4 => socks::refuse_version_4(&proxy, client).await,
+        Protocol::Http => http::serve(proxy, client, peer, refusal).await,
+        Protocol::Unknown => http::refuse_unknown(&proxy, client, peer, first).await,
+    }
+}
+
+/// The first byte, left in the socket; `None` when there is nobody to answer: the client closed or said nothing at
+/// all, so that no protocol is known to tell it in. Browsers open spare connections that they never use.
+async fn first_byte(proxy: &Proxy, client: &TcpStream, refusal: Option<&'static Row>) -> Option<u8> {
+    let mut first = [0];
+    let peeked = timeout(proxy.config.head_timeout, client.peek(&mut first));
+    let peeked = if refusal.is_some() {
+        peeked.await
+    } else {
+        tokio::select! {
+            biased;
+            peeked = peeked => peeked,
+            () = proxy.drain.cancelled() => return None,
+        }
+    };
+    match peeked {
+        Ok(Ok(1..)) => Some(first[0]),
+        Ok(Ok(0) | Err(_)) | Err(_) => {
+            proxy.stats.protocol_known(Protocol::Unknown);
+            None
+        }
+    }
+}
+
+impl Proxy {
+    /// Why a connection that comes now is not served, when `open` are.
+    fn refusal(&self, open: usize) -> Option<&'static Row> {
+        if self.drain.is_cancelled() {
+            return Some(&fault::DRAINING);
+        }
+        (open >= self.config.max_connections).then_some(&fault::TOO_MANY_CONNECTIONS)
+    }
+
+    /// Reaches `target`, unless it is ourselves or the connection is one to refuse.
+    async fn dial(&self, target: &Target, refusal: Option<&'static Row>) -> Result<Stream, Fault> {
+        if let Some(row) = refusal {
+            return Err(self.limit_fault(row));
+        }
+        if self.drain.is_cancelled() {
+            return Err(self.limit_fault(&fault::DRAINING));
+        }
+        if self.own.contains(target) {
+            return Err(Fault { row: &fault::LOOP, detail: format!("{target} is this proxy itself") });
+        }
+        self.node.dial(target).await.map_err(|error| Fault::from(&error))
+    }
+
+    fn limit_fault(&self, row: &'static Row) -> Fault {
+        let detail = match row.code {
+            code if code == fault::TOO_MANY_CONNECTIONS.code => {
+                format!("{} connections are open, the most allowed", self.config.max_connections)
+            }
+            _ => row.cause.to_owned(),
+        };
+        Fault { row, detail }
+    }
+
+    /// Keeps a failure for those who ask later.
+    fn note(&self, fault: &Fault, target: Option<&Target>) {
+        let code = fault.row.code;
+        match target {
+            Some(target) => tracing::debug!(code, %target, detail = fault.detail, "refused"),
+            None => tracing::debug!(code, detail = fault.detail, "refused"),
+        }
+        let asked = target.map(|target| (target.host.to_string(), target.port));
+        self.stats.failed(fault, asked);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::proxy::bed::{expect_bytes, read_head};
+
+    #[test]
+    fn connection_over_the_limit_is_answered_in_its_own_protocol() {
+        bed::run(async {
+            let bed = bed::start(Config { max_connections: 1, ..Config::default() });
+            let echo = bed::echo().await;
+            let mut first = bed.connect().await;
+            first.write_all(format!("CONNECT {echo} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
+            read_head(&mut first).await;
+            let answer = bed.ask_text(&format!("CONNECT {echo} HTTP/1.1\r\n\r\n")).await;
+            assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("retry-after: 1\r\n"), "{answer}");
+            assert!(answer.contains("error=connection_limit_reached"), "{answer}");
+            let port = echo.port().to_be_bytes();
+            let answer = bed.ask(&[5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1, port[0], port[1]]).await;
+            assert_eq!(answer[..4], [5, 0, 5, 1]);
+            assert_eq!(bed.stats.counters().active, 1);
+            // The open one is none the worse for it.
+            first.write_all(b"still here").await.unwrap();
+            expect_bytes(&mut first, b"still here").await;
+        });
+    }
+
+    #[test]
+    fn drain_lets_open_tunnels_finish_and_answers_newcomers() {
+        bed::run(async {
+            let (bed, echo) = (bed::start(Config::default()), bed::echo().await);
+            let mut open = bed.connect().await;
+            open.write_all(format!("CONNECT {echo} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
+            read_head(&mut open).await;
+            let mut idle = bed.connect().await;
+            bed.drain.cancel();
+            assert_eq!(idle.read(&mut [0]).await.unwrap(), 0);
+            let answer = bed.ask_text("GET http://a.corp/ HTTP/1.1\r\n\r\n").await;
+            assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("TC-2010"), "{answer}");
+            open.write_all(b"bye").await.unwrap();
+            expect_bytes(&mut open, b"bye").await;
+            assert!(!bed.served.is_finished());
+            drop(open);
+            bed.served.await.unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn protocols_are_counted() {
+        bed::run(async {
+            let bed = bed::start(Config::default());
+            for first in [&[5, 0][..], &[4, 1], b"G\n", &[0]] {
+                bed.ask(first).await;
+            }
+            let accepted = bed.stats.counters().accepted;
+            let once =
+                [Protocol::Socks5, Protocol::Socks4, Protocol::Http, Protocol::Unknown].map(|protocol| (protocol, 1));
+            assert_eq!(accepted, once.into());
+        });
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_bytes_end_without_panic(first in prop_oneof![Just(4_u8), Just(5), Just(b'G'), any::<u8>()], rest: Vec<u8>) {
+            bed::run(async {
+                let bed = bed::start(Config { head_timeout: Duration::from_millis(20), ..Config::default() });
+                let mut client = bed.connect().await;
+                client.write_all(&[&[first][..], &rest].concat()).await.unwrap();
+                client.shutdown().await.unwrap();
+                let mut answer = Vec::new();
+                client.read_to_end(&mut answer).await.unwrap();
+                bed.drain.cancel();
+                bed.served.await.unwrap().unwrap();
+                assert!(!answer.is_empty());
+            });
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! After the reply: the bytes of a tunnel, and the end of a connection that got none.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::stats::Stats;
+use crate::fault::{self, Fault};
+use crate::node::{Stream, Target};
+
+/// How long a client that we have answered may take to close. Closing with unread bytes in our socket would make the
+/// kernel send a reset, and a reset may overtake the answer.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// A target and what the client, or the target behind an upgrade, has already said.
+pub(super) struct Tunnel {
+    pub(super) target: Target,
+    pub(super) stream: Stream,
+    /// Bytes that the target sent after the head of its 101.
+    pub(super) received: Bytes,
+}
+
+impl Tunnel {
+    /// Carries bytes until both directions have ended. `early` is what the client sent before our reply.
+    pub(super) async fn carry(self, mut client: TcpStream, early: &[u8], stats: &Stats) {
+        let before = self.received.len() as u64;
+        if client.write_all(&self.received).await.is_err() {
+            return;
+        }
+        let spliced = match self.stream.splice(client, early).await {
+            Ok(spliced) => spliced,
+            Err(error) => {
+                tracing::debug!(%error, "client gone");
+                return;
+            }
+        };
+        stats.bytes_carried(spliced.sent, spliced.received + before);
+        tracing::debug!(sent = spliced.sent, received = spliced.received, reset = spliced.reset, "tunnel closed");
+        if spliced.reset {
+            let fault = Fault { row: &fault::UPSTREAM_CLOSED, detail: format!("{} reset the connection", self.target) };
+            stats.failed(&fault, Some((self.target.host.to_string(), self.target.port)));
+        }
+    }
+}
+
+/// Closes a connection so that the answer on its way arrives: our end first, then the client's, bounded.
+pub(super) async fn farewell(mut client: TcpStream) {
+    if client.shutdown().await.is_err() {
+        return;
+    }
+    let mut scrap = [0; 4096];
+    let _ = timeout(FAREWELL, async { while matches!(client.read(&mut scrap).await, Ok(1..)) {} }).await;
+}

@@ -1,0 +1,200 @@
+//! What the proxy has done so far: connections, refusals and the last failures.
+//!
+//! Browsers swallow a proxy's answers, so the same failures are kept here to be served out of band. Everything is
+//! bounded: the ring by [`RING`], the list of refused destinations by [`DESTINATIONS`] for each code.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use jiff::Timestamp;
+
+use crate::fault::Fault;
+
+/// Failures kept. A page that retries a dead host twice a second fills it in eight minutes.
+pub const RING: usize = 1_000;
+
+/// Refused destinations listed for each code; more are counted in the code's total alone.
+pub const DESTINATIONS: usize = 1_000;
+
+/// How a client spoke to us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    /// SOCKS5, whatever the command.
+    Socks5,
+    /// SOCKS4, always refused.
+    Socks4,
+    /// HTTP, CONNECT and plain requests alike.
+    Http,
+    /// Neither: TLS to the proxy's port, random bytes, or not one byte.
+    Unknown,
+}
+
+/// One failed request, as `/v1/failures` will show it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// When.
+    pub at: Timestamp,
+    /// The host that was asked for, if the request came that far.
+    pub host: Option<String>,
+    /// The port that was asked for.
+    pub port: Option<u16>,
+    /// The four digits after `TC-`.
+    pub code: u16,
+    /// This time's names and numbers.
+    pub detail: String,
+}
+
+/// Destinations that were refused with one code.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Refused {
+    /// All refusals, listed or not.
+    pub total: u64,
+    /// Refusals by `host:port`, at most [`DESTINATIONS`] of them.
+    pub destinations: BTreeMap<String, u64>,
+}
+
+/// A copy of all counters at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// Connections that are open now, those over the limit left out.
+    pub active: u64,
+    /// Connections accepted, by the protocol that their first byte told.
+    pub accepted: BTreeMap<Protocol, u64>,
+    /// Tunnels and requests whose target answered.
+    pub succeeded: u64,
+    /// Failures by code, refusals included.
+    pub errors: BTreeMap<u16, u64>,
+    /// Refusals by policy, by code.
+    pub refused: BTreeMap<u16, Refused>,
+    /// Bytes of payload from clients to targets, added when a connection or request ends.
+    pub sent: u64,
+    /// Bytes of payload from targets to clients, added when a connection or request ends.
+    pub received: u64,
+}
+
+/// The proxy's counters. Written on the data thread, read by anyone; taken a few times a connection, never a packet.
+#[derive(Debug, Default)]
+pub struct Stats {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    counters: Counters,
+    failures: VecDeque<Failure>,
+}
+
+impl Stats {
+    /// All counters.
+    pub fn counters(&self) -> Counters {
+        self.inner().counters.clone()
+    }
+
+    /// The last failures, oldest first; those of `host` alone (whatever its case) and at or after `since`, if given.
+    pub fn failures(&self, host: Option<&str>, since: Option<Timestamp>) -> Vec<Failure> {
+        let of_host = |failure: &&Failure| match host {
+            Some(host) => failure.host.as_deref().is_some_and(|own| own.eq_ignore_ascii_case(host)),
+            None => true,
+        };
+        let recent = |failure: &&Failure| since.is_none_or(|since| failure.at >= since);
+        self.inner().failures.iter().filter(of_host).filter(recent).cloned().collect()
+    }
+
+    pub(super) fn connection_opened(&self) {
+        self.inner().counters.active += 1;
+    }
+
+    pub(super) fn connection_closed(&self) {
+        let mut inner = self.inner();
+        inner.counters.active = inner.counters.active.saturating_sub(1);
+    }
+
+    pub(super) fn protocol_known(&self, protocol: Protocol) {
+        *self.inner().counters.accepted.entry(protocol).or_default() += 1;
+    }
+
+    pub(super) fn target_answered(&self) {
+        self.inner().counters.succeeded += 1;
+    }
+
+    pub(super) fn bytes_carried(&self, sent: u64, received: u64) {
+        let mut inner = self.inner();
+        inner.counters.sent += sent;
+        inner.counters.received += received;
+    }
+
+    /// Notes a failure; `target` is what was asked for, where the request came that far.
+    pub(super) fn failed(&self, fault: &Fault, target: Option<(String, u16)>) {
+        let mut inner = self.inner();
+        let code = fault.row.code;
+        *inner.counters.errors.entry(code).or_default() += 1;
+        if let Some((host, port)) = target.as_ref().filter(|_| is_refusal(fault)) {
+            let refused = inner.counters.refused.entry(code).or_default();
+            refused.total += 1;
+            let destination = format!("{host}:{port}");
+            if refused.destinations.len() < DESTINATIONS || refused.destinations.contains_key(&destination) {
+                *refused.destinations.entry(destination).or_default() += 1;
+            }
+        }
+        if inner.failures.len() == RING {
+            inner.failures.pop_front();
+        }
+        let (host, port) = target.unzip();
+        inner.failures.push_back(Failure { at: Timestamp::now(), host, port, code, detail: fault.detail.clone() });
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // Counters stay meaningful whatever a panicking thread left undone.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether policy, not the network, said no: the destinations that promise 1 wants listed.
+fn is_refusal(fault: &Fault) -> bool {
+    matches!(fault.row.proxy_status, "http_request_denied" | "proxy_loop_detected")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault;
+
+    fn public(detail: &str) -> Fault {
+        Fault { row: &fault::PUBLIC, detail: detail.to_owned() }
+    }
+
+    #[test]
+    fn refused_destinations_are_counted_and_listed() {
+        let stats = Stats::default();
+        stats.failed(&public("a"), Some((String::from("example.com"), 443)));
+        stats.failed(&public("b"), Some((String::from("example.com"), 443)));
+        stats.failed(&public("c"), Some((String::from("example.org"), 80)));
+        let refused = &stats.counters().refused[&fault::PUBLIC.code];
+        assert_eq!(refused.total, 3);
+        assert_eq!(refused.destinations["example.com:443"], 2);
+        assert_eq!(refused.destinations["example.org:80"], 1);
+    }
+
+    #[test]
+    fn list_of_destinations_is_bounded_and_the_total_is_not() {
+        let stats = Stats::default();
+        for port in 0..1_500_u16 {
+            stats.failed(&public("x"), Some((String::from("h"), port)));
+        }
+        let refused = &stats.counters().refused[&fault::PUBLIC.code];
+        assert_eq!((refused.total, refused.destinations.len()), (1_500, DESTINATIONS));
+    }
+
+    #[test]
+    fn ring_keeps_the_last_failures_and_filters_by_host_and_time() {
+        let stats = Stats::default();
+        for number in 0..RING + 5 {
+            stats.failed(&public(&number.to_string()), Some((String::from("Host.corp"), 1)));
+        }
+        let all = stats.failures(None, None);
+        assert_eq!((all.len(), all[0].detail.as_str()), (RING, "5"));
+        assert_eq!(stats.failures(Some("host.CORP"), None).len(), RING);
+        assert!(stats.failures(Some("other"), None).is_empty());
+        assert!(stats.failures(None, Some(Timestamp::MAX)).is_empty());
+    }
+}

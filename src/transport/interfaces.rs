@@ -1,0 +1,50 @@
+//! The machine's own addresses, as endpoints for peers on the same network.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::netmap::tailnet_range;
+
+/// The addresses that a peer might reach us at without a relay, each with our port of its family. Loopback only where
+/// there is nothing else, as between two nodes on one machine; link-local and tailnet addresses never.
+/// Source: Tailscale, net/netmon, `LocalAddresses`.
+pub fn local_endpoints(ports: (Option<u16>, Option<u16>)) -> Vec<SocketAddr> {
+    let addresses = if_addrs::get_if_addrs().unwrap_or_default().into_iter().map(|interface| interface.ip());
+    let (loopback, others): (Vec<IpAddr>, Vec<IpAddr>) =
+        addresses.filter(|ip| usable(*ip)).partition(IpAddr::is_loopback);
+    let chosen = if others.is_empty() { loopback } else { others };
+    let mut endpoints: Vec<SocketAddr> = chosen
+        .into_iter()
+        .filter_map(|ip| Some(SocketAddr::new(ip, if ip.is_ipv4() { ports.0? } else { ports.1? })))
+        .collect();
+    endpoints.sort_unstable();
+    endpoints.dedup();
+    endpoints
+}
+
+fn usable(ip: IpAddr) -> bool {
+    let link_local = match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    !link_local && !ip.is_unspecified() && !tailnet_range(ip)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn link_local_and_tailnet_addresses_are_no_endpoints() {
+        for ip in ["169.254.1.1", "fe80::1", "100.64.0.1", "fd7a:115c:a1e0::5", "0.0.0.0"] {
+            assert!(!usable(ip.parse().unwrap()), "{ip}");
+        }
+        for ip in ["192.168.1.4", "10.0.0.1", "2001:db8::1", "127.0.0.1"] {
+            assert!(usable(ip.parse().unwrap()), "{ip}");
+        }
+    }
+
+    #[test]
+    fn a_family_without_a_socket_has_no_endpoint() {
+        assert!(local_endpoints((None, None)).is_empty());
+    }
+}

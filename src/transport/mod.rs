@@ -1,0 +1,9 @@
+//! Sockets: UDP to peers, TLS to control and to relays, and nothing else.
+
+pub mod backoff;
+pub mod derp;
+pub mod interfaces;
+mod queue;
+pub mod tls;
+pub mod udp;
+pub mod underlay;

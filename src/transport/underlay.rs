@@ -1,0 +1,262 @@
+//! TCP connections on the underlay, for control and DERP only: plain, by TLS, and through a corporate HTTP proxy.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use bytes::Bytes;
+use http_body_util::Empty;
+use hyper::client::conn::http1;
+use hyper::{Method, Request, header};
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
+use url::Url;
+
+use super::tls::Tls;
+
+/// A byte stream of any make.
+pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
+/// A boxed byte stream.
+pub type BoxIo = Box<dyn Io>;
+
+/// The pause before the next address of a host is tried beside the last one. Source: RFC 8305, 5 (250 ms).
+const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+
+/// Why a connection was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum UnderlayError {
+    /// The host has no address.
+    #[error("cannot resolve {host}: {source}")]
+    Resolve {
+        /// The host.
+        host: String,
+        /// What the host's resolver said.
+        source: io::Error,
+    },
+    /// None of its addresses took the connection.
+    #[error("cannot connect to {host}: {source}")]
+    Connect {
+        /// Host and port.
+        host: String,
+        /// What the operating system said of the last.
+        source: io::Error,
+    },
+    /// TLS failed.
+    #[error("TLS with {host} failed: {detail}")]
+    Tls {
+        /// Host and port.
+        host: String,
+        /// What rustls said.
+        detail: String,
+    },
+    /// The HTTP proxy did not open a tunnel.
+    #[error("HTTP proxy {proxy}: {detail}")]
+    Proxy {
+        /// Its host and port.
+        proxy: String,
+        /// Its status or the error.
+        detail: String,
+    },
+}
+
+/// How this run reaches control and DERP.
+#[derive(Clone)]
+pub struct Underlay {
+    /// Whom to trust.
+    pub tls: Tls,
+    /// The corporate proxy, if any.
+    pub proxy: Option<Arc<Url>>,
+    /// Hosts, `.suffixes`, addresses or `*` that are reached without it.
+    pub no_proxy: Arc<[String]>,
+}
+
+impl Underlay {
+    /// Opens a TCP stream to `host`, through the proxy where one is set for it.
+    ///
+    /// # Errors
+    /// [`UnderlayError`]; the caller bounds the time.
+    pub async fn connect(&self, host: &str, port: u16) -> Result<BoxIo, UnderlayError> {
+        match &self.proxy {
+            Some(proxy) if !self.bypasses(host) => self.connect_by_proxy(proxy, host, port).await,
+            _ => Ok(Box::new(connect_tcp(host, port).await?)),
+        }
+    }
+
+    /// Opens a TLS stream to `host`, checking its certificate for `name` as `config` says.
+    ///
+    /// # Errors
+    /// [`UnderlayError`]; the caller bounds the time.
+    pub async fn connect_tls(
+        &self,
+        host: &str,
+        port: u16,
+        name: &str,
+        config: Arc<ClientConfig>,
+    ) -> Result<BoxIo, UnderlayError> {
+        let tcp = self.connect(host, port).await?;
+        start_tls(tcp, host, port, name, config).await
+    }
+
+    /// Whether `NO_PROXY` names the host: by its name, a suffix, its address, or `*`.
+    fn bypasses(&self, host: &str) -> bool {
+        let host = host.trim_matches(['[', ']']).to_ascii_lowercase();
+        if host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback()) || host == "localhost" {
+            return true;
+        }
+        self.no_proxy.iter().any(|rule| {
+            let rule = rule.trim().to_ascii_lowercase();
+            let suffix = rule.trim_start_matches('*').trim_start_matches('.');
+            let net = || Some(rule.parse::<ipnet::IpNet>().ok()?.contains(&host.parse::<IpAddr>().ok()?));
+            rule == "*"
+                || host == suffix
+                || (!suffix.is_empty() && host.strip_suffix(suffix).is_some_and(|head| head.ends_with('.')))
+                || net().unwrap_or(false)
+        })
+    }
+
+    async fn connect_by_proxy(&self, proxy: &Url, host: &str, port: u16) -> Result<BoxIo, UnderlayError> {
+        let proxy_host = proxy.host_str().unwrap_or_default();
+        let proxy_port = proxy.port_or_known_default().unwrap_or(80);
+        let failed = |detail: String| UnderlayError::Proxy { proxy: format!("{proxy_host}:{proxy_port}"), detail };
+
+        let mut io: BoxIo =
+            Box::new(connect_tcp(proxy_host, proxy_port).await.map_err(|error| failed(error.to_string()))?);
+        if proxy.scheme() == "https" {
+            io = start_tls(io, proxy_host, proxy_port, proxy_host, self.tls.trusted()).await?;
+        }
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(io)).await.map_err(|error| failed(error.to_string()))?;
+        tokio::spawn(connection.with_upgrades());
+
+        let authority = authority(host, port);
+        let mut request = Request::builder().method(Method::CONNECT).uri(&authority).header(header::HOST, &authority);
+        if !proxy.username().is_empty() {
+            request = request.header(header::PROXY_AUTHORIZATION, basic(proxy));
+        }
+        let request = request.body(Empty::<Bytes>::new()).map_err(|error| failed(error.to_string()))?;
+        let response = sender.send_request(request).await.map_err(|error| failed(error.to_string()))?;
+        if !response.status().is_success() {
+            return Err(failed(format!("it answered {} to CONNECT {authority}", response.status())));
+        }
+        let upgraded = hyper::upgrade::on(response).await.map_err(|error| failed(error.to_string()))?;
+        Ok(Box::new(TokioIo::new(upgraded)))
+    }
+}
+
+/// The value of `Proxy-Authorization` for the user and password in the proxy's URL.
+fn basic(proxy: &Url) -> header::HeaderValue {
+    let decode = |text| percent_encoding::percent_decode_str(text).decode_utf8_lossy();
+    let pair = format!("{}:{}", decode(proxy.username()), decode(proxy.password().unwrap_or_default()));
+    let text = format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair));
+    let mut value = header::HeaderValue::try_from(text).expect("base64 is a header value");
+    value.set_sensitive(true);
+    value
+}
+
+/// `host:port`, with brackets around an IPv6 address.
+pub fn authority(host: &str, port: u16) -> String {
+    match host.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, port).to_string(),
+        Err(_) => format!("{host}:{port}"),
+    }
+}
+
+async fn start_tls(
+    io: BoxIo,
+    host: &str,
+    port: u16,
+    name: &str,
+    config: Arc<ClientConfig>,
+) -> Result<BoxIo, UnderlayError> {
+    let failed = |detail: String| UnderlayError::Tls { host: authority(host, port), detail };
+    let name = name.trim_matches(['[', ']']).to_owned();
+    let server_name = ServerName::try_from(name).map_err(|error| failed(error.to_string()))?;
+    let stream = TlsConnector::from(config).connect(server_name, io).await.map_err(|error| failed(error.to_string()))?;
+    Ok(Box::new(stream))
+}
+
+/// Connects to the first address of `host` that answers; each next one is tried beside the last after a pause.
+async fn connect_tcp(host: &str, port: u16) -> Result<TcpStream, UnderlayError> {
+    let bare = host.trim_matches(['[', ']']);
+    let resolve = |source| UnderlayError::Resolve { host: host.to_owned(), source };
+    let addresses: Vec<SocketAddr> = match bare.parse::<IpAddr>() {
+        Ok(ip) => vec![SocketAddr::new(ip, port)],
+        Err(_) => tokio::net::lookup_host((bare, port)).await.map_err(resolve)?.collect(),
+    };
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    let mut tries = JoinSet::new();
+    let mut waiting = addresses.into_iter();
+    loop {
+        if let Some(address) = waiting.next() {
+            tries.spawn(TcpStream::connect(address));
+        } else if tries.is_empty() {
+            return Err(UnderlayError::Connect { host: authority(bare, port), source: last });
+        }
+        let ended = if waiting.len() > 0 {
+            tokio::time::timeout(NEXT_ADDRESS, tries.join_next()).await.ok().flatten()
+        } else {
+            tries.join_next().await
+        };
+        match ended {
+            Some(Ok(Ok(stream))) => {
+                // A record of control or a frame of DERP must not wait for an ACK; without the option it is only later.
+                let _ = stream.set_nodelay(true);
+                return Ok(stream);
+            }
+            Some(Ok(Err(error))) => last = error,
+            Some(Err(_)) | None => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn underlay(no_proxy: &[&str]) -> Underlay {
+        let no_proxy = no_proxy.iter().map(|&rule| rule.to_owned()).collect();
+        Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy }
+    }
+
+    #[test]
+    fn no_proxy_names_hosts_suffixes_addresses_and_prefixes() {
+        let underlay = underlay(&["corp.example", ".lan", "10.0.0.0/8"]);
+        for host in ["corp.example", "a.corp.example", "x.lan", "10.1.2.3", "127.0.0.1", "localhost", "[::1]"] {
+            assert!(underlay.bypasses(host), "{host}");
+        }
+        for host in ["badcorp.example", "example", "11.0.0.1", "lan.example"] {
+            assert!(!underlay.bypasses(host), "{host}");
+        }
+    }
+
+    #[test]
+    fn an_authority_brackets_ipv6() {
+        assert_eq!(authority("::1", 443), "[::1]:443");
+        assert_eq!(authority("derp.example", 443), "derp.example:443");
+    }
+
+    #[test]
+    fn proxy_credentials_are_decoded_and_marked_sensitive() {
+        let value = basic(&Url::parse("http://us%40er:p%26w@proxy:3128").unwrap());
+        assert_eq!(value.to_str().unwrap(), "Basic dXNAZXI6cCZ3");
+        assert!(value.is_sensitive());
+    }
+
+    #[tokio::test]
+    async fn a_refused_connection_says_where() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let error = connect_tcp("127.0.0.1", port).await.unwrap_err();
+        assert!(matches!(error, UnderlayError::Connect { host, .. } if host == format!("127.0.0.1:{port}")));
+    }
+}

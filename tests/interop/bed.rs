@@ -1,0 +1,252 @@
+//! The bed: hosts in network namespaces without an uplink, and the real programs on them.
+//!
+//! ```text
+//! wan     bridge 10.99.0.0/24: .1 headscale, DERP 999, STUN; .2 derper, region 998; .254 the trap
+//! client  10.99.0.21  the sidecar, and who uses it
+//! web     10.99.0.31  tailscaled (userspace), a site
+//! router  10.99.0.13  tailscaled (kernel TUN), 10.20.0.1 and fd20::1 on the LAN
+//! corp    the LAN: .53 dnsmasq, .54 a silent resolver, .55 a failing one, .80 a site, .99 a silent host
+//! ```
+//! The trap is the default route and the resolver of all: it answers every name with itself and
+//! serves a site, so that whatever leaks arrives somewhere and is seen.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+
+use crate::authority::Authority;
+use crate::corp::Corp;
+use crate::derper::Derper;
+use crate::headscale::{BROWSER, Headscale, Key, KeyKind};
+use crate::leak;
+use crate::namespace::{Namespace, cable};
+use crate::process::{Process, until};
+use crate::tailscaled::{Places, Role, Tailscaled};
+
+/// What the bed's folder is called, up to the owner's pid.
+const FOLDER: &str = "tailcar-bed-";
+/// The trap's address.
+pub(crate) const TRAP: &str = "10.99.0.254";
+
+/// All of it, up. Fields drop in order: processes before the namespaces that they are in.
+pub(crate) struct Bed {
+    headscale: Mutex<Headscale>,
+    web: Mutex<Tailscaled>,
+    router: Mutex<Tailscaled>,
+    pub(crate) corp: Corp,
+    _derper: Derper,
+    _sites: Vec<Process>,
+    _trap: Process,
+    /// The authority that signed headscale's certificate.
+    pub(crate) authority: PathBuf,
+    /// Where the peers' programs are.
+    pub(crate) peers: PathBuf,
+    /// Logs and files of everything; kept when a scenario failed.
+    pub(crate) folder: PathBuf,
+    /// The web peer's IPv4 and IPv6 addresses in the tailnet.
+    pub(crate) web_addresses: Vec<String>,
+    /// A key that joins as often as one likes.
+    pub(crate) key: Key,
+    pub(crate) hosts: Hosts,
+}
+
+/// The namespaces.
+pub(crate) struct Hosts {
+    pub(crate) wan: Namespace,
+    pub(crate) client: Namespace,
+    pub(crate) web: Namespace,
+    pub(crate) router: Namespace,
+    pub(crate) corp: Namespace,
+}
+
+impl Bed {
+    /// Brings everything up; a few seconds.
+    ///
+    /// # Errors
+    /// The first thing that did not come up, with its complaint. What was up by then is taken down.
+    pub(crate) fn up(peers: &Path) -> Result<Self, Failed> {
+        crate::namespace::sweep();
+        sweep();
+        let folder = folder();
+        fs::create_dir_all(&folder)?;
+        let hosts = Hosts::create()?;
+        let authority = Authority::new("authority", &folder)?;
+        let tls = authority.issue("10.99.0.1".parse()?, &folder)?;
+        let derper = Derper::start(&peers.join("derper"), &hosts.wan, &folder)?;
+        let headscale = Headscale::start(&peers.join("headscale"), &hosts.wan, &folder, &tls, &derper.regions)?;
+        let trap = trap(&hosts.wan, &folder)?;
+        let sites = vec![
+            site(peers, &hosts.web, "web", &folder)?,
+            site(peers, &hosts.corp, "corp", &folder)?,
+            site(peers, &hosts.wan, "trap", &folder)?,
+        ];
+        let corp = Corp::start(&hosts.corp, &folder)?;
+        let places = Places { peers, authority: &authority.certificate, folder: &folder };
+        let (web, router) = join_peers(&places, &hosts, &headscale)?;
+        let web_addresses = web.addresses()?;
+        let key = headscale.mint(BROWSER)?;
+        leak::reset(&hosts.client)?;
+        Ok(Self {
+            headscale: Mutex::new(headscale),
+            web: Mutex::new(web),
+            router: Mutex::new(router),
+            corp,
+            _derper: derper,
+            _sites: sites,
+            _trap: trap,
+            authority: authority.certificate,
+            peers: peers.to_owned(),
+            folder,
+            web_addresses,
+            key,
+            hosts,
+        })
+    }
+
+    /// The control server.
+    pub(crate) fn headscale(&self) -> MutexGuard<'_, Headscale> {
+        self.headscale.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The web peer's daemon.
+    pub(crate) fn web(&self) -> MutexGuard<'_, Tailscaled> {
+        self.web.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The subnet router's daemon.
+    pub(crate) fn router(&self) -> MutexGuard<'_, Tailscaled> {
+        self.router.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The web peer's IPv4 address in the tailnet.
+    pub(crate) fn web4(&self) -> &str {
+        self.web_addresses.first().map_or("", String::as_str)
+    }
+
+    /// The web peer's IPv6 address in the tailnet.
+    pub(crate) fn web6(&self) -> &str {
+        self.web_addresses.get(1).map_or("", String::as_str)
+    }
+
+    /// Where peers' programs, trust and logs are, for a further tailscaled.
+    pub(crate) fn places(&self) -> Places<'_> {
+        Places { peers: &self.peers, authority: &self.authority, folder: &self.folder }
+    }
+}
+
+impl Hosts {
+    /// Makes the namespaces and their wires.
+    fn create() -> Result<Self, Failed> {
+        let make = |role| Namespace::create(role, TRAP);
+        let hosts = Self {
+            wan: make("wan")?,
+            client: make("client")?,
+            web: make("web")?,
+            router: make("router")?,
+            corp: make("corp")?,
+        };
+        hosts.wan.ip(&format!(
+            "link add br0 type bridge\naddr add 10.99.0.1/24 dev br0\naddr add 10.99.0.2/24 dev br0\n\
+             addr add {TRAP}/24 dev br0\nlink set br0 up"
+        ))?;
+        for (host, address) in
+            [(&hosts.client, "10.99.0.21"), (&hosts.web, "10.99.0.31"), (&hosts.router, "10.99.0.13")]
+        {
+            let port = format!("p{}", address.rsplit('.').next().unwrap_or(address));
+            cable((host, "eth0"), (&hosts.wan, &port))?;
+            hosts.wan.ip(&format!("link set {port} master br0"))?;
+            host.ip(&format!("addr add {address}/24 dev eth0\nroute add default via {TRAP}"))?;
+        }
+        hosts.lan()?;
+        Ok(hosts)
+    }
+
+    /// The LAN behind the router. `corp` takes every address of its networks, so that one site
+    /// serves them all; two of them stay silent.
+    fn lan(&self) -> Result<(), Failed> {
+        cable((&self.router, "corp0"), (&self.corp, "eth0"))?;
+        self.router.ip("addr add 10.20.0.1/24 dev corp0\naddr add fd20::1/64 dev corp0 nodad\n\
+             route add 10.21.0.0/24 via 10.20.0.80 onlink dev corp0")?;
+        self.router.set("ipv4/ip_forward", "1")?;
+        self.router.set("ipv6/conf/all/forwarding", "1")?;
+        for last in [53, 54, 55, 80, 99] {
+            self.corp.ip(&format!("addr add 10.20.0.{last}/24 dev eth0"))?;
+        }
+        for last in 128..=250 {
+            self.corp.ip(&format!("addr add 10.20.0.{last}/24 dev eth0"))?;
+        }
+        self.corp.ip("addr add 10.21.0.80/24 dev lo\naddr add fd20::80/64 dev eth0 nodad\n\
+             route add default via 10.20.0.1\nroute add default via fd20::1")?;
+        self.corp.nft(
+            "table inet silent { chain in { type filter hook input priority 0; \
+             ip daddr { 10.20.0.54, 10.20.0.99 } drop; }; }",
+        )?;
+        Ok(())
+    }
+}
+
+/// Where this process's bed keeps its files, whether it came up or not.
+pub(crate) fn folder() -> PathBuf {
+    std::env::temp_dir().join(format!("{FOLDER}{}", std::process::id()))
+}
+
+/// Removes the files of runs that are no longer alive.
+fn sweep() {
+    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix(FOLDER).and_then(|pid| pid.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !crate::namespace::alive(pid)) {
+            drop(fs::remove_dir_all(entry.path()));
+        }
+    }
+}
+
+/// Joins the web peer and the router, side by side: each takes a second or two.
+fn join_peers(places: &Places<'_>, hosts: &Hosts, headscale: &Headscale) -> Result<(Tailscaled, Tailscaled), Failed> {
+    let key = |tag| headscale.mint(KeyKind { tag, ..BROWSER });
+    let (web_key, router_key) = (key("tag:web")?, key("tag:router")?);
+    let web_role = Role { hostname: "web", tun: "userspace-networking", daemon: &[], up: &[] };
+    let router_role = Role {
+        hostname: "router",
+        tun: "ts0",
+        daemon: &[],
+        up: &["--advertise-routes=10.20.0.0/24,10.21.0.0/24,fd20::/64"],
+    };
+    thread::scope(|scope| {
+        let web = scope.spawn(|| Tailscaled::join(places, &hosts.web, &web_role, &web_key.secret));
+        let router = Tailscaled::join(places, &hosts.router, &router_role, &router_key.secret)?;
+        let web = web.join().map_err(|_| "the web peer's thread panicked")??;
+        Ok((web, router))
+    })
+}
+
+/// What answers every name with the trap's own address.
+fn trap(wan: &Namespace, folder: &Path) -> Result<Process, Failed> {
+    let mut command = wan.command("dnsmasq");
+    command.args(["--no-daemon", "--no-resolv", "--no-hosts", "--log-queries", "--log-facility=-"]);
+    command.args(["--bind-interfaces"]).arg(format!("--listen-address={TRAP}"));
+    command.arg(format!("--address=/#/{TRAP}"));
+    let mut process = Process::start(command, "trap-dnsmasq", folder, false)?;
+    process.says("started", Duration::from_secs(5))?;
+    Ok(process)
+}
+
+/// The test site, on every address of a host; in `wan` on the trap's only.
+fn site(peers: &Path, namespace: &Namespace, name: &str, folder: &Path) -> Result<Process, Failed> {
+    let host = if name == "trap" { TRAP } else { "::" };
+    let http = if host == "::" { "[::]:80".to_owned() } else { format!("{host}:80") };
+    let mut command = namespace.command(peers.join("site"));
+    command.args(["--http", &http, "--tcp", host, "--name", name]);
+    let log = format!("site-{name}");
+    let mut process = Process::start(command, &log, folder, false)?;
+    until(Duration::from_secs(10), &log, || match process.ended()? {
+        Some(status) => Err(format!("{log} ended with {status}: {}", process.log()).into()),
+        None => Ok(process.log().contains("ready").then_some(())),
+    })?;
+    Ok(process)
+}

@@ -1,0 +1,43 @@
+//! `tests/run demo`: the bed, and a command through `tailcar exec` in it.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+use libtest_mimic::Failed;
+
+use crate::bed::Bed;
+use crate::headscale::CONTROL;
+use crate::{say, sidecar};
+
+/// Brings the bed up, runs `command` in the client's namespace and takes the bed down.
+///
+/// Without a command: curl of a page on the web peer, by its MagicDNS name.
+pub(crate) fn run(peers: &Path, command: Vec<OsString>) -> ExitCode {
+    let result = Bed::up(peers).and_then(|bed| through(&bed, command));
+    crate::take_down(result.is_err());
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            say(&format!("demo: {}", error.message().unwrap_or("failed")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn through(bed: &Bed, command: Vec<OsString>) -> Result<ExitCode, Failed> {
+    let command = if command.is_empty() {
+        ["curl", "-sS", "--max-time", "30", "http://web/"].map(OsString::from).to_vec()
+    } else {
+        command
+    };
+    let key = bed.folder.join("demo.key");
+    std::fs::write(&key, &bed.key.secret)?;
+    let mut sidecar: Command = bed.hosts.client.command(sidecar::program());
+    sidecar.env("HOME", &bed.folder).stdout(Stdio::inherit()).stderr(Stdio::inherit());
+    sidecar.arg("exec").arg("--login-server").arg(format!("https://{CONTROL}"));
+    sidecar.arg("--auth-key").arg(format!("file:{}", key.display()));
+    sidecar.arg("--ca-file").arg(&bed.authority).args(["--hostname", "demo", "--"]).args(command);
+    let status = sidecar.status()?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}

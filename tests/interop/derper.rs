@@ -1,0 +1,64 @@
+//! Tailscale's own DERP server as a second region, which clients know by its certificate's hash.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+use ring::digest::{SHA256, digest};
+
+use crate::authority::Authority;
+use crate::namespace::Namespace;
+use crate::process::Process;
+
+/// Where the second region listens.
+pub(crate) const HOST: &str = "10.99.0.2";
+/// Its TLS port.
+pub(crate) const PORT: u16 = 8444;
+
+/// A running `derper` and the region file that names it.
+pub(crate) struct Derper {
+    _process: Process,
+    /// The DERP map that headscale merges into its own.
+    pub(crate) regions: PathBuf,
+}
+
+impl Derper {
+    /// Starts it in `wan`, with a certificate of an authority that nobody else trusts.
+    ///
+    /// # Errors
+    /// When it does not come to listen within ten seconds.
+    pub(crate) fn start(program: &Path, wan: &Namespace, folder: &Path) -> Result<Self, Failed> {
+        let folder = folder.join("derper");
+        fs::create_dir_all(&folder)?;
+        let identity = Authority::new("nobody", &folder)?.issue(HOST.parse()?, &folder)?;
+        let regions = folder.join("regions.json");
+        fs::write(&regions, region(&fs::read_to_string(&identity.certificate)?)?)?;
+        let mut command = wan.command(program);
+        command.env("HOME", &folder).arg("-certmode=manual").arg("-certdir").arg(&folder);
+        command.args(["-hostname", HOST, "-http-port=-1", "-a"]).arg(format!("{HOST}:{PORT}"));
+        command.arg("-c").arg(folder.join("derper.json"));
+        let mut process = Process::start(command, "derper", &folder, false)?;
+        process.says("serving on", Duration::from_secs(15))?;
+        Ok(Self { _process: process, regions })
+    }
+}
+
+/// The region file, with the pin by which Tailscale's clients accept such a certificate.
+///
+/// Source: Tailscale, tailcfg, `DERPNode.CertName`: `sha256-raw:` and the hash of the DER.
+fn region(pem: &str) -> Result<String, Failed> {
+    use base64::Engine as _;
+    let body: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
+    let der = base64::engine::general_purpose::STANDARD.decode(body)?;
+    let pin = hex::encode(digest(&SHA256, &der));
+    let region = serde_json::json!({
+        "regionid": 998, "regioncode": "second", "regionname": "second region",
+        "nodes": [{
+            "name": "998a", "regionid": 998, "hostname": HOST, "certname": format!("sha256-raw:{pin}"),
+            "ipv4": HOST, "stunport": 3478, "derpport": PORT, "canport80": false,
+        }],
+    });
+    // YAML, for whose reader a region's number must not be a string, as JSON's keys are.
+    Ok(format!("regions: {{998: {region}}}\n"))
+}

@@ -1,0 +1,169 @@
+//! tailcar against programs that nobody here wrote: headscale, tailscaled, derper, dnsmasq, Chromium.
+//!
+//! One bed of network namespaces serves all scenarios, one after the other: they change what is
+//! shared (policy, routes, outages) and count every packet that leaves. Without root or without the
+//! peers' programs nothing runs, and the summary says so; with `CI=true` that is a failure.
+
+mod authority;
+mod bed;
+mod chromium;
+mod client;
+mod corp;
+mod demo;
+mod derper;
+mod headscale;
+mod leak;
+mod namespace;
+mod process;
+mod scenarios;
+mod sidecar;
+mod tailscaled;
+mod testcontrol;
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use bed::Bed;
+use scenarios::{Leaks, Scenario};
+
+/// Brought up by the first scenario that runs.
+type SharedBed = OnceLock<Result<Arc<Bed>, String>>;
+
+/// The bed, for the end: nothing may be left behind on any way out.
+static BED: SharedBed = OnceLock::new();
+
+fn main() -> ExitCode {
+    let mut arguments: Vec<_> = std::env::args_os().collect();
+    let peers = peers();
+    if let Some(why) = missing(&peers) {
+        say(&format!("SKIP interop: {why}"));
+        return if std::env::var_os("CI").is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    }
+    end_on_signals();
+    if arguments.get(1).is_some_and(|first| first == "demo") {
+        return demo::run(&peers, arguments.split_off(2));
+    }
+    let mut arguments = Arguments::from_iter(arguments);
+    arguments.test_threads = Some(1);
+    let failures = Arc::new(Mutex::new(0_u32));
+    let trials = scenarios::all().into_iter().map(|scenario| trial(scenario, &peers, &failures)).collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let failed = *failures.lock().unwrap_or_else(PoisonError::into_inner);
+    take_down(failed > 0);
+    conclusion.exit_code()
+}
+
+/// Where the pinned peers were built to.
+fn peers() -> PathBuf {
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join(".peers");
+    std::env::var_os("TAILCAR_PEERS").map_or(built, PathBuf::from)
+}
+
+/// Why the bed cannot be made here, if it cannot.
+fn missing(peers: &Path) -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("network namespaces need root, or a user namespace".to_owned());
+    }
+    if let Err(error) = fs::File::options().read(true).write(true).open("/dev/net/tun") {
+        return Some(format!("the subnet router needs /dev/net/tun: {error}"));
+    }
+    let programs = ["headscale", "tailscaled", "tailscale", "derper", "site", "tbcontrol"];
+    if let Some(program) = programs.iter().find(|program| !peers.join(program).exists()) {
+        return Some(format!("{program} is not built; tests/run builds it"));
+    }
+    let tools = ["ip", "nft", "dnsmasq", "curl"];
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = |tool: &&str| std::env::split_paths(&path).any(|folder| folder.join(tool).exists());
+    tools.iter().find(|tool| !found(tool)).map(|tool| format!("{tool} is not installed"))
+}
+
+fn trial(scenario: Scenario, peers: &Path, failures: &Arc<Mutex<u32>>) -> Trial {
+    let peers = peers.to_owned();
+    let failures = Arc::clone(failures);
+    Trial::test(scenario.name, move || {
+        let bed = BED.get_or_init(|| {
+            let start = Instant::now();
+            let bed = Bed::up(&peers).map_err(|error| error.message().unwrap_or("no reason").to_owned());
+            say(&format!("bed up in {:.1} s", start.elapsed().as_secs_f32()));
+            bed.map(Arc::new)
+        });
+        let start = Instant::now();
+        let result = bed.clone().map_err(Failed::from).and_then(|bed| bounded(&scenario, &bed));
+        say(&format!("{:>6.1} s  {}", start.elapsed().as_secs_f32(), scenario.name));
+        if let Err(why) = &result {
+            say(&format!("         {}", why.message().unwrap_or("failed").replace('\n', "\n         ")));
+            *failures.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        }
+        result
+    })
+}
+
+/// Runs a scenario within its deadline, and its leak check after it.
+fn bounded(scenario: &Scenario, bed: &Arc<Bed>) -> Result<(), Failed> {
+    leak::reset(&bed.hosts.client)?;
+    let (sender, receiver) = channel();
+    let worker = thread::Builder::new().name(scenario.name.to_owned()).spawn({
+        let (bed, run) = (Arc::clone(bed), scenario.run);
+        move || drop(sender.send(run(&bed)))
+    })?;
+    let result = match receiver.recv_timeout(scenario.limit) {
+        Ok(result) => result,
+        Err(RecvTimeoutError::Disconnected) => Err("it panicked".into()),
+        Err(RecvTimeoutError::Timeout) => return Err(format!("not done within {:?}", scenario.limit).into()),
+    };
+    drop(worker.join());
+    result?;
+    match scenario.leaks {
+        Leaks::None => leak::check(&bed.hosts.client),
+        Leaks::Unchecked => Ok(()),
+    }
+}
+
+/// Ends what the bed runs and removes it; the logs stay when something failed.
+fn take_down(keep: bool) {
+    process::end_all();
+    namespace::remove_ours();
+    let folder = bed::folder();
+    if keep && folder.exists() {
+        say(&format!("logs of all processes: {}", folder.display()));
+    } else {
+        drop(fs::remove_dir_all(folder));
+    }
+}
+
+/// SIGINT and SIGTERM take the bed down before they end us.
+fn end_on_signals() {
+    thread::spawn(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let Ok(runtime) = runtime else { return };
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let (Ok(mut interrupt), Ok(mut terminate)) =
+                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+            else {
+                return;
+            };
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            take_down(true);
+            std::process::exit(130);
+        });
+    });
+}
+
+/// A line for whoever watches; the runner owns stdout.
+pub(crate) fn say(line: &str) {
+    drop(writeln!(std::io::stderr(), "{line}"));
+}
+
+/// A scenario's usual limit.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);

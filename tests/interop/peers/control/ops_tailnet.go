@@ -1,0 +1,132 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"tailscale.com/tailcfg"
+)
+
+func init() {
+	operations["dns"] = does(func(b *bed, a struct {
+		Config *tailcfg.DNSConfig `json:"config"`
+	}) (any, error) {
+		b.control.DNSConfig = a.Config
+		b.wake()
+		return nil, nil
+	})
+	operations["dns_records"] = does(func(b *bed, a struct {
+		Records []tailcfg.DNSRecord `json:"records"`
+	}) (any, error) {
+		b.control.AddDNSRecords(a.Records...)
+		return nil, nil
+	})
+	operations["cap_map"] = does(func(b *bed, a struct {
+		nodeArg
+		Caps tailcfg.NodeCapMap `json:"caps"`
+	}) (any, error) {
+		n, err := b.node(a.Node)
+		if err != nil {
+			return nil, err
+		}
+		b.control.SetNodeCapMap(n.Key, a.Caps)
+		b.wake() // the node itself: SetNodeCapMap may find its wake-up slot taken
+		return nil, nil
+	})
+	operations["app_caps"] = does(func(b *bed, a struct {
+		Caps tailcfg.PeerCapMap `json:"caps"`
+	}) (any, error) {
+		b.control.SetGlobalAppCaps(a.Caps)
+		return nil, nil
+	})
+	operations["tag_owners"] = does(func(b *bed, a struct {
+		Owners map[string][]string `json:"owners"`
+	}) (any, error) {
+		b.control.TagOwners = a.Owners
+		return nil, nil
+	})
+	operations["same_user"] = does(func(b *bed, a onArg) (any, error) {
+		b.control.AllNodesSameUser = a.On
+		return nil, nil
+	})
+	operations["require_auth_key"] = does(func(b *bed, a struct {
+		Key string `json:"key"`
+	}) (any, error) {
+		b.control.RequireAuthKey = a.Key
+		return nil, nil
+	})
+	operations["require_auth"] = does(func(b *bed, a onArg) (any, error) {
+		b.control.RequireAuth = a.On
+		return nil, nil
+	})
+	operations["complete_auth"] = does(func(b *bed, a struct {
+		URL string `json:"url"`
+	}) (any, error) {
+		if !b.control.CompleteAuth(a.URL) {
+			return nil, errors.New("no such login")
+		}
+		return nil, nil
+	})
+	operations["require_approval"] = does(func(b *bed, a onArg) (any, error) {
+		b.control.RequireMachineAuth = a.On
+		return nil, nil
+	})
+
+	operations["derp_map"] = does(func(b *bed, a struct {
+		Map *tailcfg.DERPMap `json:"map"` // null: our own two regions
+	}) (any, error) {
+		if a.Map == nil {
+			a.Map = b.derpMap()
+		}
+		b.control.DERPMap = a.Map
+		b.wake()
+		return a.Map, nil
+	})
+	operations["derp_stop"] = does(func(b *bed, a regionArg) (any, error) {
+		r, err := b.relay(a)
+		if err != nil {
+			return nil, err
+		}
+		return nil, r.stop()
+	})
+	operations["derp_start"] = does(func(b *bed, a regionArg) (any, error) {
+		r, err := b.relay(a)
+		if err != nil {
+			return nil, err
+		}
+		return nil, r.start()
+	})
+	operations["derp_connected"] = does(derpConnected)
+}
+
+// regionArg names one of our regions; 1 when absent.
+type regionArg struct {
+	Region int `json:"region"`
+}
+
+func (b *bed) relay(a regionArg) (*relay, error) {
+	if a.Region == 0 {
+		a.Region = 1
+	}
+	for _, r := range b.relays {
+		if r.region == a.Region {
+			return r, nil
+		}
+	}
+	return nil, fmt.Errorf("no region %d", a.Region)
+}
+
+// derpConnected lists the regions that a node is connected to.
+func derpConnected(b *bed, a nodeArg) (any, error) {
+	n, err := b.node(a.Node)
+	if err != nil {
+		return nil, err
+	}
+	regions := []int{}
+	for _, r := range b.relays {
+		if r.connected(n.Key) {
+			regions = append(regions, r.region)
+		}
+	}
+	return regions, nil
+}

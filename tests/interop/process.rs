@@ -1,0 +1,186 @@
+//! The bed's processes: started with a log file each, awaited with a deadline, ended by pid.
+//!
+//! Every process leads its own group, so that a browser's children go with it and a Ctrl-C at the
+//! terminal reaches only the test process, which then ends them itself in order.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+
+/// Group leaders that are alive, for the exits that skip `Drop`.
+static ALIVE: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+
+/// How often an awaited condition is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A running program and where its output goes. Dropping it kills its group.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+    name: String,
+    log: PathBuf,
+    ended: Option<ExitStatus>,
+}
+
+impl Process {
+    /// Starts `command`; its stderr, and its stdout unless the caller piped it, go to `NAME.log` in `folder`.
+    ///
+    /// # Errors
+    /// Those of making the log and of starting.
+    pub(crate) fn start(mut command: Command, name: &str, folder: &Path, piped: bool) -> io::Result<Self> {
+        use std::os::unix::process::CommandExt as _;
+        let log = folder.join(format!("{name}.log"));
+        let file = File::options().create(true).append(true).open(&log)?;
+        if piped {
+            command.stdout(Stdio::piped());
+        } else {
+            command.stdout(file.try_clone()?);
+        }
+        command.stderr(file).process_group(0);
+        let child = command.spawn().map_err(|error| io::Error::other(format!("{name}: {error}")))?;
+        alive().push(child.id());
+        Ok(Self { child, name: name.to_owned(), log, ended: None })
+    }
+
+    /// The pid; `ip netns exec` becomes the program that it starts.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The child itself, for its pipes.
+    pub(crate) fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    /// All it has written to its log so far.
+    pub(crate) fn log(&self) -> String {
+        fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    /// Sends it a signal; one that is gone already is no error.
+    pub(crate) fn signal(&self, signal: Signal) {
+        if self.ended.is_none()
+            && let Some(pid) = pid(self.child.id())
+        {
+            let _ = kill_process(pid, signal);
+        }
+    }
+
+    /// Its exit status, once it has ended by itself.
+    ///
+    /// # Errors
+    /// Those of waiting for a child.
+    pub(crate) fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
+        if self.ended.is_none() {
+            self.ended = self.child.try_wait()?;
+        }
+        Ok(self.ended)
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// When it has not ended within `limit`; it goes on then.
+    pub(crate) fn wait(&mut self, limit: Duration) -> Result<ExitStatus, Failed> {
+        let what = format!("the end of {}", self.name);
+        until(limit, &what, || Ok(self.ended()?))
+    }
+
+    /// Waits until its log has a line that contains `text`.
+    ///
+    /// # Errors
+    /// When it ends first, or `limit` passes.
+    pub(crate) fn says(&mut self, text: &str, limit: Duration) -> Result<String, Failed> {
+        let what = format!("{} to say {text:?}", self.name);
+        until(limit, &what, || {
+            if let Some(line) = self.log().lines().find(|line| line.contains(text)) {
+                return Ok(Some(line.to_owned()));
+            }
+            match self.ended()? {
+                Some(status) => Err(format!("{} ended with {status}: {}", self.name, tail(&self.log())).into()),
+                None => Ok(None),
+            }
+        })
+    }
+
+    /// Kills it with its group and reaps it.
+    pub(crate) fn end(&mut self) {
+        let id = self.child.id();
+        if let Some(group) = pid(id) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        drop(self.child.wait());
+        alive().retain(|other| *other != id);
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Kills every group that is still alive.
+pub(crate) fn end_all() {
+    for id in alive().drain(..) {
+        if let Some(group) = pid(id) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+    }
+}
+
+/// Looks at a condition until it holds.
+///
+/// # Errors
+/// What the condition fails with, or `limit` with the name of what was awaited.
+pub(crate) fn until<T>(
+    limit: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Result<Option<T>, Failed>,
+) -> Result<T, Failed> {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        if start.elapsed() > limit {
+            return Err(format!("waited {limit:?} in vain for {what}").into());
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// Runs a short command to its end; its stdout.
+///
+/// # Errors
+/// Its complaint, when it fails.
+pub(crate) fn output(mut command: Command) -> Result<String, Failed> {
+    let output = command.output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if output.status.success() {
+        return Ok(text);
+    }
+    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    Err(format!("{command:?}: {}: {text}{complaint}", output.status).into())
+}
+
+/// The last lines of a log, enough to see why something ended.
+pub(crate) fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(25)..].join("\n")
+}
+
+fn pid(id: u32) -> Option<Pid> {
+    i32::try_from(id).ok().and_then(Pid::from_raw)
+}
+
+fn alive() -> std::sync::MutexGuard<'static, Vec<u32>> {
+    ALIVE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

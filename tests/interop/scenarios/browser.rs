@@ -1,0 +1,36 @@
+//! A real browser: one page, thirty subresources and a WebSocket, by each scheme and each kind of name.
+
+use libtest_mimic::Failed;
+
+use crate::bed::Bed;
+use crate::chromium;
+use crate::sidecar::Launch;
+
+/// Chromium by `http://` and `socks5://`, to a split-DNS name and to a MagicDNS name.
+pub(crate) fn chromium_loads_a_page_with_everything_on_it(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    let listener = sidecar.listener()?;
+    for scheme in ["socks5", "http"] {
+        for host in ["web.corp.test", "web.tb.example"] {
+            let proxy = format!("{scheme}://{listener}");
+            let dom = chromium::dom(bed, &proxy, &format!("http://{host}/page"))?;
+            if !dom.contains("<p id=\"result\">resources=30 ws=ok</p>") {
+                return Err(format!("{host} by {scheme}:\n{dom}").into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A page that is not in the tailnet shows nothing but the browser's own error.
+pub(crate) fn chromium_gets_no_page_that_is_public(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    let listener = sidecar.listener()?;
+    for scheme in ["socks5", "http"] {
+        let dom = chromium::dom(bed, &format!("{scheme}://{listener}"), "http://public.example/")?;
+        if dom.contains("tailcar site") {
+            return Err(format!("the trap's page by {scheme}: {dom}").into());
+        }
+    }
+    Ok(())
+}

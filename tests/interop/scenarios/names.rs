@@ -1,0 +1,94 @@
+//! Names: each is asked of its own resolver through the tailnet, and each failure has its own answer.
+
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+
+use crate::bed::Bed;
+use crate::process::until;
+use crate::sidecar::Launch;
+
+/// Split DNS through the router: addresses of one family and of both, aliases, too much for a datagram, a spare resolver.
+pub(crate) fn split_dns_names_lead_to_the_lan(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    let asked = bed.corp.queries("web.corp.test");
+    for name in [
+        "web.corp.test",
+        "WEB.Corp.TEST",
+        "web.corp.test.",
+        "v4.corp.test",
+        "v6.corp.test",
+        "alias.corp.test",
+        "alias6.corp.test",
+        "many.corp.test",
+        "web.spare.test",
+    ] {
+        sidecar.page(name, "corp")?;
+        let page = sidecar.get_absolute(name, "/")?;
+        if page.text() != "tailcar site corp\n" {
+            return Err(format!("{name} as a plain request: {} {:?}", page.status, page.text()).into());
+        }
+    }
+    match bed.corp.queries("web.corp.test") > asked {
+        true => Ok(()),
+        false => Err("the LAN's resolver was never asked".into()),
+    }
+}
+
+/// MagicDNS: short and full, with a trailing dot, in any case, extra records, and the search domain.
+pub(crate) fn magic_dns_names_lead_to_peers(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    for name in ["web", "WEB", "web.", "web.tb.example", "Web.TB.Example", "web.tb.example."] {
+        sidecar.page(name, "web")?;
+    }
+    for name in ["extra.tb.example", "extra6.tb.example", "v4", "v6", "alias"] {
+        sidecar.page(name, "corp")?;
+    }
+    Ok(())
+}
+
+/// A renamed peer answers to its new name, and no longer to the old one.
+pub(crate) fn a_renamed_peer_is_found_by_its_new_name(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    sidecar.page("web", "web")?;
+    let id = bed.headscale().id("web")?;
+    bed.headscale().cli(&["nodes", "rename", "-i", &id, "renamed"])?;
+    let found = until(Duration::from_secs(10), "the new name", || Ok(sidecar.page("renamed", "web").ok()));
+    let old = sidecar.socks("web.tb.example", 80).map(|(code, _)| code);
+    bed.headscale().cli(&["nodes", "rename", "-i", &id, "web"])?;
+    found?;
+    match old? {
+        4 => Ok(()),
+        other => Err(format!("the old name gave SOCKS {other:02}").into()),
+    }
+}
+
+/// NXDOMAIN, SERVFAIL, silence and an answer that no route covers, each told apart and none asked elsewhere.
+pub(crate) fn each_failure_to_resolve_has_its_own_answer(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    for (name, socks, http, error) in [
+        ("absent.corp.test", 4, 502, "dns_error"),
+        ("absent.tb.example", 4, 502, "dns_error"),
+        ("any.failing.test", 4, 502, "dns_error"),
+        ("any.silent.test", 4, 504, "dns_timeout"),
+    ] {
+        let start = Instant::now();
+        let (code, _) = sidecar.socks(name, 80)?;
+        let (response, _) = sidecar.tunnel(&format!("{name}:80"))?;
+        response.expect(http, "TC-14").map_err(|why| format!("{name}: {}", why.message().unwrap_or("")))?;
+        let status = response.header("proxy-status").unwrap_or("");
+        if code != socks || !status.contains(error) {
+            return Err(format!("{name}: SOCKS {code:02}, Proxy-Status {status}").into());
+        }
+        if start.elapsed() > Duration::from_secs(40) {
+            return Err(format!("{name} took {:?}", start.elapsed()).into());
+        }
+    }
+    for name in ["unrouted.corp.test", "leak.corp.test", "outside.corp.test", "any.away.test", "public.example"] {
+        let (code, _) = sidecar.socks(name, 80)?;
+        if !matches!(code, 2..=4) {
+            return Err(format!("{name}: SOCKS {code:02}").into());
+        }
+    }
+    Ok(())
+}

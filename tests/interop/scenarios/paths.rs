@@ -1,0 +1,130 @@
+//! Paths to a peer: direct on one LAN, by DERP when UDP is blocked, and from one to the other in mid-stream.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::process::Command;
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+
+use crate::bed::Bed;
+use crate::leak;
+use crate::process::{output, until};
+use crate::sidecar::Launch;
+
+/// How much is sent to see where it goes.
+const LOAD: usize = 4 << 20;
+
+/// Sends and gets back [`LOAD`] on an open echo; bytes that left by UDP to peers, and by TCP to DERP.
+fn weigh(bed: &Bed, stream: &mut TcpStream) -> Result<(u64, u64), Failed> {
+    let before = leak::reading(&bed.hosts.client)?;
+    let mut writer = stream.try_clone()?;
+    let sent: Vec<u8> = (0..LOAD).map(|at| at.to_le_bytes()[0] ^ at.to_le_bytes()[1]).collect();
+    let mut back = vec![0; LOAD];
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| writer.write_all(&sent));
+        stream.read_exact(&mut back)?;
+        sender.join().map_err(|_| "the sender panicked")??;
+        Ok::<(), Failed>(())
+    })?;
+    if back != sent {
+        return Err("the echo differs from what was sent".into());
+    }
+    let after = leak::reading(&bed.hosts.client)?;
+    let grown = |class: &str| after.bytes(class) - before.bytes(class);
+    Ok((grown("peers"), grown("control") + grown("derp")))
+}
+
+/// On one LAN the bytes go by UDP from peer to peer, and DERP sees none of them.
+pub(crate) fn on_one_lan_bytes_go_directly(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    sidecar.page("web", "web")?;
+    let mut stream = sidecar.dial("web", 7)?;
+    until(Duration::from_secs(15), "a direct path", || {
+        let (direct, relayed) = weigh(bed, &mut stream)?;
+        Ok((direct > LOAD as u64 && relayed < LOAD as u64 / 20).then_some(()))
+    })
+}
+
+/// With UDP blocked the page comes by DERP; unblocked, the same connection goes on directly.
+pub(crate) fn a_relayed_connection_becomes_direct_without_breaking(bed: &Bed) -> Result<(), Failed> {
+    let client = &bed.hosts.client;
+    client.nft(
+        "table inet blocked { chain in { type filter hook input priority 0; meta l4proto udp iifname eth0 drop; }\n\
+         chain out { type filter hook output priority 0; meta l4proto udp oifname eth0 drop; }\n }",
+    )?;
+    let relayed = Launch::new(bed).ready().and_then(|sidecar| {
+        sidecar.page("web", "web")?;
+        sidecar.page("web.corp.test", "corp")?;
+        let mut stream = sidecar.dial("web", 7)?;
+        let (_, relayed) = weigh(bed, &mut stream)?;
+        match relayed > LOAD as u64 {
+            true => Ok((sidecar, stream)),
+            false => Err(format!("only {relayed} bytes went by DERP").into()),
+        }
+    });
+    client.nft("delete table inet blocked")?;
+    let (_sidecar, mut stream) = relayed?;
+    until(Duration::from_secs(45), "the upgrade to a direct path", || {
+        let (direct, relayed) = weigh(bed, &mut stream)?;
+        Ok((direct > LOAD as u64 && relayed < LOAD as u64 / 20).then_some(()))
+    })
+}
+
+/// A direct path that stops working falls back to DERP, and the connection lives on.
+pub(crate) fn a_direct_connection_survives_the_loss_of_udp(bed: &Bed) -> Result<(), Failed> {
+    let client = &bed.hosts.client;
+    let sidecar = Launch::new(bed).ready()?;
+    let mut stream = sidecar.dial("web", 7)?;
+    until(Duration::from_secs(15), "a direct path", || {
+        let (direct, relayed) = weigh(bed, &mut stream)?;
+        Ok((direct > LOAD as u64 && relayed < LOAD as u64 / 20).then_some(()))
+    })?;
+    client.nft(
+        "table inet blocked { chain in { type filter hook input priority 0; meta l4proto udp iifname eth0 drop; }\n\
+         chain out { type filter hook output priority 0; meta l4proto udp oifname eth0 drop; }\n }",
+    )?;
+    let survived = weigh(bed, &mut stream);
+    client.nft("delete table inet blocked")?;
+    match survived? {
+        (_, relayed) if relayed > LOAD as u64 / 2 => Ok(()),
+        (direct, relayed) => Err(format!("{direct} bytes directly, {relayed} by DERP").into()),
+    }
+}
+
+/// `--transport derp` sends nothing to peers; a peer in another region, known by its pin, is reached there.
+pub(crate) fn a_peer_homed_in_another_region_is_reached_there(bed: &Bed) -> Result<(), Failed> {
+    let result = [("998", "second", "derp"), ("999", "tb", "control")].into_iter().try_for_each(
+        |(region, code, class)| -> Result<(), Failed> {
+            prefer(bed, region, code)?;
+            let sidecar = Launch::new(bed).args(&["--transport", "derp"]).ready()?;
+            until(Duration::from_secs(15), &format!("bytes by region {region}"), || {
+                let mut stream = sidecar.dial("web", 7)?;
+                let before = leak::reading(&bed.hosts.client)?;
+                weigh(bed, &mut stream)?;
+                let after = leak::reading(&bed.hosts.client)?;
+                if after.packets("peers") != before.packets("peers") {
+                    return Err("datagrams went to a peer in spite of --transport derp".into());
+                }
+                Ok((after.bytes(class) - before.bytes(class) > LOAD as u64).then_some(()))
+            })
+        },
+    );
+    debug(bed, &["force-prefer-derp", "0"])?;
+    result
+}
+
+/// Makes the web peer choose its home region, and waits until it has.
+fn prefer(bed: &Bed, region: &str, code: &str) -> Result<(), Failed> {
+    debug(bed, &["force-prefer-derp", region])?;
+    debug(bed, &["restun"])?;
+    until(Duration::from_secs(20), "the web peer's home region", || {
+        Ok((bed.web().status()?["Self"]["Relay"] == code).then_some(()))
+    })
+}
+
+fn debug(bed: &Bed, args: &[&str]) -> Result<(), Failed> {
+    let mut command: Command = bed.web().command();
+    command.arg("debug").args(args);
+    output(command).map(drop)
+}

@@ -1,0 +1,156 @@
+//! tailscaled, the peer that nobody here wrote: as web peer, as subnet router, as a client to compare with.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+use serde_json::Value;
+
+use crate::headscale::CONTROL;
+use crate::namespace::Namespace;
+use crate::process::{Process, output, until};
+
+/// The UDP port of every tailscaled of the bed, so that the leak rules can name it.
+pub(crate) const UDP_PORT: u16 = 41_641;
+
+/// How one is to run.
+pub(crate) struct Role<'a> {
+    pub(crate) hostname: &'a str,
+    /// `userspace-networking` or the name of a TUN device.
+    pub(crate) tun: &'a str,
+    /// Further flags of the daemon.
+    pub(crate) daemon: &'a [&'a str],
+    /// Further flags of `tailscale up`.
+    pub(crate) up: &'a [&'a str],
+}
+
+/// Where the programs, the trust and the logs are.
+pub(crate) struct Places<'a> {
+    pub(crate) peers: &'a Path,
+    pub(crate) authority: &'a Path,
+    pub(crate) folder: &'a Path,
+}
+
+/// A running daemon.
+pub(crate) struct Tailscaled {
+    cli: PathBuf,
+    socket: PathBuf,
+    namespace: String,
+    up: Vec<String>,
+    pub(crate) process: Process,
+}
+
+impl Tailscaled {
+    /// Starts a daemon in `namespace` and joins it with `secret`.
+    ///
+    /// # Errors
+    /// When it ends, or has not joined within 20 seconds.
+    pub(crate) fn join(
+        places: &Places<'_>,
+        namespace: &Namespace,
+        role: &Role<'_>,
+        secret: &str,
+    ) -> Result<Self, Failed> {
+        let folder = places.folder.join(role.hostname);
+        fs::create_dir_all(&folder)?;
+        let socket = folder.join("tailscaled.sock");
+        let mut command = namespace.command(places.peers.join("tailscaled"));
+        environment(&mut command, places.authority, &folder);
+        command.args(["--state=mem:", "--no-logs-no-support"]).arg(format!("--tun={}", role.tun));
+        command.arg(format!("--port={UDP_PORT}")).arg("--statedir").arg(&folder).arg("--socket").arg(&socket);
+        command.args(role.daemon);
+        let process = Process::start(command, role.hostname, places.folder, false)?;
+        let mut daemon = Self {
+            cli: places.peers.join("tailscale"),
+            socket,
+            namespace: namespace.name().to_owned(),
+            up: up_flags(role),
+            process,
+        };
+        daemon.first_up(&folder, secret)?;
+        Ok(daemon)
+    }
+
+    fn first_up(&mut self, folder: &Path, secret: &str) -> Result<(), Failed> {
+        let socket = self.socket.clone();
+        until(Duration::from_secs(10), "tailscaled's socket", || match self.process.ended()? {
+            Some(status) => Err(format!("tailscaled ended with {status}: {}", self.process.log()).into()),
+            None => Ok(socket.exists().then_some(())),
+        })?;
+        let key = folder.join("key");
+        fs::write(&key, secret)?;
+        let mut command = self.command();
+        command.arg("up").arg(format!("--authkey=file:{}", key.display())).args(&self.up).arg("--timeout=20s");
+        output(command).map(drop)
+    }
+
+    /// `tailscale`, to talk to this daemon.
+    pub(crate) fn command(&self) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.namespace]).arg(&self.cli).arg("--socket").arg(&self.socket);
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command
+    }
+
+    /// Leaves the data plane without leaving the tailnet: headscale then calls the node offline.
+    ///
+    /// # Errors
+    /// What the command complained of.
+    pub(crate) fn down(&self) -> Result<(), Failed> {
+        let mut command = self.command();
+        command.arg("down");
+        output(command).map(drop)
+    }
+
+    /// The opposite of [`Tailscaled::down`], with what the role was started with.
+    ///
+    /// # Errors
+    /// What the command complained of.
+    pub(crate) fn up_again(&self) -> Result<(), Failed> {
+        let mut command = self.command();
+        command.arg("up").args(&self.up).arg("--timeout=20s");
+        output(command).map(drop)
+    }
+
+    /// `tailscale status --json`.
+    ///
+    /// # Errors
+    /// What the command complained of.
+    pub(crate) fn status(&self) -> Result<Value, Failed> {
+        let mut command = self.command();
+        command.args(["status", "--json"]);
+        Ok(serde_json::from_str(&output(command)?)?)
+    }
+
+    /// Its own addresses in the tailnet, IPv4 first.
+    ///
+    /// # Errors
+    /// What the command complained of.
+    pub(crate) fn addresses(&self) -> Result<Vec<String>, Failed> {
+        let status = self.status()?;
+        let listed = status["Self"]["TailscaleIPs"].as_array().cloned().unwrap_or_default();
+        Ok(listed.iter().filter_map(Value::as_str).map(str::to_owned).collect())
+    }
+}
+
+/// The flags of `tailscale up`, which wants all of them said each time.
+fn up_flags(role: &Role<'_>) -> Vec<String> {
+    let mut flags = vec![format!("--login-server=https://{CONTROL}"), format!("--hostname={}", role.hostname)];
+    flags.push("--accept-dns=false".to_owned());
+    flags.extend(role.up.iter().map(|flag| (*flag).to_owned()));
+    flags
+}
+
+/// What keeps it from looking for a way out of the bed, and from the caller's own proxies.
+fn environment(command: &mut Command, authority: &Path, folder: &Path) {
+    for name in ["TS_NO_LOGS_NO_SUPPORT", "TS_PANIC_IF_HIT_MAIN_CONTROL", "TS_DISABLE_PORTMAPPER", "TS_DISABLE_UPNP"] {
+        command.env(name, "1");
+    }
+    command
+        .env("TS_ASSUME_NETWORK_UP_FOR_TEST", "1")
+        .env("TS_NETCHECK_GENERATE_204_URL", "http://10.99.0.254/status/204");
+    command.env("TS_DEBUG_FIREWALL_MODE", "nftables").env("TS_LOGS_DIR", folder);
+    command.env("SSL_CERT_FILE", authority).env("HOME", folder);
+}
