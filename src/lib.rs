@@ -1,13 +1,13 @@
 //! tailcar.
 
-pub mod key;
-pub mod wire;
-pub mod netmap;
+pub mod control;
 pub mod dns;
 pub mod engine;
-pub mod netstack;
-pub mod transport;
-pub mod control;
-pub mod node;
 pub mod fault;
+pub mod key;
+pub mod netmap;
+pub mod netstack;
+pub mod node;
 pub mod proxy;
+pub mod transport;
+pub mod wire;

@@ -137,6 +137,19 @@ impl Client {
         Self { netmap, phase, accepted, logout }
     }
 
+    /// A client that is online in a tailnet without peers, and knows no server.
+    #[cfg(test)]
+    pub(crate) fn alone() -> Self {
+        let key = NodePublic::default();
+        let node = serde_json::json!({ "ID": 1, "Name": "me.tb.example.", "Key": key, "Addresses": ["100.64.0.1/32"] });
+        let message = serde_json::json!({ "Node": node });
+        let message = serde_json::from_value(message).expect("a constant message parses");
+        let applied = crate::netmap::session::Session::new(true).apply(message, jiff::Timestamp::UNIX_EPOCH);
+        let netmap = watch::Sender::new(applied.expect("it has a self node").netmap).subscribe();
+        let (phase, accepted) = (watch::Sender::new(Phase::Online).subscribe(), watch::Sender::default().subscribe());
+        Self { netmap, phase, accepted, logout: mpsc::channel(1).0 }
+    }
+
     /// Logs out and ends the client, within `limit`.
     pub async fn log_out(&self, limit: Duration) -> LoggedOut {
         let deadline = Instant::now() + limit;
@@ -207,7 +220,9 @@ impl Task {
                 }
                 Ended::RateLimited(wait) => {
                     warn!(wait_s = wait.as_secs(), "control limits registrations, waiting");
-                    self.out.phase.send_replace(Phase::Registering(Some(Arc::new(RegisterError::RateLimited { wait }))));
+                    self.out
+                        .phase
+                        .send_replace(Phase::Registering(Some(Arc::new(RegisterError::RateLimited { wait }))));
                     wait
                 }
                 Ended::Over(failure) => {

@@ -219,7 +219,9 @@ impl<T: AsyncRead + Unpin> AsyncRead for NoiseStream<T> {
             if let Early::Skipping(left) = this.early
                 && left > EARLY_MAX
             {
-                return Poll::Ready(Err(io::Error::other(format!("early payload of {left} octets exceeds {EARLY_MAX}"))));
+                return Poll::Ready(Err(io::Error::other(format!(
+                    "early payload of {left} octets exceeds {EARLY_MAX}"
+                ))));
             }
             let mut chunk = [0; 2 * MAX_FRAME];
             let mut chunk = ReadBuf::new(&mut chunk);
@@ -264,7 +266,11 @@ mod tests {
     use super::*;
 
     /// The server's half, by the same library: it shows that both ends agree, the real server shows that they are right.
-    async fn accept(mut io: tokio::io::DuplexStream, key: &MachinePrivate, initiation: &[u8]) -> NoiseStream<tokio::io::DuplexStream> {
+    async fn accept(
+        mut io: tokio::io::DuplexStream,
+        key: &MachinePrivate,
+        initiation: &[u8],
+    ) -> NoiseStream<tokio::io::DuplexStream> {
         let mut state = Builder::new("Noise_IK_25519_ChaChaPoly_BLAKE2s".parse().unwrap())
             .prologue(b"Tailscale Control Protocol v130")
             .and_then(|builder| builder.local_private_key(key.as_bytes()))

@@ -101,7 +101,10 @@ async fn run_c2n(payload: &[u8]) -> std::io::Result<Vec<u8>> {
     let (mut ours, theirs) = tokio::io::duplex(C2N_MAX);
     ours.write_all(payload.get(..C2N_MAX).unwrap_or(payload)).await?;
     ours.shutdown().await?;
-    let served = http1::Builder::new().half_close(true).keep_alive(false).serve_connection(TokioIo::new(theirs), service_fn(local_api));
+    let served = http1::Builder::new()
+        .half_close(true)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(theirs), service_fn(local_api));
     let mut answer = Vec::new();
     let (served, read) = tokio::join!(served, ours.read_to_end(&mut answer));
     read?;
@@ -139,7 +142,9 @@ mod tests {
     #[test]
     fn only_the_control_host_is_ever_asked() {
         let answerer = answerer();
-        for url in ["https://control.example:8443/machine/ping-response?id=1", "/machine/ping?x", "http://control.example/p"] {
+        for url in
+            ["https://control.example:8443/machine/ping-response?id=1", "/machine/ping?x", "http://control.example/p"]
+        {
             assert!(answerer.permitted(&ping(url)).is_some(), "{url}");
         }
         for url in ["http://169.254.169.254/latest", "https://control.example.evil/", "file:///etc/passwd", "//evil/"] {

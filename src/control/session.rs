@@ -49,7 +49,15 @@ impl From<RegisterError> for Ended {
         match error {
             RegisterError::RateLimited { wait } => Self::RateLimited(wait),
             RegisterError::Connect(error) if heals(&error) => Self::Lost(error.into()),
-            refused => Self::Over(Failure::Register(refused)),
+            refused @ (RegisterError::Connect(_)
+            | RegisterError::KeyUnknown { .. }
+            | RegisterError::KeyExpired { .. }
+            | RegisterError::KeyUsed { .. }
+            | RegisterError::Tags { .. }
+            | RegisterError::LoginNeeded
+            | RegisterError::ApprovalPending
+            | RegisterError::NodeKeyExpired
+            | RegisterError::Refused { .. }) => Self::Over(Failure::Register(refused)),
         }
     }
 }
@@ -116,7 +124,11 @@ impl Task {
         }
         let updates = Updates {
             session: session.clone(),
-            config: MapRequester { node: self.config.node, disco: self.config.disco, hostinfo: self.config.hostinfo.clone() },
+            config: MapRequester {
+                node: self.config.node,
+                disco: self.config.disco,
+                hostinfo: self.config.hostinfo.clone(),
+            },
             report: self.report.clone(),
             accepted: self.out.accepted.clone(),
         };

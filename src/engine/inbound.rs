@@ -88,7 +88,11 @@ impl Inbound {
                 Err(_) => Verdict::Drop(Dropped::Malformed),
             };
         }
-        if self.answers_a_flow(&header, packet) { Verdict::Admit(header.end) } else { Verdict::Drop(Dropped::Unsolicited) }
+        if self.answers_a_flow(&header, packet) {
+            Verdict::Admit(header.end)
+        } else {
+            Verdict::Drop(Dropped::Unsolicited)
+        }
     }
 
     /// The flow that a rejection is about, if it is ours.
@@ -106,7 +110,8 @@ impl Inbound {
         if let Some(quoted) = header.quoted(packet) {
             // The quoted packet is one that we sent: its source must be the address the error came to.
             return Header::parse_quoted(quoted).is_ok_and(|sent| {
-                sent.source == header.destination && self.holds(sent.protocol, sent.source_socket(), sent.destination_socket())
+                sent.source == header.destination
+                    && self.holds(sent.protocol, sent.source_socket(), sent.destination_socket())
             });
         }
         self.holds(header.protocol, header.destination_socket(), header.source_socket())

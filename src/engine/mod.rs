@@ -21,8 +21,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use self::egress::{BATCH_LENGTH, Egress};
-use self::inbound::{Inbound, Verdict};
 pub use self::inbound::{Flow, Protocol};
+use self::inbound::{Inbound, Verdict};
 pub use self::magicsock::HostState;
 use self::magicsock::{Magicsock, Via};
 use self::roster::{Roster, Slot};
@@ -214,7 +214,12 @@ impl Engine {
     }
 
     /// Takes a datagram of one of the UDP sockets, and lends out the inner packet that it held, if it is admitted.
-    pub fn handle_udp<'a>(&'a mut self, from: SocketAddr, datagram: &'a mut [u8], now: Instant) -> Option<&'a mut [u8]> {
+    pub fn handle_udp<'a>(
+        &'a mut self,
+        from: SocketAddr,
+        datagram: &'a mut [u8],
+        now: Instant,
+    ) -> Option<&'a mut [u8]> {
         if self.transport == Transport::Derp {
             self.stats.drop(Dropped::Unknown, 1);
             return None;
@@ -513,6 +518,7 @@ impl Engine {
         }
         if ways == magicsock::Ways::default() {
             self.stats.drop(Dropped::NoPath, 1);
+            self.wireguard.note_stuck(slot);
         }
     }
 

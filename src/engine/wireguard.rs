@@ -70,6 +70,8 @@ struct Attempt {
     retry_in: Duration,
     /// The receiver index that the answer to the newest initiation carries.
     newest: u32,
+    /// There was no way to send the newest initiation.
+    stuck: bool,
 }
 
 /// An active peer's tunnel.
@@ -171,7 +173,9 @@ impl WireGuard {
         self.initiate(slot, key, now);
         let staged = &mut self.places[slot].staged;
         let before = staged.len();
-        while staged.front().is_some_and(|(since, _)| now.duration_since(*since) >= STAGED_FOR) || staged.len() >= STAGED {
+        while staged.front().is_some_and(|(since, _)| now.duration_since(*since) >= STAGED_FOR)
+            || staged.len() >= STAGED
+        {
             staged.pop_front();
         }
         self.staged_dropped += (before - staged.len()) as u64;
@@ -196,14 +200,21 @@ impl WireGuard {
         if tunnel.usable || tunnel.attempt.is_some() {
             return;
         }
-        tunnel.attempt = Some(Attempt { started: now, retry_at: now, retry_in: RETRY_FIRST, newest: 0 });
+        tunnel.attempt = Some(Attempt { started: now, retry_at: now, retry_in: RETRY_FIRST, newest: 0, stuck: false });
         self.send_initiation(slot, now);
     }
 
-    /// A path to the peer has come up: an initiation that waits need not wait longer.
+    /// The initiation could not be sent: no way leads to the peer yet.
+    pub(super) fn note_stuck(&mut self, slot: Slot) {
+        if let Some(attempt) = self.attempt(slot) {
+            attempt.stuck = true;
+        }
+    }
+
+    /// A path to the peer has come up: an initiation that had none need not wait longer. One that is on its way
+    /// already is not repeated, since two peers that both do so lose each other's answers.
     pub(super) fn hurry(&mut self, slot: Slot, now: Instant) {
-        let waiting = self.places.get(slot).and_then(|place| place.tunnel.as_ref()).is_some_and(|t| t.attempt.is_some());
-        if waiting {
+        if self.attempt(slot).is_some_and(|attempt| attempt.stuck) {
             self.send_initiation(slot, now);
         }
     }
@@ -324,14 +335,16 @@ impl WireGuard {
             return Received::Dropped(Dropped::Stranger);
         };
         let fresh = !self.active.contains(&slot);
+        let patience = Duration::from_secs_f64(self.rng.random_range(1.0..1.3));
         let tunnel = self.tunnel(slot, &key, now);
         match tunnel.tunn.decapsulate(source, message, scratch) {
             TunnResult::WriteToNetwork(reply) if reply.len() == 64 => Received::Cookie(reply.len()),
             TunnResult::WriteToNetwork(reply) => {
                 tunnel.touched = now;
-                // The peer is there and its own handshake is about to be confirmed: ours can wait for that.
+                // The peer is there and its own handshake is about to be confirmed: ours can wait for that, and not
+                // both just as long.
                 if let Some(attempt) = tunnel.attempt.as_mut() {
-                    attempt.retry_at = attempt.retry_at.max(now + Duration::from_secs(1));
+                    attempt.retry_at = attempt.retry_at.max(now + patience);
                 }
                 let reply = reply.to_vec();
                 self.outbox.push_back((slot, reply));
@@ -413,10 +426,13 @@ impl WireGuard {
         }
         self.places[slot].tunnel.get_or_insert_with(|| {
             let theirs = PublicKey::from(*key.as_bytes());
-            let tunn =
-                Tunn::new(self.private.clone(), theirs, None, None, slot as u32, Some(self.limiter.clone()));
+            let tunn = Tunn::new(self.private.clone(), theirs, None, None, slot as u32, Some(self.limiter.clone()));
             Box::new(Tunnel { tunn, usable: false, attempt: None, touched: now })
         })
+    }
+
+    fn attempt(&mut self, slot: Slot) -> Option<&mut Attempt> {
+        self.places.get_mut(slot)?.tunnel.as_mut()?.attempt.as_mut()
     }
 
     fn send_initiation(&mut self, slot: Slot, now: Instant) {
@@ -424,12 +440,14 @@ impl WireGuard {
         let Some(tunnel) = place.tunnel.as_mut() else {
             return;
         };
-        let TunnResult::WriteToNetwork(initiation) = tunnel.tunn.format_handshake_initiation(&mut self.message[..], true)
+        let TunnResult::WriteToNetwork(initiation) =
+            tunnel.tunn.format_handshake_initiation(&mut self.message[..], true)
         else {
             return;
         };
         if let (Some(attempt), Some(index)) = (tunnel.attempt.as_mut(), sender_index(initiation)) {
             attempt.newest = index;
+            attempt.stuck = false;
             attempt.retry_at = now + attempt.retry_in;
             attempt.retry_in = (attempt.retry_in * 2).min(RETRY_MOST);
             self.retry_at = Some(self.retry_at.map_or(attempt.retry_at, |at| at.min(attempt.retry_at)));

@@ -376,15 +376,16 @@ mod tests {
     fn proxy_answers_are_those_that_are_documented() {
         for row in ALL {
             let answer = (row.socks, row.http, row.proxy_status);
-            let found = DOCUMENTED
-                .iter()
-                .any(|(families, socks, http, status)| {
-                    families.contains(&row.stage.family()) && answer == (*socks, *http, *status)
-                });
+            let found = DOCUMENTED.iter().any(|(families, socks, http, status)| {
+                families.contains(&row.stage.family()) && answer == (*socks, *http, *status)
+            });
             assert!(found, "TC-{}: {answer:?}", row.code);
         }
         for (_, socks, http, status) in DOCUMENTED {
-            assert!(ALL.iter().any(|row| (row.socks, row.http, row.proxy_status) == (*socks, *http, *status)), "{status}");
+            assert!(
+                ALL.iter().any(|row| (row.socks, row.http, row.proxy_status) == (*socks, *http, *status)),
+                "{status}"
+            );
         }
     }
 }

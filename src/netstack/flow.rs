@@ -89,7 +89,9 @@ impl Flow {
         let ring = |octets| tcp::SocketBuffer::new(vec![0; octets]);
         let mut socket = tcp::Socket::new(ring(RECEIVE_RING), ring(SEND_RING));
         tune(&mut socket);
-        socket.connect(context, endpoint(remote), endpoint(local)).expect("the socket is new and both addresses are set");
+        socket
+            .connect(context, endpoint(remote), endpoint(local))
+            .expect("the socket is new and both addresses are set");
         Self::new(Kind::Tcp, local, remote, |sockets| sockets.add(socket))
     }
 

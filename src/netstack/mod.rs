@@ -260,3 +260,6 @@ fn timestamp(epoch: Instant, now: Instant) -> smoltcp::time::Instant {
 fn socket_set() -> SocketSet<'static> {
     SocketSet::new(Vec::with_capacity(1))
 }
+
+#[cfg(test)]
+mod tests;

@@ -143,7 +143,9 @@ impl Core {
             .regions
             .keys()
             .copied()
-            .filter(|id| self.netmap.as_ref().is_some_and(|old| old.derp.regions.get(id) != netmap.derp.regions.get(id)))
+            .filter(|id| {
+                self.netmap.as_ref().is_some_and(|old| old.derp.regions.get(id) != netmap.derp.regions.get(id))
+            })
             .collect();
         self.netmap = Some(netmap.clone());
         for region in changed {

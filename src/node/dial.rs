@@ -94,9 +94,6 @@ pub enum DialError {
         /// The host.
         host: Host,
     },
-    /// The target is our own listener.
-    #[error("the target is this proxy itself")]
-    Loop,
     /// The name gave no address.
     #[error(transparent)]
     Resolve(#[from] ResolveError),
@@ -192,11 +189,6 @@ const NEXT_ADDRESS: Duration = Duration::from_millis(300);
 
 /// See [`Node::dial`](super::Node::dial).
 pub(super) async fn dial(node: &Inner, target: &Target) -> Result<Stream, DialError> {
-    if let Host::Ip(ip) = target.host
-        && node.is_own_listener(SocketAddr::new(ip, target.port))
-    {
-        return Err(DialError::Loop);
-    }
     if node.config.direct_allow.iter().any(|rule| rule.allows(&target.host)) {
         info!(port = target.port, "dialled outside the tailnet, as --direct-allow permits");
         return direct::connect(target, node.config.dial_timeout).await.map(Stream::Direct);
@@ -244,10 +236,11 @@ fn routed(netmap: &Netmap, node: &Inner, target: &Target, addresses: &[IpAddr]) 
             RouteError::Family { address, family: if address.is_ipv4() { "IPv4" } else { "IPv6" } }.into()
         }
         Host::Ip(_) => unrouted(netmap, address),
-        Host::Name(name) => match unrouted(netmap, address) {
-            DialError::Public { .. } => RouteError::Answer { name: name.clone(), address }.into(),
-            other => other,
-        },
+        Host::Name(name) => {
+            let why = unrouted(netmap, address);
+            let public = matches!(why, DialError::Public { .. });
+            if public { RouteError::Answer { name: name.clone(), address }.into() } else { why }
+        }
     })
 }
 
@@ -346,16 +339,6 @@ fn has_session(core: &Shared, peer: &NodePublic) -> bool {
     core.borrow_mut().engine().peer_status(peer, Instant::now()).is_some_and(|status| status.established)
 }
 
-impl Inner {
-    /// Whether `address` is one of this process's own listeners.
-    fn is_own_listener(&self, address: SocketAddr) -> bool {
-        let ip = address.ip().to_canonical();
-        self.listeners.borrow().iter().any(|own| {
-            own.port() == address.port() && (own.ip() == ip || (own.ip().is_unspecified() && ip.is_loopback()))
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -370,7 +353,11 @@ mod tests {
         assert!(name.allows(&host("CDN.example.")) && !name.allows(&host("x.cdn.example")));
         let suffix = DirectRule::Suffix("example".into());
         assert!(suffix.allows(&host("a.example")) && suffix.allows(&host("a.b.EXAMPLE")));
-        assert!(!suffix.allows(&host("example")) && !suffix.allows(&host("badexample")) && !suffix.allows(&host(".example")));
+        assert!(
+            !suffix.allows(&host("example"))
+                && !suffix.allows(&host("badexample"))
+                && !suffix.allows(&host(".example"))
+        );
         let net = DirectRule::Net("192.0.2.0/24".parse().unwrap());
         assert!(net.allows(&host("192.0.2.9")) && !net.allows(&host("192.0.3.9")) && !net.allows(&host("a.example")));
     }

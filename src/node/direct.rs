@@ -122,13 +122,13 @@ mod tests {
     async fn spliced(early: &'static [u8]) -> (TcpStream, TcpStream, tokio::task::JoinHandle<io::Result<Spliced>>) {
         let (client, near) = pair().await;
         let (far, target) = pair().await;
-        let splice = tokio::spawn(splice(far, near, early));
+        let splice = tokio::task::spawn_local(splice(far, near, early));
         (client, target, splice)
     }
 
     const SOON: Duration = Duration::from_secs(5);
 
-    #[tokio::test]
+    #[tokio::test(flavor = "local")]
     async fn half_close_passes_and_the_other_direction_goes_on() {
         let (mut client, mut target, splice) = spliced(b"early ").await;
         client.write_all(b"question").await.unwrap();
@@ -144,7 +144,7 @@ mod tests {
         assert_eq!(splice.await.unwrap().unwrap(), Spliced { sent: 14, received: 6, reset: false });
     }
 
-    #[tokio::test]
+    #[tokio::test(flavor = "local")]
     async fn reset_of_the_target_resets_the_client() {
         let (mut client, target, splice) = spliced(b"").await;
         target.set_zero_linger().unwrap();
@@ -154,7 +154,7 @@ mod tests {
         assert!(splice.await.unwrap().unwrap().reset);
     }
 
-    #[tokio::test]
+    #[tokio::test(flavor = "local")]
     async fn reset_of_the_client_resets_the_target() {
         let (client, mut target, splice) = spliced(b"").await;
         client.set_zero_linger().unwrap();

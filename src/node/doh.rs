@@ -85,10 +85,7 @@ fn addresses(answer: Message) -> Result<Vec<IpAddr>, ResponseCode> {
     if code != ResponseCode::NoError {
         return Err(code);
     }
-    let found = answer.answers.iter().filter_map(|record| match &record.data {
-        RData::A(address) => Some(IpAddr::V4(address.0)),
-        RData::AAAA(address) => Some(IpAddr::V6(address.0)),
-        _ => None,
-    });
-    Ok(found.collect())
+    let v4 = |data: &RData| if let RData::A(address) = data { Some(IpAddr::V4(address.0)) } else { None };
+    let v6 = |data: &RData| if let RData::AAAA(address) = data { Some(IpAddr::V6(address.0)) } else { None };
+    Ok(answer.answers.iter().filter_map(|record| v4(&record.data).or_else(|| v6(&record.data))).collect())
 }

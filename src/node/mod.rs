@@ -17,7 +17,7 @@ pub mod stream;
 mod tunnel;
 
 use std::cell::RefCell;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,8 +34,9 @@ use self::core::{Core, Parts, Shared};
 use crate::control::{Client, HostReport, RegisterError};
 use crate::engine::Engine;
 use crate::key::{DiscoPrivate, MachinePrivate, NodePrivate};
-use crate::netmap::Netmap;
+use crate::netmap::{Netmap, RegionId};
 use crate::netstack::Netstack;
+use crate::transport::derp::Event;
 use crate::transport::interfaces::local_endpoints;
 use crate::transport::tls::{RootsError, Tls};
 use crate::transport::udp::Udp;
@@ -152,8 +153,6 @@ struct Inner {
     netmap: watch::Receiver<Option<Arc<Netmap>>>,
     state: watch::Receiver<State>,
     resolvers: resolve::Resolvers,
-    /// Our own listeners, so that a connection to them is not made a loop.
-    listeners: RefCell<Vec<SocketAddr>>,
     stop: CancellationToken,
 }
 
@@ -187,8 +186,6 @@ impl Node {
             report,
         );
 
-        let (derp_out, derp_events) = mpsc::channel(256);
-        let (probes_out, probes) = mpsc::channel(16);
         let mut engine = Engine::new(
             crate::engine::Config {
                 node_key: node_key.clone(),
@@ -201,17 +198,32 @@ impl Node {
         if let Some(udp) = &udp {
             engine.set_local_endpoints(local_endpoints(udp.ports()), started);
         }
+        let ((derp_events, derp_in), (probes, probes_in)) = (mpsc::channel(256), mpsc::channel(16));
+        let netstack = Netstack::new(rand::random(), started);
+        let key = node_key;
         let parts = Parts {
             engine,
-            netstack: Netstack::new(rand::random(), started),
+            netstack,
             udp,
-            key: node_key,
+            key,
             underlay,
             control: control.clone(),
-            derp_events: derp_out,
-            probes: probes_out,
+            derp_events,
+            probes,
             report: report_out,
         };
+        Ok(Self::assemble(config, client, parts, (derp_in, probes_in), control, started))
+    }
+
+    /// Wires the parts together on the current `LocalSet`.
+    fn assemble(
+        config: Config,
+        client: Client,
+        parts: Parts,
+        (derp_events, probes): (mpsc::Receiver<(RegionId, Event)>, mpsc::Receiver<regions::Probed>),
+        control: tokio::runtime::Handle,
+        started: Instant,
+    ) -> Self {
         let core: Shared = Rc::new(RefCell::new(Core::new(parts)));
         let stop = CancellationToken::new();
         let inputs = driver::Inputs { netmap: client.netmap.clone(), derp_events, probes, stop: stop.clone() };
@@ -219,8 +231,34 @@ impl Node {
         let state = lifecycle::watch_state(&client, core.borrow().home(), config.join_timeout, started, stop.clone());
         let resolvers = resolve::Resolvers::new(bridge::Tunnel::start(core.clone()), control);
         let netmap = client.netmap.clone();
-        let listeners = RefCell::default();
-        Ok(Self { inner: Rc::new(Inner { config, core, client, netmap, state, resolvers, listeners, stop }) })
+        Self { inner: Rc::new(Inner { config, core, client, netmap, state, resolvers, stop }) }
+    }
+
+    /// A node in a tailnet of nobody else that no control server knows of, for the tests of what is above.
+    #[cfg(test)]
+    pub(crate) fn alone(config: Config) -> Self {
+        let (started, control) = (Instant::now(), tokio::runtime::Handle::current());
+        let (node_key, disco_key) = (NodePrivate::random(), DiscoPrivate::random());
+        let transport = crate::engine::Transport::Derp;
+        let engine = Engine::new(
+            crate::engine::Config { node_key: node_key.clone(), disco_key, seed: [1; 32], transport },
+            started,
+        );
+        let ((derp_events, derp_in), (probes, probes_in)) = (mpsc::channel(1), mpsc::channel(1));
+        let underlay =
+            Underlay { tls: Tls::load(None).expect("no file is read"), proxy: None, no_proxy: Arc::default() };
+        let parts = Parts {
+            engine,
+            netstack: Netstack::new(1, started),
+            udp: None,
+            key: node_key,
+            underlay,
+            control: control.clone(),
+            derp_events,
+            probes,
+            report: watch::Sender::default(),
+        };
+        Self::assemble(config, Client::alone(), parts, (derp_in, probes_in), control, started)
     }
 
     /// How far the node has come.
@@ -231,11 +269,6 @@ impl Node {
     /// The newest netmap, once there is one.
     pub fn netmap(&self) -> Option<Arc<Netmap>> {
         self.inner.netmap.borrow().clone()
-    }
-
-    /// Tells the node where this process listens, so that nobody is connected to us through us.
-    pub fn set_listeners(&self, listeners: Vec<SocketAddr>) {
-        *self.inner.listeners.borrow_mut() = listeners;
     }
 
     /// Opens a connection to `target` through the tailnet, or outside where the user allowed it by name.

@@ -58,12 +58,7 @@ pub(super) fn report(state: &HostState) -> HostReport {
 
 /// Measures a region by an HTTPS request, for networks that let no UDP pass.
 /// Source: Tailscale, net/netcheck, `measureHTTPSLatency`.
-pub(super) async fn probe_https(
-    region: RegionId,
-    relay: Relay,
-    underlay: Underlay,
-    probes: mpsc::Sender<Probed>,
-) {
+pub(super) async fn probe_https(region: RegionId, relay: Relay, underlay: Underlay, probes: mpsc::Sender<Probed>) {
     let latency = match https_latency(&relay, &underlay).await {
         Ok(latency) => Some(latency),
         Err(error) => {

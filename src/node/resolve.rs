@@ -115,7 +115,12 @@ impl Resolvers {
     }
 
     /// The addresses of `name`, in no order that matters; at least one.
-    pub(super) async fn resolve(&self, core: &Shared, netmap: &Arc<Netmap>, name: &str) -> Result<Vec<IpAddr>, DialError> {
+    pub(super) async fn resolve(
+        &self,
+        core: &Shared,
+        netmap: &Arc<Netmap>,
+        name: &str,
+    ) -> Result<Vec<IpAddr>, DialError> {
         let bad = |error: crate::dns::BadName| ResolveError::BadName { detail: error.to_string() };
         let names = candidates(netmap, name).map_err(bad)?;
         let mut errors = Vec::new();
@@ -300,10 +305,12 @@ fn does_not_exist(error: &DialError) -> bool {
 /// hickory's error in our words.
 fn explain(error: NetError, name: &str, resolver: &str) -> ResolveError {
     let (name, resolver) = (name.to_owned(), resolver.to_owned());
-    let code = match &error {
-        NetError::Dns(DnsError::NoRecordsFound(none)) => Some(none.response_code),
-        NetError::Dns(DnsError::ResponseCode(code)) => Some(*code),
-        _ => None,
+    let code = if let NetError::Dns(DnsError::NoRecordsFound(none)) = &error {
+        Some(none.response_code)
+    } else if let NetError::Dns(DnsError::ResponseCode(code)) = &error {
+        Some(*code)
+    } else {
+        None
     };
     let timed_out = matches!(&error, NetError::Timeout)
         || matches!(&error, NetError::Io(io) if io.kind() == std::io::ErrorKind::TimedOut);

@@ -86,7 +86,8 @@ impl TunnelStream {
 
     /// See [`Stream::splice`](super::Stream::splice).
     pub(super) async fn splice(self, client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
-        let mut splice = Splice { tunnel: &self, client, early, up: Half::Open, down: Half::Open, total: Spliced::default() };
+        let mut splice =
+            Splice { tunnel: &self, client, early, up: Half::Open, down: Half::Open, total: Spliced::default() };
         poll_fn(|cx| splice.poll(cx)).await?;
         let (client, total) = (splice.client, splice.total);
         if total.reset {

@@ -40,7 +40,7 @@ pub(super) fn start(config: Config) -> Bed {
     let direct_allow =
         vec![DirectRule::Net("127.0.0.0/8".parse().unwrap()), DirectRule::Net("::1/128".parse().unwrap())];
     let settings = node::Config { direct_allow, ..node::Config::default() };
-    let node = Node::start(settings, tokio::runtime::Handle::current());
+    let node = Node::alone(settings);
     let (stats, drain) = (Arc::new(Stats::default()), CancellationToken::new());
     let served = tokio::task::spawn_local(serve(vec![listener], node, config, Arc::clone(&stats), drain.clone()));
     Bed { address, stats, drain, served }

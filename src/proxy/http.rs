@@ -7,7 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::net::SocketAddr;
-
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -149,8 +149,12 @@ async fn requests(session: &Rc<Session>, socket: SharedSocket) -> (hyper::Result
     let ended = tokio::select! {
         // First the connection, so that a head that has arrived is seen before the drain ends an idle connection.
         biased;
-        ended = &mut connection => ended,
-        () = session.proxy.drain.cancelled() => {
+        ended = &mut connection => Some(ended),
+        () = session.proxy.drain.cancelled() => None,
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
             Pin::new(&mut connection).graceful_shutdown();
             (&mut connection).await
         }

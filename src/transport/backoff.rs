@@ -13,7 +13,8 @@ pub struct Backoff {
 impl Backoff {
     /// Pauses that begin at `first` (up to twice as long, by jitter), double, and end at `cap`.
     pub fn new(first: Duration, cap: Duration) -> Self {
-        let builder = ExponentialBuilder::new().with_min_delay(first).with_max_delay(cap).without_max_times().with_jitter();
+        let builder =
+            ExponentialBuilder::new().with_min_delay(first).with_max_delay(cap).without_max_times().with_jitter();
         Self { builder, delays: builder.build() }
     }
 

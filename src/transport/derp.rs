@@ -274,7 +274,9 @@ impl Task {
             }
             if !output.is_empty() {
                 let written = timeout(SILENCE_LIMIT, writer.write_all_buf(&mut output)).await;
-                written.map_err(|_| DerpError::Silent { host: host.to_owned(), limit: SILENCE_LIMIT })?.map_err(closed)?;
+                written
+                    .map_err(|_| DerpError::Silent { host: host.to_owned(), limit: SILENCE_LIMIT })?
+                    .map_err(closed)?;
                 writer.flush().await.map_err(closed)?;
             }
         }
@@ -357,7 +359,8 @@ impl Task {
 /// Changes a TLS stream to DERP by an HTTP upgrade. Source: derphttp_client.go, `connect`.
 async fn upgrade(io: BoxIo, relay: &Relay) -> Result<BoxIo, DerpError> {
     let refused = |detail: String| DerpError::Upgrade { host: relay.host.clone(), detail };
-    let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await.map_err(|error| refused(error.to_string()))?;
+    let (mut sender, connection) =
+        http1::handshake(TokioIo::new(io)).await.map_err(|error| refused(error.to_string()))?;
     tokio::spawn(connection.with_upgrades());
     let request = Request::get("/derp")
         .header(header::HOST, authority(&relay.host, relay.port))
@@ -378,7 +381,8 @@ async fn upgrade(io: BoxIo, relay: &Relay) -> Result<BoxIo, DerpError> {
 async fn websocket(io: BoxIo, relay: &Relay) -> Result<BoxIo, DerpError> {
     use tungstenite::client::IntoClientRequest as _;
 
-    let refused = |error: tungstenite::Error| DerpError::Upgrade { host: relay.host.clone(), detail: error.to_string() };
+    let refused =
+        |error: tungstenite::Error| DerpError::Upgrade { host: relay.host.clone(), detail: error.to_string() };
     let url = format!("wss://{}/derp", authority(&relay.host, relay.port));
     let mut request = url.into_client_request().map_err(refused)?;
     request.headers_mut().insert("Sec-WebSocket-Protocol", header::HeaderValue::from_static("derp"));
@@ -388,7 +392,8 @@ async fn websocket(io: BoxIo, relay: &Relay) -> Result<BoxIo, DerpError> {
         Ok(message) => Ok(message.into_data()),
         Err(error) => Err(std::io::Error::other(error)),
     }));
-    let sink = sink.with(|bytes: Bytes| std::future::ready(Ok::<_, tungstenite::Error>(tungstenite::Message::Binary(bytes))));
+    let sink =
+        sink.with(|bytes: Bytes| std::future::ready(Ok::<_, tungstenite::Error>(tungstenite::Message::Binary(bytes))));
     let writer = SinkWriter::new(CopyToBytes::new(sink.sink_map_err(std::io::Error::other)));
     Ok(Box::new(tokio::io::join(reader, writer)))
 }

@@ -15,17 +15,17 @@ struct Shared<T> {
 }
 
 /// The end that packets go into.
-pub struct Sender<T> {
+pub(super) struct Sender<T> {
     shared: Arc<Shared<T>>,
 }
 
 /// The end that packets come out of.
-pub struct Receiver<T> {
+pub(super) struct Receiver<T> {
     shared: Arc<Shared<T>>,
 }
 
 /// A queue of at most `capacity` items.
-pub fn queue<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
+pub(super) fn queue<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
     let items = Mutex::new(VecDeque::with_capacity(capacity));
     let shared = Arc::new(Shared { items, capacity, closed: AtomicBool::new(false), wake: Notify::new() });
     (Sender { shared: shared.clone() }, Receiver { shared })
@@ -33,7 +33,7 @@ pub fn queue<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
 
 impl<T> Sender<T> {
     /// Adds an item. Returns `false` if the oldest was dropped for it.
-    pub fn push(&self, item: T) -> bool {
+    pub(super) fn push(&self, item: T) -> bool {
         let mut items = self.shared.items.lock().unwrap_or_else(PoisonError::into_inner);
         let full = items.len() == self.shared.capacity;
         if full {
@@ -55,7 +55,7 @@ impl<T> Drop for Sender<T> {
 
 impl<T> Receiver<T> {
     /// Waits for items and takes at most `limit` of them; `None` when the sender is gone and all are taken.
-    pub async fn recv(&self, limit: usize) -> Option<Vec<T>> {
+    pub(super) async fn recv(&self, limit: usize) -> Option<Vec<T>> {
         loop {
             {
                 let mut items = self.shared.items.lock().unwrap_or_else(PoisonError::into_inner);
@@ -72,12 +72,12 @@ impl<T> Receiver<T> {
     }
 
     /// Whether the sender is gone.
-    pub fn is_closed(&self) -> bool {
+    pub(super) fn is_closed(&self) -> bool {
         self.shared.closed.load(Ordering::Acquire)
     }
 
     /// Waits until the sender is gone; items that come meanwhile stay.
-    pub async fn closed(&self) {
+    pub(super) async fn closed(&self) {
         while !self.is_closed() {
             self.shared.wake.notified().await;
         }

@@ -180,7 +180,8 @@ async fn start_tls(
     let failed = |detail: String| UnderlayError::Tls { host: authority(host, port), detail };
     let name = name.trim_matches(['[', ']']).to_owned();
     let server_name = ServerName::try_from(name).map_err(|error| failed(error.to_string()))?;
-    let stream = TlsConnector::from(config).connect(server_name, io).await.map_err(|error| failed(error.to_string()))?;
+    let stream =
+        TlsConnector::from(config).connect(server_name, io).await.map_err(|error| failed(error.to_string()))?;
     Ok(Box::new(stream))
 }
 

@@ -273,7 +273,7 @@ mod tests {
             if let (Some(v6), Some(first)) = (version, bytes.first_mut()) {
                 *first = if v6 { 0x60 } else { 0x45 };
             }
-            let _ = super::destination(&bytes);
+            let _ = destination(&bytes);
             if let Ok(header) = Header::parse(&bytes) {
                 prop_assert!(header.payload <= header.end && header.end <= bytes.len());
                 let _ = header.quoted(&bytes).map(Header::parse_quoted);

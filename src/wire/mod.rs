@@ -59,9 +59,10 @@ pub fn classify(datagram: &[u8]) -> Kind {
         return Kind::Disco;
     }
     match (datagram.first_chunk(), datagram.len()) {
-        (Some([1, 0, 0, 0]), 148) | (Some([2, 0, 0, 0]), 92) | (Some([3, 0, 0, 0]), 64) | (Some([4, 0, 0, 0]), 32..) => {
-            Kind::WireGuard
-        }
+        (Some([1, 0, 0, 0]), 148)
+        | (Some([2, 0, 0, 0]), 92)
+        | (Some([3, 0, 0, 0]), 64)
+        | (Some([4, 0, 0, 0]), 32..) => Kind::WireGuard,
         _ => Kind::Unknown,
     }
 }

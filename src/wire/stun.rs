@@ -176,9 +176,8 @@ mod tests {
     #[test]
     fn answers_of_rfc_5769_are_read() {
         // RFC 5769, section 2.2, with the attributes behind the address cut off.
-        let v4 = hex!(
-            "0101003c2112a442b7e7a701bc34d686fa87dfae8022000b7465737420766563746f7220002000080001a147e112a643"
-        );
+        let v4 =
+            hex!("0101003c2112a442b7e7a701bc34d686fa87dfae8022000b7465737420766563746f7220002000080001a147e112a643");
         let (_, address) = parse_response(&v4).unwrap();
         assert_eq!(address, "192.0.2.1:32853".parse().unwrap());
         // RFC 5769, section 2.3, likewise.
@@ -201,7 +200,7 @@ mod tests {
     proptest! {
         #[test]
         fn an_answer_parses_to_what_was_encoded(
-            transaction in any::<[u8; 12]>(), ip in any::<std::net::IpAddr>(), port in any::<u16>()
+            transaction in any::<[u8; 12]>(), ip in any::<IpAddr>(), port in any::<u16>()
         ) {
             let address = SocketAddr::new(ip, port);
             let bytes = response(&transaction, address);

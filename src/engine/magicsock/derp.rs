@@ -143,6 +143,9 @@ mod tests {
         relays.set_home(Some(1), now);
         relays.set_home(Some(1), now);
         relays.set_home(Some(2), now);
-        assert_eq!(actions(&mut relays), [Action::Connect(1, true), Action::Connect(1, false), Action::Connect(2, true)]);
+        assert_eq!(
+            actions(&mut relays),
+            [Action::Connect(1, true), Action::Connect(1, false), Action::Connect(2, true)]
+        );
     }
 }

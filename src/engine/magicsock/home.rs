@@ -53,9 +53,11 @@ pub(super) fn choose(
         let score = map.region_score.get(region).copied().filter(|score| score.is_finite() && *score > 0.0);
         Duration::try_from_secs_f64(latency.as_secs_f64() * score.unwrap_or(1.0)).unwrap_or(*latency)
     };
-    let candidates = latencies.iter().filter(|(id, _)| map.regions.get(id).is_some_and(|region| is_eligible(region, home)));
+    let candidates =
+        latencies.iter().filter(|(id, _)| map.regions.get(id).is_some_and(|region| is_eligible(region, home)));
     let best = candidates.map(|(id, latency)| (scored(id, latency), *id)).min();
-    let Some(home) = home.filter(|home| map.regions.get(home).is_some_and(|region| is_eligible(region, Some(*home)))) else {
+    let Some(home) = home.filter(|home| map.regions.get(home).is_some_and(|region| is_eligible(region, Some(*home))))
+    else {
         return best.map(|(_, id)| id);
     };
     let Some((best_latency, best)) = best else {

@@ -154,7 +154,8 @@ impl Netcheck {
     }
 
     pub(super) fn handle_stun(&mut self, transaction: &stun::TransactionId, us: SocketAddr, now: Instant) -> bool {
-        let Some((region, server, latency)) = self.round.as_mut().and_then(|round| round.answer(transaction, now)) else {
+        let Some((region, server, latency)) = self.round.as_mut().and_then(|round| round.answer(transaction, now))
+        else {
             return false;
         };
         self.endpoints.saw(server, us, now);

@@ -259,6 +259,7 @@ mod tests {
         let mut path = Path::default();
         path.set_endpoints(&[addr(A), addr(B)], start);
         path.note_send(start);
+        path.discover(start);
         path.note_ping(TxId([1; 12]), addr(A), start);
         assert!(path.handle_pong(TxId([1; 12]), after(start, 20)));
         path
@@ -304,7 +305,10 @@ mod tests {
     fn a_call_replaces_the_endpoints_of_the_last_one() {
         let start = Instant::now();
         let mut path = Path::default();
-        assert_eq!(path.handle_call(&[addr(A), addr("[fe80::1]:1")], start), Probe { ping: vec![addr(A)], call: false });
+        assert_eq!(
+            path.handle_call(&[addr(A), addr("[fe80::1]:1")], start),
+            Probe { ping: vec![addr(A)], call: false }
+        );
         assert_eq!(path.handle_call(&[addr(B)], after(start, 100)).ping, [addr(B)]);
     }
 

@@ -36,11 +36,8 @@ fn points(this: &Measured, other: &Measured) -> u128 {
         IpAddr::V4(_) | IpAddr::V6(_) => 0,
     };
     let family = if this.addr.is_ipv6() { 10 } else { 0 };
-    let saved = if this.latency < other.latency {
-        100 - this.latency.as_nanos() * 100 / other.latency.as_nanos()
-    } else {
-        0
-    };
+    let saved =
+        if this.latency < other.latency { 100 - this.latency.as_nanos() * 100 / other.latency.as_nanos() } else { 0 };
     nearness + family + saved
 }
 

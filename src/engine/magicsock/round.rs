@@ -96,7 +96,11 @@ impl Round {
     }
 
     /// An answer: the region, the server, and how long it took.
-    pub(super) fn answer(&mut self, transaction: &TransactionId, now: Instant) -> Option<(RegionId, SocketAddr, Duration)> {
+    pub(super) fn answer(
+        &mut self,
+        transaction: &TransactionId,
+        now: Instant,
+    ) -> Option<(RegionId, SocketAddr, Duration)> {
         let (region, server, at) = self.sent.remove(transaction)?;
         self.answered.insert((region, server.is_ipv6()));
         self.first_answer.get_or_insert(now);
@@ -153,7 +157,7 @@ impl Round {
     /// Whether any server answered by IPv6, or by UDP at all; `None` when none was asked.
     pub(super) fn worked(&self) -> (Option<bool>, Option<bool>) {
         let v6 = self.targets.keys().any(|(_, v6)| *v6).then(|| self.answered.iter().any(|(_, v6)| *v6));
-        let udp = (!self.targets.is_empty()).then(|| !self.answered.is_empty());
+        let udp = (!self.targets.is_empty()).then_some(!self.answered.is_empty());
         (v6, udp)
     }
 

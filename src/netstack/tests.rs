@@ -1,0 +1,210 @@
+//! The stack against plain smoltcp on the other side, over a wire that loses what it is told to.
+
+use std::time::Duration;
+
+use smoltcp::iface::{Config, Interface, SocketHandle};
+use smoltcp::socket::tcp::{self, State};
+
+use super::*;
+
+const OURS: &str = "100.64.0.2";
+const THEIRS: &str = "100.64.0.1:80";
+
+/// Both ends, the packets between them, and a clock.
+struct World {
+    stack: Netstack,
+    iface: Interface,
+    sockets: SocketSet<'static>,
+    server: SocketHandle,
+    start: Instant,
+    now: Instant,
+    to_server: VecDeque<Vec<u8>>,
+    sent: usize,
+    /// Every so many packets, one is lost; 0 for none.
+    loss: usize,
+}
+
+impl World {
+    fn new(loss: usize) -> Self {
+        let start = Instant::now();
+        let mut stack = Netstack::new(7, start);
+        stack.set_addresses(&[OURS.parse().unwrap(), "fd7a:115c:a1e0::2".parse().unwrap()]);
+        let (mut scratch, mut nowhere) = ([0; MTU], |_: &[u8]| {});
+        let mut device = Device::new(None, &mut scratch, &mut nowhere);
+        let mut iface = Interface::new(Config::new(HardwareAddress::Ip), &mut device, smoltcp::time::Instant::ZERO);
+        iface.update_ip_addrs(|list| list.push("100.64.0.1/32".parse().unwrap()).unwrap());
+        let ring = || tcp::SocketBuffer::new(vec![0; 256 << 10]);
+        let mut socket = tcp::Socket::new(ring(), ring());
+        socket.listen(80).unwrap();
+        let mut sockets = socket_set();
+        let server = sockets.add(socket);
+        Self { stack, iface, sockets, server, start, now: start, to_server: VecDeque::new(), sent: 0, loss }
+    }
+
+    fn connect(&mut self) -> FlowId {
+        let id = self.stack.connect(OURS.parse().unwrap(), THEIRS.parse().unwrap()).unwrap();
+        self.run(Duration::from_secs(1));
+        id
+    }
+
+    fn server(&mut self) -> &mut tcp::Socket<'static> {
+        self.sockets.get_mut(self.server)
+    }
+
+    fn lost(&mut self) -> bool {
+        self.sent += 1;
+        self.loss != 0 && self.sent % self.loss == 0
+    }
+
+    /// Lets both ends talk for a while, a millisecond at a time.
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.step();
+            self.now += Duration::from_millis(1);
+        }
+    }
+
+    fn step(&mut self) {
+        self.stack.handle_timeout(self.now);
+        let out = &mut self.to_server;
+        while self.stack.egress(self.now, &mut |packet| out.push_back(packet.to_vec())) {}
+        let time = timestamp(self.start, self.now);
+        let mut replies = Vec::new();
+        let mut scratch = [0; MTU];
+        for packet in std::mem::take(&mut self.to_server) {
+            if self.lost() {
+                continue;
+            }
+            let mut reply = |packet: &[u8]| replies.push(packet.to_vec());
+            let mut device = Device::new(Some(&packet), &mut scratch, &mut reply);
+            self.iface.poll_ingress_single(time, &mut device, &mut self.sockets);
+        }
+        let mut reply = |packet: &[u8]| replies.push(packet.to_vec());
+        let mut device = Device::new(None, &mut scratch, &mut reply);
+        while self.iface.poll_egress(time, &mut device, &mut self.sockets)
+            == smoltcp::iface::PollResult::SocketStateChanged
+        {}
+        for packet in replies {
+            if !self.lost() {
+                self.stack.handle_packet(&packet, self.now);
+            }
+        }
+    }
+
+    /// Sends `octets` from our side, and returns what the server got.
+    fn carry(&mut self, id: FlowId, octets: &[u8]) -> Vec<u8> {
+        let (mut sent, mut got) = (0, Vec::new());
+        for _ in 0..60_000 {
+            if sent < octets.len() {
+                sent += self.stack.tcp(id).unwrap().send_slice(&octets[sent..]).unwrap();
+                self.stack.touch(id);
+            }
+            self.run(Duration::from_millis(1));
+            while self.server().can_recv() {
+                self.server().recv(|ring| (ring.len(), got.extend_from_slice(ring))).unwrap();
+            }
+            if got.len() == octets.len() {
+                break;
+            }
+        }
+        got
+    }
+}
+
+#[test]
+fn octets_arrive_whole_and_in_order_although_packets_are_lost() {
+    for loss in [0, 50, 7] {
+        let mut world = World::new(loss);
+        let id = world.connect();
+        let octets: Vec<u8> = (0..300_000u32).map(|n| (n % 251) as u8).collect();
+        assert!(world.carry(id, &octets) == octets, "one of {loss} packets lost");
+    }
+}
+
+#[test]
+fn our_half_close_reaches_the_server_and_its_answer_still_comes() {
+    let mut world = World::new(0);
+    let id = world.connect();
+    world.stack.tcp(id).unwrap().close();
+    world.stack.touch(id);
+    world.run(Duration::from_millis(50));
+    assert_eq!(world.server().state(), State::CloseWait);
+    world.server().send_slice(b"late").unwrap();
+    world.run(Duration::from_millis(50));
+    let mut answer = [0; 4];
+    assert_eq!(world.stack.tcp(id).unwrap().recv_slice(&mut answer), Ok(4));
+    assert_eq!(&answer, b"late");
+}
+
+#[test]
+fn a_reset_is_told_from_an_end() {
+    let mut world = World::new(0);
+    let id = world.connect();
+    world.server().abort();
+    world.run(Duration::from_millis(50));
+    let socket = world.stack.tcp(id).unwrap();
+    assert_eq!(socket.state(), State::Closed);
+    assert_eq!(socket.recv(|_| (0, ())), Err(tcp::RecvError::InvalidState));
+}
+
+#[test]
+fn a_refused_connection_closes_at_once() {
+    let mut world = World::new(0);
+    let id = world.stack.connect(OURS.parse().unwrap(), "100.64.0.1:81".parse().unwrap()).unwrap();
+    world.run(Duration::from_millis(50));
+    assert_eq!(world.stack.tcp(id).unwrap().state(), State::Closed);
+}
+
+#[test]
+fn a_released_connection_is_reset_and_forgotten() {
+    let mut world = World::new(0);
+    let id = world.connect();
+    assert_eq!(world.server().state(), State::Established);
+    world.stack.release(id);
+    world.run(Duration::from_millis(50));
+    assert_eq!(world.server().state(), State::Closed);
+    assert_eq!((world.stack.flow_count(), world.stack.next_deadline()), (0, None));
+    let (udp, _, remote) = world.stack.poll_removed().unwrap();
+    assert_eq!((udp, remote), (false, THEIRS.parse().unwrap()));
+}
+
+#[test]
+fn a_packet_of_no_flow_is_not_answered() {
+    let mut world = World::new(0);
+    world.connect();
+    let mut stranger = Vec::new();
+    let mut other = World::new(0);
+    let id = other.stack.connect(OURS.parse().unwrap(), "100.64.0.9:80".parse().unwrap()).unwrap();
+    other.stack.egress(other.now, &mut |packet| stranger = packet.to_vec());
+    assert!(other.stack.tcp(id).is_some());
+    assert_eq!(world.stack.handle_packet(&stranger, world.now), None);
+    let mut answers = 0;
+    world.stack.egress(world.now, &mut |_| answers += 1);
+    assert_eq!(answers, 0);
+}
+
+#[test]
+fn packets_keep_to_the_tunnels_mtu() {
+    let mut world = World::new(0);
+    let id = world.connect();
+    world.stack.tcp(id).unwrap().send_slice(&[0; 100_000]).unwrap();
+    world.stack.touch(id);
+    let mut longest = 0;
+    world.stack.egress(world.now, &mut |packet| longest = longest.max(packet.len()));
+    assert_eq!(longest, MTU);
+}
+
+#[test]
+fn one_flow_does_not_keep_another_from_its_turn() {
+    let mut world = World::new(0);
+    let first = world.connect();
+    let remote = "[fd7a:115c:a1e0::1]:80".parse().unwrap();
+    let local = world.stack.source_for("fd7a:115c:a1e0::1".parse().unwrap()).unwrap();
+    world.stack.tcp(first).unwrap().send_slice(&[0; 500_000]).unwrap();
+    world.stack.touch(first);
+    world.stack.connect(local, remote).unwrap();
+    let mut versions = Vec::new();
+    world.stack.egress(world.now, &mut |packet| versions.push(packet[0] >> 4));
+    assert!(versions.contains(&6) && versions.len() <= QUANTUM + 1, "{} packets", versions.len());
+}
