@@ -28,6 +28,8 @@ pub(super) enum Change {
     Removed(Slot),
     /// The slot's peer has other properties.
     Updated(Slot),
+    /// So it has, and a disco key that was not known: it has started anew and forgotten its sessions.
+    Restarted(Slot),
 }
 
 /// All of them.
@@ -54,8 +56,7 @@ impl Roster {
         }
         for peer in netmap.peers.values().filter(|peer| !peer.expired) {
             match self.slot(&peer.key) {
-                Some(slot) if self.update(slot, peer) => changes.push(Change::Updated(slot)),
-                Some(_) => {}
+                Some(slot) => changes.extend(self.update(slot, peer)),
                 None => self.insert(peer),
             }
         }
@@ -116,23 +117,78 @@ impl Roster {
     }
 
     /// An advertised disco key stays until the netmap itself names another than before.
-    fn update(&mut self, slot: Slot, peer: &Arc<Peer>) -> bool {
-        let Some(entry) = self.entries[slot].as_mut() else {
-            return false;
-        };
+    fn update(&mut self, slot: Slot, peer: &Arc<Peer>) -> Option<Change> {
+        let entry = self.entries[slot].as_mut()?;
         if Arc::ptr_eq(&entry.peer, peer) {
-            return false;
+            return None;
         }
         let old = std::mem::replace(&mut entry.peer, peer.clone());
-        if old.disco != peer.disco {
+        if old.disco != peer.disco && entry.disco != peer.disco {
             let replaced = std::mem::replace(&mut entry.disco, peer.disco);
             if let Some(replaced) = replaced {
                 self.by_disco.remove(&(replaced, slot));
             }
-            if let Some(disco) = peer.disco {
-                self.by_disco.insert((disco, slot));
-            }
+            self.by_disco.extend(peer.disco.map(|disco| (disco, slot)));
+            return Some(Change::Restarted(slot));
         }
-        old != *peer
+        (old != *peer).then_some(Change::Updated(slot))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::netmap::session::Session;
+
+    fn netmap(peers: &Value) -> Arc<Netmap> {
+        let own = json!({"ID": 1, "Key": format!("nodekey:{}", "01".repeat(32)), "Addresses": ["100.64.0.1/32"]});
+        let message = serde_json::from_value(json!({"Node": own, "Peers": peers})).unwrap();
+        Session::new(true).apply(message, jiff::Timestamp::now()).unwrap().netmap.unwrap()
+    }
+
+    fn peer(id: u8, key: u8, disco: u8) -> Value {
+        json!({
+            "ID": id, "Key": format!("nodekey:{}", hex::encode([key; 32])), "HomeDERP": 1,
+            "DiscoKey": format!("discokey:{}", hex::encode([disco; 32])), "Addresses": [format!("100.64.0.{id}/32")],
+        })
+    }
+
+    fn holders(roster: &Roster, disco: u8) -> Vec<Slot> {
+        roster.with_disco(&DiscoPublic::from_bytes([disco; 32])).collect()
+    }
+
+    #[test]
+    fn a_new_node_key_is_a_new_peer_and_a_new_disco_key_a_restart() {
+        let mut roster = Roster::default();
+        assert_eq!(roster.handle_netmap(&netmap(&json!([peer(2, 2, 20), peer(3, 3, 30)]))), []);
+        let slot = roster.slot(&NodePublic::from_bytes([2; 32])).unwrap();
+        assert_eq!(roster.handle_netmap(&netmap(&json!([peer(2, 2, 21), peer(3, 3, 30)]))), [Change::Restarted(slot)]);
+        assert_eq!((holders(&roster, 20), holders(&roster, 21)), (vec![], vec![slot]));
+        assert_eq!(roster.handle_netmap(&netmap(&json!([peer(2, 4, 21), peer(3, 3, 30)]))), [Change::Removed(slot)]);
+        assert_eq!(roster.slot(&NodePublic::from_bytes([2; 32])), None);
+        assert_eq!(roster.slot(&NodePublic::from_bytes([4; 32])), Some(slot), "slots are used again");
+    }
+
+    #[test]
+    fn an_advertised_disco_key_stays_until_the_netmap_names_another() {
+        let mut roster = Roster::default();
+        roster.handle_netmap(&netmap(&json!([peer(2, 2, 20)])));
+        let advertised = DiscoPublic::from_bytes([21; 32]);
+        assert!(roster.set_disco(0, advertised));
+        assert!(!roster.set_disco(0, advertised));
+        roster.handle_netmap(&netmap(&json!([peer(2, 2, 20)])));
+        assert_eq!((holders(&roster, 20), holders(&roster, 21)), (vec![], vec![0]));
+        assert_eq!(roster.handle_netmap(&netmap(&json!([peer(2, 2, 21)]))), [Change::Updated(0)]);
+        assert_eq!(roster.handle_netmap(&netmap(&json!([peer(2, 2, 22)]))), [Change::Restarted(0)]);
+        assert_eq!(holders(&roster, 22), [0]);
+    }
+
+    #[test]
+    fn a_node_that_is_shared_twice_is_two_peers_with_one_disco_key() {
+        let mut roster = Roster::default();
+        roster.handle_netmap(&netmap(&json!([peer(2, 2, 20), peer(3, 3, 20)])));
+        assert_eq!(holders(&roster, 20), [0, 1]);
     }
 }

@@ -1,5 +1,7 @@
 //! Two engines and what lies between them.
 
+mod netcheck;
+mod paths;
 mod world;
 
 use std::time::Duration;
@@ -221,6 +223,33 @@ fn a_peer_with_another_key_is_another_peer() {
     world.run(SECOND * 6);
     world.open_flows();
     assert_eq!(world.nodes[0].engine.peer_status(&old, world.now), None);
+    world.send(0, b"after");
+    world.run(SECOND);
+    assert_eq!(world.texts(1), ["after"]);
+}
+
+#[test]
+fn a_peer_that_restarted_gets_a_new_handshake_at_once() {
+    let mut world = World::started(Transport::Auto);
+    world.open_flows();
+    world.send(0, b"before");
+    world.run(SECOND * 2);
+    let mut restarted = World::new(Transport::Auto).nodes.remove(1);
+    let config = super::Config {
+        node_key: world.nodes[1].key.clone(),
+        disco_key: restarted.disco.clone(),
+        seed: [9; 32],
+        transport: Transport::Auto,
+    };
+    restarted.engine = Engine::new(config, world.now);
+    restarted.key = world.nodes[1].key.clone();
+    restarted.regions = world.nodes[1].regions.clone();
+    restarted.host = world.nodes[1].host.clone();
+    world.nodes[1] = restarted;
+    world.publish();
+    world.open_flows();
+    world.run(SECOND);
+    assert_eq!(world.status(0).handshakes_sent, 2);
     world.send(0, b"after");
     world.run(SECOND);
     assert_eq!(world.texts(1), ["after"]);

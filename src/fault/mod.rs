@@ -245,6 +245,7 @@ impl From<&DialError> for Fault {
             DialError::Resolve(resolve) => return Self::from(resolve),
             DialError::Route(route) => return Self::from(route),
             DialError::Public { .. } => &PUBLIC,
+
             DialError::PeerSilent { .. } => &PEER_SILENT,
             DialError::Unanswered { .. } => &TARGET_SILENT,
             DialError::Rejected { .. } => &PEER_REJECTED,

@@ -286,12 +286,12 @@ rows! {
     INTERNAL: 2008 Run, exit 70, again NO, BUG_REPLY
         "tailcar has a bug"
         "please report this line";
-    DRAINING: 2009 Run, exit 0, again YES, NOT_JOINED_REPLY
-        "the sidecar is shutting down"
-        "start a new one for a new run";
-    USAGE: 2010 Run, exit 64, again NO, NOT_JOINED_REPLY
+    USAGE: 2009 Run, exit 64, again NO, NOT_JOINED_REPLY
         "the command line cannot be understood"
         "see `tailcar --help` and `tailcar run --help`";
+    DRAINING: 2010 Run, exit 0, again YES, NOT_JOINED_REPLY
+        "the sidecar is shutting down"
+        "start a new one for a new run";
     SETTING: 2011 Run, exit 65, again NO, NOT_JOINED_REPLY
         "a setting's value is malformed"
         "see `tailcar run --help` for what the setting takes";

@@ -48,7 +48,7 @@ pub(crate) fn dom(bed: &Bed, proxy: &str, url: &str) -> Result<String, Failed> {
     command.arg(format!("--user-data-dir={}", profile.display())).arg(format!("--proxy-server={proxy}"));
     command.args(["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", "--virtual-time-budget=15000"]);
     command.args(["--dump-dom", url]);
-    let mut browser = Process::start(command, &name, &bed.folder, false)?;
+    let mut browser = Process::start(command, &name, &bed.folder, false)?.transient();
     let ended = browser.wait(LIMIT);
     let log = browser.log();
     drop(browser);

@@ -116,7 +116,12 @@ fn bounded(scenario: &Scenario, bed: &Arc<Bed>) -> Result<(), Failed> {
     let result = match receiver.recv_timeout(scenario.limit) {
         Ok(result) => result,
         Err(RecvTimeoutError::Disconnected) => Err("it panicked".into()),
-        Err(RecvTimeoutError::Timeout) => return Err(format!("not done within {:?}", scenario.limit).into()),
+        Err(RecvTimeoutError::Timeout) => {
+            process::end_transient();
+            let last = receiver.recv_timeout(RESTORE);
+            let stuck = if last.is_err() { "; it has not ended since" } else { "" };
+            return Err(format!("not done within {:?}{stuck}", scenario.limit).into());
+        }
     };
     drop(worker.join());
     result?;
@@ -164,6 +169,9 @@ fn end_on_signals() {
 pub(crate) fn say(line: &str) {
     drop(writeln!(std::io::stderr(), "{line}"));
 }
+
+/// How long a scenario that ran out of time has to put back what it changed.
+const RESTORE: Duration = Duration::from_secs(45);
 
 /// A scenario's usual limit.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);

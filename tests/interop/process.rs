@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,9 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 /// Group leaders that are alive, for the exits that skip `Drop`.
 static ALIVE: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+
+/// Those among them that belong to one scenario.
+static TRANSIENT: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
 /// How often an awaited condition is looked at.
 const LOOK: Duration = Duration::from_millis(20);
@@ -45,8 +48,14 @@ impl Process {
         }
         command.stderr(file).process_group(0);
         let child = command.spawn().map_err(|error| io::Error::other(format!("{name}: {error}")))?;
-        alive().push(child.id());
+        locked(&ALIVE).push(child.id());
         Ok(Self { child, name: name.to_owned(), log, ended: None })
+    }
+
+    /// Marks it as one that ends with its scenario, in time or not.
+    pub(crate) fn transient(self) -> Self {
+        locked(&TRANSIENT).push(self.child.id());
+        self
     }
 
     /// The pid; `ip netns exec` becomes the program that it starts.
@@ -117,7 +126,9 @@ impl Process {
             let _ = kill_process_group(group, Signal::KILL);
         }
         drop(self.child.wait());
-        alive().retain(|other| *other != id);
+        for list in [&ALIVE, &TRANSIENT] {
+            locked(list).retain(|other| *other != id);
+        }
     }
 }
 
@@ -129,7 +140,16 @@ impl Drop for Process {
 
 /// Kills every group that is still alive.
 pub(crate) fn end_all() {
-    for id in alive().drain(..) {
+    end_listed(&ALIVE);
+}
+
+/// Kills the groups of the scenario that has run out of time, so that what waits for them goes on.
+pub(crate) fn end_transient() {
+    end_listed(&TRANSIENT);
+}
+
+fn end_listed(list: &Mutex<Vec<u32>>) {
+    for id in locked(list).drain(..) {
         if let Some(group) = pid(id) {
             let _ = kill_process_group(group, Signal::KILL);
         }
@@ -181,6 +201,6 @@ fn pid(id: u32) -> Option<Pid> {
     i32::try_from(id).ok().and_then(Pid::from_raw)
 }
 
-fn alive() -> std::sync::MutexGuard<'static, Vec<u32>> {
-    ALIVE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+fn locked(list: &Mutex<Vec<u32>>) -> MutexGuard<'_, Vec<u32>> {
+    list.lock().unwrap_or_else(PoisonError::into_inner)
 }

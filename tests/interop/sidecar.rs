@@ -158,7 +158,7 @@ impl<'a> Launch<'a> {
         if self.stdin {
             self.command.stdin(Stdio::piped());
         }
-        let mut process = Process::start(self.command, &self.hostname, &self.bed.folder, true)?;
+        let mut process = Process::start(self.command, &self.hostname, &self.bed.folder, true)?.transient();
         let (sender, lines) = channel();
         let stdout = process.child().stdout.take().ok_or("stdout was not piped")?;
         thread::spawn(move || {

@@ -116,7 +116,7 @@ impl Magicsock {
                     self.active.remove(slot);
                     self.calls.remove(slot);
                 }
-                Change::Updated(slot) => {
+                Change::Updated(slot) | Change::Restarted(slot) => {
                     let place = self.places.get_mut(*slot).and_then(Option::as_mut);
                     if let (Some(place), Some(entry)) = (place, roster.entry(*slot)) {
                         place.path.set_endpoints(&entry.peer.endpoints, now);
@@ -144,7 +144,7 @@ impl Magicsock {
     /// The ways for a packet that goes out now; counts as use of the peer, and looks for better ways when needed.
     pub(super) fn ways(&mut self, slot: Slot, entry: &Entry, now: Instant) -> Ways {
         self.netcheck.note_use(now);
-        let (transport, relay) = (self.transport, self.relay(slot, entry));
+        let transport = self.transport;
         let place = self.place(slot, entry, now);
         if entry.peer.wireguard_only {
             let endpoints = &entry.peer.endpoints;
@@ -152,23 +152,24 @@ impl Magicsock {
             let udp = turn.and_then(|turn| endpoints.get(turn).copied()).filter(|_| transport != Transport::Derp);
             return Ways { udp, derp: None };
         }
-        let discover = place.path.note_send(now);
+        let sent = place.path.note_send(now);
         let best = place.path.best(now);
-        let deadline = place.path.next_deadline();
-        self.schedule(slot, deadline);
-        if discover && entry.disco.is_some() && transport != Transport::Derp {
+        if sent.first {
+            self.reschedule(slot);
+        }
+        if sent.discover {
             self.discover(slot, entry, now);
         }
-        let ways = match (transport, best) {
-            (Transport::Derp, _) | (Transport::Auto, None) => Ways { udp: None, derp: relay },
-            (Transport::Direct, best) => Ways { udp: best.map(|(best, _)| best.addr), derp: None },
-            (Transport::Auto, Some((best, true))) => Ways { udp: Some(best.addr), derp: None },
-            (Transport::Auto, Some((best, false))) => Ways { udp: Some(best.addr), derp: relay },
+        let (udp, relayed) = match (transport, best) {
+            (Transport::Derp, _) | (Transport::Auto, None) => (None, true),
+            (Transport::Direct, best) => (best.map(|(best, _)| best.addr), false),
+            (Transport::Auto, Some((best, trusted))) => (Some(best.addr), !trusted),
         };
-        if let Some(region) = ways.derp {
+        let derp = if relayed { self.relay(slot, entry) } else { None };
+        if let Some(region) = derp {
             self.relays.touch(region, now);
         }
-        ways
+        Ways { udp, derp }
     }
 
     /// An initiation goes out: a peer without disco gets it at its next endpoint.

@@ -137,7 +137,7 @@ impl Netcheck {
         }
     }
 
-    /// Whether our endpoints may be told to a peer; if not, they soon may: see [`take_settled`](Self::take_settled).
+    /// Whether our endpoints may be told to a peer; if not, [`settled_at`](Self::settled_at) moves soon.
     pub(super) fn freshen(&mut self, now: Instant) -> bool {
         let fresh = self.settled_at.is_some_and(|at| now.duration_since(at) < FRESH);
         if !fresh && self.round.as_ref().is_none_or(|round| round.settled) {
@@ -170,6 +170,7 @@ impl Netcheck {
         servers.retain(|server| self.has_family(server.is_ipv6()));
         self.resolved.insert(region, servers.clone());
         if let Some(round) = self.round.as_mut() {
+            round.note_resolved(region);
             servers.into_iter().for_each(|server| round.add(region, server, now));
         }
         self.handle_timeout(now);

@@ -55,6 +55,15 @@ pub(super) struct Probe {
     pub(super) call: bool,
 }
 
+/// What a packet on its way out means for its path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Sent {
+    /// The path was asleep: it has a deadline now.
+    pub(super) first: bool,
+    /// A discovery round is due.
+    pub(super) discover: bool,
+}
+
 /// A peer's paths.
 #[derive(Debug, Default)]
 pub(super) struct Path {
@@ -78,14 +87,15 @@ impl Path {
         self.best.map(|best| (best, self.trusted_until.is_some_and(|until| now <= until)))
     }
 
-    /// A packet goes out now. Whether [`discover`](Self::discover) is due.
-    pub(super) fn note_send(&mut self, now: Instant) -> bool {
+    /// A packet goes out now.
+    pub(super) fn note_send(&mut self, now: Instant) -> Sent {
         self.last_send = Some(now);
-        if self.heartbeat_at.is_none() {
+        let first = self.heartbeat_at.is_none();
+        if first {
             self.heartbeat_at = Some(now + HEARTBEAT);
         }
         let trusted = self.best.is_some() && self.trusted_until.is_some_and(|until| now <= until);
-        !trusted && self.discover_at.is_none_or(|at| at <= now)
+        Sent { first, discover: !trusted && self.discover_at.is_none_or(|at| at <= now) }
     }
 
     /// Whether a packet went out lately.
@@ -292,11 +302,11 @@ mod tests {
         let start = Instant::now();
         let mut path = Path::default();
         path.set_endpoints(&[addr(A)], start);
-        assert!(path.note_send(start));
+        assert!(path.note_send(start).discover);
         let probe = path.discover(start);
         assert_eq!(probe, Probe { ping: vec![addr(A)], call: true });
         path.note_ping(TxId([1; 12]), addr(A), start);
-        assert!(!path.note_send(after(start, 4_999)));
+        assert!(!path.note_send(after(start, 4_999)).discover);
         assert_eq!(path.discover(after(start, 4_999)), Probe::default());
         assert_eq!(path.discover(after(start, 5_000)).ping, [addr(A)]);
     }

@@ -67,15 +67,19 @@ impl Round {
 
     /// A server to ask.
     pub(super) fn add(&mut self, region: RegionId, server: SocketAddr, now: Instant) {
-        self.unresolved.remove(&region);
         self.targets.entry((region, server.is_ipv6())).or_default().push(server);
         self.tries = 0;
         self.try_at = Some(now);
     }
 
-    /// A server whose address is not known yet.
+    /// A region whose servers' addresses are not known yet.
     pub(super) fn await_address(&mut self, region: RegionId) {
         self.unresolved.insert(region);
+    }
+
+    /// They are known now, or will not be.
+    pub(super) fn note_resolved(&mut self, region: RegionId) {
+        self.unresolved.remove(&region);
     }
 
     /// The requests that are due now: region and server.
@@ -164,7 +168,7 @@ impl Round {
     pub(super) fn next_deadline(&self) -> Instant {
         let grace = |at: Option<Instant>| at.filter(|_| !self.settled).map(|at| at + GRACE);
         let https = self.may_https && self.https.is_none() && self.first_answer.is_none();
-        let https_at = https.then(|| self.started + UDP_PATIENCE);
+        let https_at = https.then_some(self.started + UDP_PATIENCE);
         let limit = if self.https.is_some() { REPORT_TIMEOUT } else { STUN_TIMEOUT };
         let first = grace(self.first_answer).or_else(|| grace(self.first_https));
         [self.try_at, first, https_at].into_iter().flatten().min().unwrap_or(self.started + limit)

@@ -1,15 +1,15 @@
 //! Two nodes, a STUN server and DERP regions in one process, in virtual time.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::engine::{Config, Engine, Flow, HostState, Output, PathStatus, PeerStatus, Protocol, Transport};
 use crate::key::{DiscoPrivate, NodePrivate, NodePublic};
+use crate::netmap::RegionId;
 use crate::netmap::session::Session;
-use crate::netmap::{Netmap, RegionId};
 use crate::wire::{ip, stun};
 
 pub(super) const STUN_SERVER: &str = "198.51.100.1:3478";
@@ -35,7 +35,6 @@ pub(super) struct Node {
     pub(super) sent: (usize, usize),
     pub(super) outputs: Vec<Output>,
     pub(super) host: HostState,
-    pub(super) netmap: Option<Arc<Netmap>>,
 }
 
 pub(super) struct World {
@@ -52,6 +51,9 @@ pub(super) struct World {
     /// Everything that travelled by UDP, for replays.
     pub(super) datagrams: Vec<(SocketAddr, SocketAddr, Vec<u8>)>,
     pub(super) peers_publish_endpoints: bool,
+    stun_servers_are_named: bool,
+    /// Endpoints of node 1 as a plain WireGuard peer.
+    plain: Option<Vec<String>>,
 }
 
 impl World {
@@ -71,7 +73,6 @@ impl World {
                 sent: (0, 0),
                 outputs: Vec::new(),
                 host: HostState::default(),
-                netmap: None,
             }
         };
         Self {
@@ -85,6 +86,8 @@ impl World {
             derp_delay: Duration::from_millis(30),
             datagrams: Vec::new(),
             peers_publish_endpoints: true,
+            stun_servers_are_named: false,
+            plain: None,
         }
     }
 
@@ -107,9 +110,12 @@ impl World {
 
     /// Control tells everyone what everyone else said.
     pub(super) fn publish(&mut self) {
+        let address = |literal: &'static str| if self.stun_servers_are_named { "" } else { literal };
+        let (first, second) = (address("198.51.100.1"), address("198.51.100.2"));
         let derp = json!({"Regions": {
-            "1": {"RegionID": 1, "Nodes": [{"HostName": "derp1.example", "IPv4": "198.51.100.1", "IPv6": "none"}]},
-            "2": {"RegionID": 2, "Nodes": [{"HostName": "derp2.example", "IPv4": "198.51.100.2", "IPv6": "none"}]},
+            "1": {"RegionID": 1, "Nodes": [{"HostName": "derp1.example", "IPv4": first, "IPv6": "none"}]},
+            "2": {"RegionID": 2, "Nodes": [{"HostName": "derp2.example", "IPv4": second, "IPv6": "none"}]},
+            "3": {"RegionID": 3, "NoMeasureNoHome": true, "Nodes": [{"HostName": "derp3.example"}]},
         }});
         let described: Vec<Value> = (0..self.nodes.len()).map(|index| self.describe(index)).collect();
         for index in 0..self.nodes.len() {
@@ -118,21 +124,36 @@ impl World {
             let message = json!({"Node": described[index], "Peers": others, "DERPMap": derp});
             let applied = Session::new(true).apply(serde_json::from_value(message).unwrap(), jiff::Timestamp::now());
             let netmap = applied.unwrap().netmap.unwrap();
-            self.nodes[index].netmap = Some(netmap.clone());
             self.nodes[index].engine.handle_netmap(netmap, self.now);
         }
+    }
+
+    /// The DERP map gives no addresses from now on.
+    pub(super) fn name_stun_servers(&mut self) {
+        self.stun_servers_are_named = true;
+    }
+
+    /// Node 1 is a peer without disco and DERP from now on.
+    pub(super) fn make_plain(&mut self, endpoints: &[&str]) {
+        self.plain = Some(endpoints.iter().map(|endpoint| endpoint.to_string()).collect());
+        self.publish();
     }
 
     fn describe(&self, index: usize) -> Value {
         let node = &self.nodes[index];
         let endpoints: Vec<String> = node.host.endpoints.iter().map(|(endpoint, _)| endpoint.to_string()).collect();
-        json!({
+        let mut described = json!({
             "ID": index + 1, "StableID": format!("n{index}"), "Name": format!("host{index}.tail1.ts.net."),
             "Key": node.key.public().to_string(), "DiscoKey": node.disco.public().to_string(),
             "Addresses": [format!("{}/32", node.overlay)], "AllowedIPs": [format!("{}/32", node.overlay)],
             "Endpoints": if self.peers_publish_endpoints { endpoints } else { Vec::new() },
             "HomeDERP": node.host.home.unwrap_or(1), "MachineAuthorized": true,
-        })
+        });
+        if let Some(endpoints) = self.plain.as_ref().filter(|_| index == 1) {
+            described["IsWireGuardOnly"] = json!(true);
+            described["Endpoints"] = json!(endpoints);
+        }
+        described
     }
 
     /// Lets time pass.
@@ -195,7 +216,10 @@ impl World {
                     self.nodes[index].host = host.clone();
                     self.nodes[index].outputs.push(Output::HostChanged(host));
                 }
-                other => self.nodes[index].outputs.push(other),
+                other @ (Output::ResolveStun { .. }
+                | Output::ProbeHttps { .. }
+                | Output::Rejected { .. }
+                | Output::PeerChanged { .. }) => self.nodes[index].outputs.push(other),
             }
         }
     }

@@ -84,7 +84,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         scenario!(leave::a_second_signal_ends_it_at_once),
         scenario!(routes::a_lan_behind_the_router_is_reached_by_address),
         scenario!(routes::a_withdrawn_route_ends_new_connections_with_its_code),
-        scenario!(routes::a_route_whose_router_is_offline_says_so),
+        scenario!(routes::a_route_whose_router_is_offline_says_so).within(100),
         scenario!(routes::a_peer_that_never_handshakes_is_told_from_a_silent_host).within(90),
         scenario!(names::split_dns_names_lead_to_the_lan),
         scenario!(names::magic_dns_names_lead_to_peers),

@@ -54,7 +54,7 @@ pub(crate) fn a_withdrawn_route_ends_new_connections_with_its_code(bed: &Bed) ->
 
 /// A router that is down: its route has no router, which is not the same as no answer.
 pub(crate) fn a_route_whose_router_is_offline_says_so(bed: &Bed) -> Result<(), Failed> {
-    let sidecar = Launch::new(bed).ready()?;
+    let sidecar = Launch::new(bed).args(&["--dial-timeout", "3s"]).ready()?;
     sidecar.page("10.20.0.80", "corp")?;
     bed.router().down()?;
     let result = until(Duration::from_secs(25), "headscale to tell that the router is offline", || {

@@ -1,0 +1,301 @@
+//! What a run says of itself: lines for people on standard error, JSON on standard output, and its files.
+//!
+//! One [`Line`] is behind all of them. Nobody who stops reading stops the run: a closed pipe is ignored.
+
+use std::io::{self, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use super::args::{LogFormat, OutputFormat};
+use super::files::Files;
+use super::line::{End, Failure, Line, Proxy, Ready, short};
+use super::redact::redact;
+use super::settings::Output;
+use crate::fault::Fault;
+use crate::node::{JoinStage, Joined, Logout};
+
+/// The one voice of a run.
+#[derive(Debug)]
+pub(super) struct Report {
+    output: Output,
+    files: Files,
+    listeners: Vec<SocketAddr>,
+}
+
+impl Report {
+    /// A voice that has said nothing yet.
+    pub(super) fn new(output: &Output) -> Self {
+        Self { output: output.clone(), files: Files::new(output), listeners: Vec::new() }
+    }
+
+    /// The listeners are bound: opens the files and says so there.
+    ///
+    /// # Errors
+    /// `TC-2005` when a file cannot be written.
+    pub(super) fn bound(&mut self, listeners: Vec<SocketAddr>) -> Result<(), Fault> {
+        self.listeners = listeners;
+        let line = self.joining_line(JoinStage::Control);
+        self.files.open(&line)
+    }
+
+    /// The address that a client uses for the first listener.
+    pub(super) fn proxy_address(&self) -> SocketAddr {
+        self.listeners.first().copied().map_or(SocketAddr::from(([127, 0, 0, 1], 0)), reachable)
+    }
+
+    /// The node has a netmap.
+    pub(super) fn joined(&self, joined: &Joined) {
+        let address = joined.addresses.first().map(|ip| format!(" ({ip})")).unwrap_or_default();
+        let tags = if joined.tags.is_empty() { String::new() } else { format!(", tags {}", joined.tags.join(" ")) };
+        let seconds = joined.join_time.as_secs_f64();
+        let text = format!("{} as {}{address} in {seconds:.2}s{tags}", joined.tailnet, short(&joined.name));
+        self.say("joined", &format!("joined   {text}"));
+    }
+
+    /// Still waiting; said every 15 s.
+    pub(super) fn waiting(&self, stage: JoinStage, seconds: u64, last_error: Option<&Fault>) {
+        let because = last_error.map(|fault| format!(" (last: {fault})")).unwrap_or_default();
+        self.say("waiting", &format!("waiting  {seconds}s for {}{because}", awaited(stage)));
+        if let Err(fault) = self.files.status(&self.joining_line(stage)) {
+            tracing::warn!(%fault, "the status file is out of date");
+        }
+    }
+
+    /// The node is ready: the proxy may be used.
+    ///
+    /// # Errors
+    /// `TC-2005` when a file cannot be written.
+    pub(super) fn ready(&self, joined: &Joined) -> Result<(), Fault> {
+        let line = self.ready_line(joined);
+        self.files.ready(&line)?;
+        self.data(&line);
+        for listener in &self.listeners {
+            let address = reachable(*listener);
+            self.say("proxy", &format!("proxy    http://{address}   socks5h://{address}"));
+        }
+        self.say("ready", "Ready: you may start your tests.");
+        Ok(())
+    }
+
+    /// The run has failed and will exit with `exit`.
+    pub(super) fn failed(&self, fault: &Fault, exit: u8) {
+        let line = self.failed_line(fault, exit);
+        self.files.not_ready();
+        if let Err(other) = self.files.status(&line) {
+            tracing::warn!(fault = %other, "the status file is out of date");
+        }
+        self.data(&line);
+        if self.output.log_format == LogFormat::Json {
+            let (row, code, cause) = (fault.row, fault.code(), fault.cause());
+            let stage = row.stage.as_str();
+            tracing::error!(
+                event = "failed",
+                code,
+                stage,
+                remedy = row.remedy,
+                retryable = row.retryable,
+                exit,
+                "{cause}"
+            );
+        } else {
+            complain(fault);
+        }
+    }
+
+    /// The node lost its place in the tailnet while a command runs: the command decides what becomes of it.
+    pub(super) fn lost(&self, fault: &Fault) {
+        self.failed(fault, fault.row.exit);
+    }
+
+    /// Something went wrong that changes nothing else.
+    pub(super) fn warn(&self, fault: &Fault) {
+        if self.output.log_format == LogFormat::Json {
+            tracing::warn!(code = fault.code(), "{}", fault.cause());
+        } else {
+            complain(fault);
+        }
+    }
+
+    /// The node is about to leave: nobody should start to use it.
+    pub(super) fn leaving(&self) {
+        self.files.not_ready();
+    }
+
+    /// The run is over without a failure.
+    pub(super) fn ended(&self, reason: &str, logout: Logout, exit: u8) {
+        let line = self.line("ended");
+        let line = Line { end: Some(End { reason, logout: logout_word(logout), exit }), ..line }.text();
+        if let Err(fault) = self.files.status(&line) {
+            tracing::warn!(%fault, "the status file is out of date");
+        }
+        self.say("ended", &format!("ended    {reason}, logout {}", logout_word(logout)));
+    }
+
+    /// A line of JSON on standard output, if asked for.
+    fn data(&self, line: &str) {
+        if self.output.format == OutputFormat::Json {
+            print(line);
+        }
+    }
+
+    /// A line for people; an event where logs are JSON, so that every line there is.
+    fn say(&self, event: &'static str, line: &str) {
+        if self.output.log_format == LogFormat::Json {
+            tracing::info!(event, "{line}");
+        } else if !self.output.quiet {
+            complain_line(line);
+        }
+    }
+
+    fn line(&self, state: &'static str) -> Line<'_> {
+        let address = (!self.listeners.is_empty()).then(|| self.proxy_address());
+        Line {
+            v: 1,
+            state,
+            pid: std::process::id(),
+            run_id: &self.output.run_id,
+            proxy: address.map(|address| Proxy {
+                http: format!("http://{address}"),
+                socks5: format!("socks5h://{address}"),
+                listeners: self.listeners.clone(),
+            }),
+            labels: self.output.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect(),
+            ..Line::default()
+        }
+    }
+
+    fn joining_line(&self, stage: JoinStage) -> String {
+        Line { waiting_for: Some(awaited(stage)), ..self.line("joining") }.text()
+    }
+
+    fn ready_line(&self, joined: &Joined) -> String {
+        Line { node: Some(Ready::new(joined)), ..self.line("ready") }.text()
+    }
+
+    fn failed_line(&self, fault: &Fault, exit: u8) -> String {
+        Line { failure: Some(Failure::new(fault, exit)), ..self.line("failed") }.text()
+    }
+}
+
+#[cfg(test)]
+impl Report {
+    /// A voice that says nothing.
+    pub(super) fn quiet() -> Self {
+        Self::new(&Output {
+            format: OutputFormat::Text,
+            log_format: LogFormat::Text,
+            log_filter: String::from("warn"),
+            quiet: true,
+            run_id: String::from("r42"),
+            labels: vec![(String::from("job"), String::from("e2e"))],
+            ready_file: None,
+            status_file: None,
+            pidfile: None,
+        })
+    }
+}
+
+/// Says a failure that came before there was a [`Report`]: the command line itself.
+pub(super) fn refuse(fault: &Fault, exit: u8, json: bool) {
+    if json {
+        let pid = std::process::id();
+        print(&Line { v: 1, state: "failed", failure: Some(Failure::new(fault, exit)), pid, ..Line::default() }.text());
+    }
+    complain(fault);
+}
+
+/// A failure for people: what happened, and what to try.
+pub(super) fn complain(fault: &Fault) {
+    complain_line(&format!("tailcar: {fault}\n  try  {}", fault.row.remedy));
+}
+
+/// One line, or a few at once, on standard error.
+pub(super) fn complain_line(line: &str) {
+    let _ = io::stderr().lock().write_all(format!("{}\n", redact(line)).as_bytes());
+}
+
+/// One line on standard output.
+fn print(line: &str) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(format!("{}\n", redact(line)).as_bytes()).and_then(|()| out.flush());
+}
+
+/// Where a client on this machine finds a listener on every address.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip @ (IpAddr::V4(_) | IpAddr::V6(_)) => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
+
+fn awaited(stage: JoinStage) -> &'static str {
+    match stage {
+        JoinStage::Control => "the control server to answer",
+        JoinStage::Register => "the control server to accept the key",
+        JoinStage::Approval => "an administrator to approve the device",
+        JoinStage::Netmap => "the first netmap",
+        JoinStage::Relay => "the home DERP",
+    }
+}
+
+fn logout_word(logout: Logout) -> &'static str {
+    match logout {
+        Logout::Confirmed => "confirmed",
+        Logout::NotNeeded => "not needed",
+        Logout::Unconfirmed => "unconfirmed",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::fault;
+
+    fn report() -> Report {
+        let mut report = Report::quiet();
+        report.bound(vec!["0.0.0.0:1080".parse().unwrap(), "127.0.0.1:7".parse().unwrap()]).unwrap();
+        report
+    }
+
+    #[test]
+    fn the_ready_line_has_its_documented_fields() {
+        let joined = Joined {
+            tailnet: String::from("tb.example"),
+            name: String::from("tailcar-r42.tb.example"),
+            id: 7,
+            addresses: vec!["100.64.0.3".parse().unwrap()],
+            tags: vec![String::from("tag:browser")],
+            home_derp: Some(999),
+            join_time: Duration::from_millis(412),
+        };
+        let line: Value = serde_json::from_str(&report().ready_line(&joined)).unwrap();
+        let wanted = serde_json::json!({
+            "v": 1, "state": "ready", "pid": std::process::id(), "run_id": "r42", "labels": {"job": "e2e"},
+            "proxy": {"http": "http://127.0.0.1:1080", "socks5": "socks5h://127.0.0.1:1080",
+                      "listeners": ["0.0.0.0:1080", "127.0.0.1:7"]},
+            "node": {"name": "tailcar-r42.tb.example", "hostname": "tailcar-r42", "id": 7, "addresses": ["100.64.0.3"],
+                     "tags": ["tag:browser"], "tailnet": "tb.example", "home_derp": 999},
+            "join_ms": 412, "targets": [],
+        });
+        assert_eq!(line, wanted);
+    }
+
+    #[test]
+    fn the_failed_line_says_everything_but_secrets() {
+        let fault = Fault::new(&fault::KEY_USED, "used: hskey-auth-abcdef-geheim");
+        let line: Value = serde_json::from_str(&report().failed_line(&fault, 125)).unwrap();
+        let field = |name: &str| line[name].clone();
+        assert_eq!(
+            (field("state"), field("code"), field("stage")),
+            ("failed".into(), "TC-1203".into(), "register".into())
+        );
+        assert_eq!((field("retryable"), field("exit")), (false.into(), 125.into()));
+        assert_eq!(field("cause"), "used: hskey-[redacted]");
+        assert_eq!(field("remedy"), fault::KEY_USED.remedy);
+    }
+}

@@ -1,0 +1,387 @@
+//! A run, from bind to logout: each step with one owner and one undo.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, LocalSet, spawn_local};
+use tokio::time::{Instant, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use zeroize::Zeroizing;
+
+use super::report::Report;
+use super::settings::Settings;
+use super::stops::{ENDING, PASSED_ON, Stop, Stops, exit_of, signal_name};
+use super::{exec, listen};
+use crate::fault::{self, Fault};
+use crate::key::AuthKey;
+use crate::node::{JoinStage, Joined, Logout, Node, State};
+use crate::proxy;
+
+/// What is done while the node is there.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// Stay until told to stop.
+    Stay,
+    /// Run this command.
+    Command(Vec<OsString>),
+}
+
+impl Job {
+    /// The exit status of a failure. A command that was never started has its own.
+    fn exit_of(&self, fault: &Fault) -> u8 {
+        match (self, fault.row.exit) {
+            (Self::Stay, exit) | (Self::Command(_), exit @ (126 | 127)) => exit,
+            (Self::Command(_), _) => exec::FAILED_BEFORE,
+        }
+    }
+}
+
+/// How the time between start and logout ended.
+#[derive(Debug)]
+enum End {
+    Stopped(String),
+    Child(u8),
+    Failed(Fault),
+}
+
+/// Connections that are open when the run ends have this long to finish by themselves.
+const DRAIN: Duration = Duration::from_millis(500);
+
+/// How often a wait is said aloud.
+const SAY_EVERY: Duration = Duration::from_secs(15);
+
+/// Runs a session and returns its exit status; every failure has been said by then.
+pub(super) fn run(settings: Settings, job: &Job) -> u8 {
+    let mut report = Report::new(&settings.output);
+    let outcome = prepare(&settings, job, &mut report).and_then(|prepared| {
+        let data = runtime("data")?;
+        let control = Control::start()?;
+        let local = LocalSet::new();
+        local.block_on(&data, session(settings, job, &report, prepared, control.handle.clone()))
+    });
+    outcome.unwrap_or_else(|fault| {
+        let exit = job.exit_of(&fault);
+        report.failed(&fault, exit);
+        exit
+    })
+}
+
+/// What is there before the node: listeners first, since a browser may be waiting for them.
+struct Prepared {
+    listeners: Vec<TcpListener>,
+    key: AuthKey,
+    proxy: proxy::Config,
+}
+
+fn prepare(settings: &Settings, job: &Job, report: &mut Report) -> Result<Prepared, Fault> {
+    let listeners = listen::bind_all(&settings.listen)?;
+    let addresses = listeners.iter().map(TcpListener::local_addr).collect::<io::Result<Vec<_>>>();
+    report.bound(addresses.map_err(|error| Fault::new(&fault::BIND_FAILED, error.to_string()))?)?;
+    if let Job::Command(command) = job {
+        exec::check(command)?;
+    }
+    let key = settings.key.read(settings.node.join_timeout)?;
+    if let Some(path) = &settings.node.ca_file {
+        File::open(path).map_err(|error| setting_file(path, &error))?;
+    }
+    let credentials = settings.proxy_auth.as_deref().map(credentials).transpose()?;
+    let proxy =
+        proxy::Config { credentials, max_connections: settings.max_connections.get(), ..proxy::Config::default() };
+    Ok(Prepared { listeners, key, proxy })
+}
+
+/// The first line of a file, `USER:PASSWORD`.
+fn credentials(path: &Path) -> Result<proxy::Credentials, Fault> {
+    let mut line = Zeroizing::new(String::new());
+    let file = File::open(path).map_err(|error| setting_file(path, &error))?;
+    BufReader::new(file).read_line(&mut line).map_err(|error| setting_file(path, &error))?;
+    match line.trim_end().split_once(':') {
+        Some((user, password)) if (1..=255).contains(&user.len()) && (1..=255).contains(&password.len()) => {
+            Ok(proxy::Credentials::new(user, password))
+        }
+        Some(_) | None => {
+            let detail = format!("{} does not begin with a line USER:PASSWORD, 1 to 255 bytes each", path.display());
+            Err(Fault::new(&fault::SETTING, detail))
+        }
+    }
+}
+
+fn setting_file(path: &Path, error: &io::Error) -> Fault {
+    Fault::new(&fault::SETTING_FILE, format!("cannot read {}: {error}", path.display()))
+}
+
+async fn session(
+    settings: Settings,
+    job: &Job,
+    report: &Report,
+    prepared: Prepared,
+    control: Handle,
+) -> Result<u8, Fault> {
+    let Settings { node: mut config, life, .. } = settings;
+    config.auth_key = Some(prepared.key);
+    let signals: &[_] = if matches!(job, Job::Stay) { &ENDING } else { &PASSED_ON };
+    let mut stops = Stops::watch(&life, signals)?;
+    let node = Node::start(config, control).map_err(|error| Fault::from(&error))?;
+
+    let drain = CancellationToken::new();
+    let stats = Arc::new(proxy::Stats::default());
+    let serve = proxy::serve(prepared.listeners, node.clone(), prepared.proxy, Arc::clone(&stats), drain.clone());
+    let serving = spawn_local(serve);
+
+    let end = tokio::select! {
+        joined = until_ready(node.state(), report, life.ready_timeout) => match joined.and_then(|joined| report.ready(&joined)) {
+            Ok(()) => None,
+            Err(fault) => Some(End::Failed(fault)),
+        },
+        end = stopped_early(&mut stops, job) => Some(end),
+    };
+    let end = match (end, job) {
+        (Some(end), _) => end,
+        (None, Job::Stay) => tokio::select! {
+            stop = stops.next() => End::Stopped(stop.reason()),
+            fault = failure(node.state()) => End::Failed(fault),
+            () = idle(&stats, life.idle_timeout) => End::Stopped(String::from("idle")),
+        },
+        (None, Job::Command(command)) => {
+            let failed = failure(node.state());
+            let idle = idle(&stats, life.idle_timeout);
+            match exec::run(command, report, &mut stops, failed, idle).await {
+                Ok(code) => End::Child(code),
+                Err(fault) => End::Failed(fault),
+            }
+        }
+    };
+    drain.cancel();
+    Ok(leave(
+        job,
+        report,
+        end,
+        Farewell { node, serving, stops, limit: life.logout_timeout, strict: life.strict_logout },
+    )
+    .await)
+}
+
+/// A stop before the node was ready. A command that never started exits as if the signal had met it.
+async fn stopped_early(stops: &mut Stops, job: &Job) -> End {
+    loop {
+        match (stops.next().await, job) {
+            (Stop::Signal(signal), _) if !ENDING.contains(&signal) => {}
+            (Stop::Signal(signal), Job::Command(_)) => return End::Child(exit_of(signal)),
+            (_, Job::Command(_)) => return End::Child(exec::FAILED_BEFORE),
+            (stop, Job::Stay) => return End::Stopped(stop.reason()),
+        }
+    }
+}
+
+/// Waits until the node is ready, and says what it waits for.
+async fn until_ready(
+    mut states: watch::Receiver<State>,
+    report: &Report,
+    ready_timeout: Duration,
+) -> Result<Arc<Joined>, Fault> {
+    let started = Instant::now();
+    let mut say = interval(SAY_EVERY);
+    say.reset();
+    let mut joined_at = None;
+    loop {
+        let state = states.borrow_and_update().clone();
+        if let State::Joined(joined) | State::Ready(joined) = &state
+            && joined_at.is_none()
+        {
+            joined_at = Some(Instant::now());
+            report.joined(joined);
+        }
+        let (stage, last_error) = match state {
+            State::Ready(joined) => return Ok(joined),
+            State::Failed(error) => return Err(Fault::from(error.as_ref())),
+            State::Joined(_) => (JoinStage::Relay, None),
+            State::Joining { stage, last_error } => (stage, last_error.map(|error| Fault::from(error.as_ref()))),
+        };
+        let deadline = async {
+            match joined_at {
+                Some(at) => tokio::time::sleep_until(at + ready_timeout).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            changed = states.changed() => changed.map_err(|_| gone())?,
+            _ = say.tick() => report.waiting(stage, started.elapsed().as_secs(), last_error.as_ref()),
+            () = deadline => {
+                let detail = format!("joined, but no home DERP was connected within {ready_timeout:?}");
+                return Err(Fault::new(&fault::HOME_DERP, detail));
+            }
+        }
+    }
+}
+
+/// Returns when the node has failed for good.
+async fn failure(mut states: watch::Receiver<State>) -> Fault {
+    let failed = states.wait_for(|state| matches!(state, State::Failed(_))).await.map(|state| state.clone());
+    match failed {
+        Ok(State::Failed(error)) => Fault::from(error.as_ref()),
+        Ok(State::Joining { .. } | State::Joined(_) | State::Ready(_)) | Err(_) => gone(),
+    }
+}
+
+fn gone() -> Fault {
+    Fault::new(&fault::INTERNAL, "the node stopped without saying why")
+}
+
+/// Returns once no connection was open for `limit`; never without one.
+async fn idle(stats: &proxy::Stats, limit: Option<Duration>) {
+    let Some(limit) = limit else { return std::future::pending().await };
+    let step = (limit / 4).clamp(Duration::from_millis(10), Duration::from_secs(1));
+    let mut busy = Instant::now();
+    let mut seen = 0;
+    while busy.elapsed() < limit {
+        sleep(step).await;
+        let counters = stats.counters();
+        let accepted = counters.accepted.values().sum::<u64>();
+        if counters.active > 0 || accepted != seen {
+            (busy, seen) = (Instant::now(), accepted);
+        }
+    }
+}
+
+/// What has to be taken down at the end.
+struct Farewell {
+    node: Node,
+    serving: JoinHandle<io::Result<()>>,
+    stops: Stops,
+    limit: Duration,
+    strict: bool,
+}
+
+/// Says how it ended, lets connections finish, logs out; a second signal cuts that short.
+async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> u8 {
+    report.leaving();
+    let (reason, code, failed) = match end {
+        End::Stopped(reason) => (reason, 0, false),
+        End::Child(code) => (format!("command exited with {code}"), code, false),
+        End::Failed(fault) => {
+            let exit = job.exit_of(&fault);
+            report.failed(&fault, exit);
+            (String::new(), exit, true)
+        }
+    };
+    let limit = farewell.limit;
+    let goodbye = async {
+        if let Ok(Ok(Err(error))) = timeout(DRAIN, &mut farewell.serving).await {
+            tracing::warn!(%error, "the proxy stopped early");
+        }
+        // The node keeps its own limit; this one only guards against a node that does not.
+        timeout(limit + DRAIN, farewell.node.shutdown(limit)).await.unwrap_or(Logout::Unconfirmed)
+    };
+    let logout = tokio::select! {
+        logout = goodbye => logout,
+        signal = farewell.stops.next_signal() => {
+            let reason = format!("second signal {}", signal_name(signal));
+            report.ended(&reason, Logout::Unconfirmed, exit_of(signal));
+            return exit_of(signal);
+        }
+    };
+    if logout == Logout::Unconfirmed {
+        let row = &fault::LOGOUT_UNCONFIRMED;
+        let fault = Fault::new(row, format!("control did not confirm the logout within {limit:?}"));
+        if farewell.strict && code == 0 {
+            report.failed(&fault, row.exit);
+            return row.exit;
+        }
+        report.warn(&fault);
+    }
+    if !failed {
+        report.ended(&reason, logout, code);
+    }
+    code
+}
+
+/// The control thread: one runtime of its own, so that a slow handshake never delays a packet.
+struct Control {
+    handle: Handle,
+    stop: CancellationToken,
+}
+
+impl Control {
+    fn start() -> Result<Self, Fault> {
+        let runtime = runtime("control")?;
+        let control = Self { handle: runtime.handle().clone(), stop: CancellationToken::new() };
+        let stop = control.stop.clone();
+        let body = move || {
+            runtime.block_on(stop.cancelled());
+            // A look-up in the system's resolver cannot be cancelled; it need not keep us here.
+            runtime.shutdown_background();
+        };
+        let spawned = std::thread::Builder::new().name(String::from("control")).spawn(body);
+        spawned.map_err(|error| Fault::new(&fault::OS_REFUSED, format!("no control thread: {error}")))?;
+        Ok(control)
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+fn runtime(name: &str) -> Result<tokio::runtime::Runtime, Fault> {
+    Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Fault::new(&fault::OS_REFUSED, format!("no {name} runtime: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exec_fails_with_its_own_status_before_the_command_starts() {
+        let fault = |row| Fault::from(row);
+        let exec = Job::Command(Vec::new());
+        assert_eq!(Job::Stay.exit_of(&fault(&fault::KEY_USED)), 77);
+        assert_eq!(exec.exit_of(&fault(&fault::KEY_USED)), 125);
+        assert_eq!(exec.exit_of(&fault(&fault::COMMAND_NOT_FOUND)), 127);
+    }
+
+    #[test]
+    fn proxy_credentials_are_a_line_with_a_colon() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("auth");
+        assert_eq!(credentials(&path).unwrap_err().row, &fault::SETTING_FILE);
+        for (text, good) in [("me:secret\n", true), ("me", false), (":x", false), ("me:", false)] {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(credentials(&path).is_ok(), good, "{text}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_stays_away_from_its_derp_is_not_ready() {
+        let joined = Joined {
+            tailnet: String::from("t"),
+            name: String::from("a.t"),
+            id: 1,
+            addresses: Vec::new(),
+            tags: Vec::new(),
+            home_derp: None,
+            join_time: Duration::ZERO,
+        };
+        let (_sender, states) = watch::channel(State::Joined(Arc::new(joined)));
+        let report = Report::quiet();
+        let fault = until_ready(states, &report, Duration::from_secs(9)).await.unwrap_err();
+        assert_eq!(fault.row, &fault::HOME_DERP);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn idleness_counts_from_the_last_connection() {
+        let started = Instant::now();
+        idle(&proxy::Stats::default(), Some(Duration::from_secs(60))).await;
+        assert!((60..62).contains(&started.elapsed().as_secs()));
+    }
+}

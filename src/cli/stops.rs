@@ -1,0 +1,217 @@
+//! Everything from outside that ends a run: signals, the parent's death, the end of standard input, time.
+
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::spawn_local;
+use tokio::time::sleep;
+
+use super::settings::Life;
+use crate::fault::{self, Fault};
+
+/// Why a run is to end, or what its child is to be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// A signal came.
+    Signal(Signal),
+    /// The process that started us is gone.
+    Parent,
+    /// Standard input has ended.
+    StdinEof,
+    /// `--max-lifetime` has passed.
+    Lifetime,
+}
+
+impl Stop {
+    /// The reason as the status file has it.
+    pub(super) fn reason(self) -> String {
+        match self {
+            Self::Signal(signal) => format!("signal {}", signal_name(signal)),
+            Self::Parent => String::from("parent ended"),
+            Self::StdinEof => String::from("standard input ended"),
+            Self::Lifetime => String::from("max-lifetime"),
+        }
+    }
+}
+
+/// Signals that end `run`. A terminal that closes sends HUP.
+pub(super) const ENDING: [Signal; 4] = [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT];
+
+/// Signals that `exec` passes on.
+pub(super) const PASSED_ON: [Signal; 6] =
+    [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT, Signal::USR1, Signal::USR2];
+
+/// How often a parent without a pidfd is looked at.
+const PARENT_POLL: Duration = Duration::from_secs(1);
+
+/// The stops as they come.
+#[derive(Debug)]
+pub(super) struct Stops {
+    queue: mpsc::UnboundedReceiver<Stop>,
+    // Keeps the queue open when nothing watches.
+    _open: mpsc::UnboundedSender<Stop>,
+}
+
+impl Stops {
+    /// Begins to watch. Needs a `LocalSet`.
+    ///
+    /// # Errors
+    /// `TC-2007` when the operating system refuses.
+    pub(super) fn watch(life: &Life, signals: &[Signal]) -> Result<Self, Fault> {
+        let (sender, queue) = mpsc::unbounded_channel();
+        for kind in signals {
+            let kind = *kind;
+            let mut stream = signal(SignalKind::from_raw(kind.as_raw())).map_err(|error| refused("signals", &error))?;
+            let sender = sender.clone();
+            spawn_local(
+                async move { while stream.recv().await.is_some() && sender.send(Stop::Signal(kind)).is_ok() {} },
+            );
+        }
+        if life.with_parent {
+            match getppid() {
+                Some(parent) => in_thread("parent", Stop::Parent, &sender, move || wait_for_end(parent))?,
+                None => tracing::warn!("the parent is outside of this process namespace; its end cannot be seen"),
+            }
+        }
+        if life.on_stdin_eof {
+            in_thread("stdin", Stop::StdinEof, &sender, read_to_end_of_stdin)?;
+        }
+        if let Some(limit) = life.max_lifetime {
+            let sender = sender.clone();
+            spawn_local(async move {
+                sleep(limit).await;
+                // The run may be over already.
+                let _ = sender.send(Stop::Lifetime);
+            });
+        }
+        Ok(Self { queue, _open: sender })
+    }
+
+    /// The next stop.
+    pub(super) async fn next(&mut self) -> Stop {
+        match self.queue.recv().await {
+            Some(stop) => stop,
+            // Unreachable while `_open` lives; waiting for ever is what "no stop" means.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The next signal; other stops are of no interest to somebody who leaves already.
+    pub(super) async fn next_signal(&mut self) -> Signal {
+        loop {
+            if let Stop::Signal(signal) = self.next().await
+                && ENDING.contains(&signal)
+            {
+                return signal;
+            }
+        }
+    }
+}
+
+/// Waits for something that only a thread can wait for. The thread ends with the process.
+fn in_thread(
+    name: &str,
+    stop: Stop,
+    to: &mpsc::UnboundedSender<Stop>,
+    wait: impl FnOnce() + Send + 'static,
+) -> Result<(), Fault> {
+    let to = to.clone();
+    let body = move || {
+        wait();
+        // The run may be over already.
+        let _ = to.send(stop);
+    };
+    let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(body).map(drop);
+    spawned.map_err(|error| refused("a thread", &error))
+}
+
+fn refused(what: &str, error: &std::io::Error) -> Fault {
+    Fault::new(&fault::OS_REFUSED, format!("{what}: {error}"))
+}
+
+/// Returns when `parent` has ended. A pidfd tells at once and knows nothing of threads; the death signal of prctl
+/// would come when the thread that started us ends, which for a Go or Node parent means nothing.
+fn wait_for_end(parent: Pid) {
+    if let Ok(pidfd) = pidfd_open(parent, PidfdFlags::empty())
+        && getppid() == Some(parent)
+    {
+        let mut watched = [PollFd::new(&pidfd, PollFlags::IN)];
+        while matches!(poll(&mut watched, None), Err(Errno::INTR)) {}
+    }
+    // Also the way on kernels without pidfds.
+    while getppid() == Some(parent) {
+        std::thread::sleep(PARENT_POLL);
+    }
+}
+
+fn read_to_end_of_stdin() {
+    let mut buffer = [0u8; 512];
+    loop {
+        match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
+            Ok(0) => return,
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// `SIGTERM` for TERM.
+pub(super) fn signal_name(signal: Signal) -> String {
+    match signal {
+        Signal::TERM => String::from("SIGTERM"),
+        Signal::INT => String::from("SIGINT"),
+        Signal::HUP => String::from("SIGHUP"),
+        Signal::QUIT => String::from("SIGQUIT"),
+        other => other.as_raw().to_string(),
+    }
+}
+
+/// The exit status of whoever ends by a signal.
+pub(super) fn exit_of(signal: Signal) -> u8 {
+    u8::try_from(128 + signal.as_raw()).unwrap_or(u8::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::LocalSet;
+
+    use super::*;
+
+    const NOTHING: Life = Life {
+        ready_timeout: Duration::from_secs(1),
+        logout_timeout: Duration::from_secs(1),
+        strict_logout: false,
+        max_lifetime: None,
+        idle_timeout: None,
+        with_parent: false,
+        on_stdin_eof: false,
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn the_lifetime_ends_a_run() {
+        let life = Life { max_lifetime: Some(Duration::from_secs(90)), ..NOTHING };
+        let watched = async {
+            let started = tokio::time::Instant::now();
+            let stop = Stops::watch(&life, &[]).unwrap().next().await;
+            assert_eq!((stop, started.elapsed().as_secs()), (Stop::Lifetime, 90));
+        };
+        LocalSet::new().run_until(watched).await;
+    }
+
+    #[test]
+    fn a_process_that_is_not_our_parent_counts_as_a_parent_that_ended() {
+        wait_for_end(rustix::process::getpid());
+    }
+
+    #[test]
+    fn signals_have_names_and_exit_codes() {
+        assert_eq!(
+            (signal_name(Signal::TERM).as_str(), exit_of(Signal::TERM), exit_of(Signal::KILL)),
+            ("SIGTERM", 143, 137)
+        );
+    }
+}

@@ -1,0 +1,244 @@
+//! What one flag's text means: a plain function a kind, from text to value or to a sentence that says what is wrong.
+//!
+//! The sentences never repeat the text: clap shows it beside them, after [`super::redact`] has looked at it.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use jiff::SignedDuration;
+use tracing_subscriber::EnvFilter;
+use url::Url;
+
+use crate::node::config::Transport;
+use crate::node::dial::DirectRule;
+
+/// A time such as `500ms`, `30s`, `1h30m`; a bare number is seconds.
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
+    const WANTED: &str = "not a time such as 500ms, 30s, 3m or 1h30m";
+    if let Ok(seconds) = text.parse::<u32>() {
+        return Ok(Duration::from_secs(seconds.into()));
+    }
+    let time: SignedDuration = text.parse().map_err(|_| WANTED.to_owned())?;
+    // A year keeps every later sum of times far from overflow.
+    let year = Duration::from_secs(366 * 24 * 3600);
+    match Duration::try_from(time) {
+        Ok(time) if time <= year => Ok(time),
+        Ok(_) | Err(_) => Err(String::from("not between 0 and a year")),
+    }
+}
+
+/// An address to listen on: `HOST:PORT` with a numeric host or `localhost`. Without a host, or with the port alone,
+/// it is on loopback: this proxy serves one machine.
+pub(super) fn listen(text: &str) -> Result<SocketAddr, String> {
+    let text = text.strip_prefix("localhost").unwrap_or(text);
+    let port = text.strip_prefix(':').unwrap_or(text);
+    if let Ok(port) = port.parse::<u16>() {
+        return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+    }
+    text.parse().map_err(|_| String::from("not ADDRESS:PORT such as 127.0.0.1:1080 or [::1]:0"))
+}
+
+/// A URL of a control server. Whether plain HTTP will do is decided with the host in view, by [`plain_http_allowed`].
+pub(super) fn url(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text).map_err(|error| {
+        let bare = error == url::ParseError::RelativeUrlWithoutBase;
+        if bare { String::from("the scheme is missing: write https://…") } else { error.to_string() }
+    })?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(String::from("neither https:// nor http://"));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(String::from("a control server's URL has no user name or password"));
+    }
+    Ok(url)
+}
+
+/// Whether plain HTTP to this host stays within the machine or a private network: loopback, private and link-local
+/// addresses as numbers, or `localhost`. ts2021 encrypts by itself, but only TLS proves who hands out its key.
+pub(super) fn plain_http_allowed(url: &Url) -> bool {
+    match url.host() {
+        Some(url::Host::Domain(name)) => name.eq_ignore_ascii_case("localhost"),
+        Some(url::Host::Ipv4(ip)) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
+        Some(url::Host::Ipv6(ip)) => match ip.to_ipv4_mapped() {
+            Some(ip) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
+            None => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
+        },
+        None => false,
+    }
+}
+
+/// An HTTP proxy: `http://[USER:PASSWORD@]HOST:PORT`; the scheme may be left out.
+pub(super) fn http_proxy(text: &str) -> Result<Url, String> {
+    let url = if text.contains("://") { Url::parse(text) } else { Url::parse(&format!("http://{text}")) };
+    let url = url.map_err(|error| error.to_string())?;
+    if url.scheme() != "http" {
+        return Err(String::from("only http:// proxies (CONNECT) are supported"));
+    }
+    if url.host().is_none() {
+        return Err(String::from("the host is missing"));
+    }
+    Ok(url)
+}
+
+/// Which paths to peers may be used.
+pub(super) fn transport(text: &str) -> Result<Transport, String> {
+    match text {
+        "auto" => Ok(Transport::Auto),
+        "direct" => Ok(Transport::Direct),
+        "derp" => Ok(Transport::Derp),
+        _ => Err(String::from("none of auto, direct, derp")),
+    }
+}
+
+/// One DNS label: letters, digits and hyphens, at most 63 (RFC 1035, 2.3.1).
+pub(super) fn hostname(text: &str) -> Result<String, String> {
+    let fits = (1..=63).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        && !text.starts_with('-')
+        && !text.ends_with('-');
+    if !fits {
+        return Err(String::from("not a host name: 1 to 63 letters, digits and hyphens"));
+    }
+    Ok(text.to_ascii_lowercase())
+}
+
+/// A tag: `tag:` and letters, digits, hyphens. Source: Tailscale, tailcfg, `CheckTag`.
+pub(super) fn tag(text: &str) -> Result<String, String> {
+    let Some(name) = text.strip_prefix("tag:") else {
+        return Err(String::from("a tag begins with tag:"));
+    };
+    let fits = name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    if fits { Ok(text.to_owned()) } else { Err(String::from("a tag is a letter, then letters, digits and hyphens")) }
+}
+
+/// `file:PATH`.
+pub(super) fn file_source(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("file:") {
+        Some(path) if !path.is_empty() => Ok(PathBuf::from(path)),
+        Some(_) | None => Err(String::from("not file:PATH; a secret on the command line could be read by everybody")),
+    }
+}
+
+/// A host that may leave the tailnet: an address, a CIDR, `*.suffix`, or a name.
+pub(super) fn direct_rule(text: &str) -> Result<DirectRule, String> {
+    if let Ok(net) = text.parse::<IpNet>() {
+        return Ok(DirectRule::Net(net.trunc()));
+    }
+    let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
+    if let Ok(ip) = bare.parse::<IpAddr>() {
+        return Ok(DirectRule::Net(IpNet::from(ip)));
+    }
+    let lower = text.to_ascii_lowercase();
+    let (suffix, name) = match lower.strip_prefix("*.") {
+        Some(rest) => (true, rest),
+        None => (false, lower.as_str()),
+    };
+    let name = name.trim_end_matches('.');
+    let label = |label: &str| {
+        (1..=63).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+    };
+    if name.len() > 253 || !name.split('.').all(label) {
+        return Err(String::from("none of: a name, *.suffix, an address, a CIDR (all without a port)"));
+    }
+    Ok(if suffix { DirectRule::Suffix(name.to_owned()) } else { DirectRule::Name(name.to_owned()) })
+}
+
+/// What `--log-level` takes: a level, or directives of the log filter.
+pub(super) fn log_filter(text: &str) -> Result<String, String> {
+    EnvFilter::try_new(text).map(|_| text.to_owned()).map_err(|_| String::from("no level and no log directives"))
+}
+
+/// A run's label: printable, without white space, at most 128 characters.
+pub(super) fn run_id(text: &str) -> Result<String, String> {
+    let fits = (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+    if fits { Ok(text.to_owned()) } else { Err(String::from("not 1 to 128 printable characters without space")) }
+}
+
+/// `KEY=VALUE`.
+pub(super) fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        Some(_) | None => Err(String::from("not KEY=VALUE")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn times_are_read_as_people_write_them() {
+        let millis = |text| duration(text).map(|time| time.as_millis());
+        assert_eq!(millis("500ms"), Ok(500));
+        assert_eq!(millis("30"), Ok(30_000));
+        assert_eq!(millis("1h30m"), Ok(5_400_000));
+        assert!(["", "-1s", "soon", "3x", "9999999h"].iter().all(|text| duration(text).is_err()));
+    }
+
+    #[test]
+    fn a_listener_without_host_is_on_loopback() {
+        for text in ["1080", ":1080", "localhost:1080", "127.0.0.1:1080"] {
+            assert_eq!(listen(text).unwrap().to_string(), "127.0.0.1:1080");
+        }
+        assert_eq!(listen("[::1]:0").unwrap().to_string(), "[::1]:0");
+        assert!(["", "host:1", "127.0.0.1", "127.0.0.1:70000"].iter().all(|text| listen(text).is_err()));
+    }
+
+    #[test]
+    fn plain_http_is_for_loopback_and_private_numbers() {
+        let allowed = |text| plain_http_allowed(&url(text).unwrap());
+        assert!(
+            ["http://127.0.0.1:8080", "http://[::1]", "http://10.1.2.3", "http://[fd00::1]", "http://localhost"]
+                .into_iter()
+                .all(allowed)
+        );
+        assert!(
+            !["http://headscale.corp", "http://8.8.8.8", "http://[2001:db8::1]", "http://127.0.0.1.nip.io"]
+                .into_iter()
+                .any(allowed)
+        );
+    }
+
+    #[test]
+    fn a_control_url_has_a_scheme_and_no_password() {
+        assert!(url("headscale.corp").unwrap_err().contains("https://"));
+        assert!(url("ftp://x").is_err());
+        assert!(url("https://me:secret@x").is_err());
+    }
+
+    #[test]
+    fn an_underlay_proxy_is_http_with_or_without_its_scheme() {
+        assert_eq!(http_proxy("proxy.corp:3128").unwrap().as_str(), "http://proxy.corp:3128/");
+        assert_eq!(http_proxy("http://u:p@proxy:1").unwrap().password(), Some("p"));
+        assert!(http_proxy("socks5://proxy:1").is_err());
+    }
+
+    #[test]
+    fn direct_rules_are_told_apart() {
+        assert_eq!(direct_rule("10.1.2.3/8"), Ok(DirectRule::Net("10.0.0.0/8".parse().unwrap())));
+        assert_eq!(direct_rule("[::1]"), Ok(DirectRule::Net("::1/128".parse().unwrap())));
+        assert_eq!(direct_rule("*.Example.com."), Ok(DirectRule::Suffix("example.com".into())));
+        assert_eq!(direct_rule("Example.com"), Ok(DirectRule::Name("example.com".into())));
+        assert!(["", "*", "*.", "a..b", "a b", "host:80", "http://x"].iter().all(|text| direct_rule(text).is_err()));
+    }
+
+    #[test]
+    fn names_and_tags_are_checked() {
+        assert_eq!(hostname("Run-7").as_deref(), Ok("run-7"));
+        assert!(["", "-a", "a.b", "a_b"].iter().all(|text| hostname(text).is_err()));
+        assert!(tag("tag:browser").is_ok() && tag("browser").is_err() && tag("tag:9").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_value_or_a_sentence(text in ".{0,60}") {
+            let _ = (duration(&text), listen(&text), url(&text), http_proxy(&text), hostname(&text), tag(&text));
+            let _ = (direct_rule(&text), label(&text), run_id(&text), transport(&text), file_source(&text));
+        }
+    }
+}
