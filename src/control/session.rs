@@ -25,6 +25,8 @@ use crate::wire::tailcfg::map::MapRequest;
 
 /// The longest that an update may take. headscale answers after its tick of half a second.
 const UPDATE_LIMIT: Duration = Duration::from_secs(15);
+/// How long the first update waits for our home DERP to be chosen.
+const HOME_WAIT: Duration = Duration::from_millis(500);
 /// The most octets of an error's body.
 const ERROR_BODY_MAX: usize = 64 << 10;
 
@@ -85,6 +87,7 @@ impl Task {
             Err(error) if self.registered => return error.into(),
             Err(error) => return RegisterError::Connect(error).into(),
         };
+        debug!("session with control open");
         self.session = Some(session.clone());
         if !self.registered
             && let Err(error) = self.register(&session).await
@@ -105,6 +108,7 @@ impl Task {
         let registration = Registration { node: self.config.node, lock: self.lock, auth_key, hostinfo };
         let admitted = registration.register(session).await?;
         self.registered = true;
+        debug!(approved = admitted.approved, "registered");
         let phase = if admitted.approved { Phase::AwaitingNetmap(None) } else { Phase::AwaitingApproval };
         self.out.phase.send_replace(phase);
         Ok(())
@@ -132,6 +136,7 @@ impl Task {
             report: self.report.clone(),
             accepted: self.out.accepted.clone(),
         };
+        debug!("map stream open");
         let mut stream = MapStream::new(response.into_body());
         self.map.restart();
         tokio::select! {
@@ -270,6 +275,7 @@ struct Updates {
 impl Updates {
     async fn run(mut self) -> std::convert::Infallible {
         let mut backoff = Backoff::new(super::FIRST_PAUSE, super::LONGEST_PAUSE);
+        self.await_home().await;
         loop {
             let report = self.report.borrow_and_update().clone();
             match timeout(UPDATE_LIMIT, self.send(&report)).await {
@@ -286,6 +292,14 @@ impl Updates {
             }
             tokio::time::sleep(backoff.next_delay()).await;
         }
+    }
+
+    /// The first update waits a little for our home DERP: it is what peers need most, and the next update would have
+    /// to wait for this one's answer.
+    async fn await_home(&mut self) {
+        let known = |report: &HostReport| report.net_info.as_ref().is_some_and(|info| info.preferred_derp != 0);
+        // Without a home in time, what is known goes out as it is.
+        let _ = timeout(HOME_WAIT, self.report.wait_for(known)).await;
     }
 
     async fn send(&self, report: &HostReport) -> Result<(), ConnectError> {

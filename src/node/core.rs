@@ -49,7 +49,9 @@ pub(super) struct Parts {
 pub(super) struct Core {
     parts: Parts,
     buffers: ReceiveBuffers,
-    netmap: Option<Arc<Netmap>>,
+    newest: Option<Arc<Netmap>>,
+    /// The same, once engine and netstack have taken it over.
+    netmap: watch::Sender<Option<Arc<Netmap>>>,
     regions: BTreeMap<RegionId, Region>,
     /// Regions whose relay has admitted us.
     connected: BTreeMap<RegionId, ()>,
@@ -87,7 +89,8 @@ impl Core {
         Self {
             parts,
             buffers: ReceiveBuffers::default(),
-            netmap: None,
+            newest: None,
+            netmap: watch::Sender::new(None),
             regions: BTreeMap::new(),
             connected: BTreeMap::new(),
             home: watch::Sender::new(None),
@@ -143,19 +146,28 @@ impl Core {
             .regions
             .keys()
             .copied()
-            .filter(|id| {
-                self.netmap.as_ref().is_some_and(|old| old.derp.regions.get(id) != netmap.derp.regions.get(id))
-            })
+            .filter(|id| self.is_changed(*id, &netmap))
             .collect();
-        self.netmap = Some(netmap.clone());
+        self.newest = Some(netmap.clone());
         for region in changed {
             debug!(region, "derp region changed, connecting anew");
             self.regions.remove(&region);
             self.lose_region(region, now);
             self.connect_region(region, false);
         }
-        self.parts.engine.handle_netmap(netmap, now);
+        self.parts.engine.handle_netmap(netmap.clone(), now);
         self.pump(now);
+        self.netmap.send_replace(Some(netmap));
+    }
+
+    /// Whether a region's relays are others in `netmap` than before.
+    fn is_changed(&self, region: RegionId, netmap: &Netmap) -> bool {
+        self.newest.as_ref().is_some_and(|old| old.derp.regions.get(&region) != netmap.derp.regions.get(&region))
+    }
+
+    /// The newest netmap that the data plane goes by: what it shows can be dialled.
+    pub(super) fn netmap(&self) -> watch::Receiver<Option<Arc<Netmap>>> {
+        self.netmap.subscribe()
     }
 
     /// Opens a TCP flow; the SYN leaves at once.
@@ -374,9 +386,12 @@ impl Core {
     }
 
     fn send_derp(&mut self, region: RegionId, to: NodePublic, packet: Vec<u8>) {
-        if let Some(connection) = self.regions.get(&region)
-            && !connection.send(Packet { peer: to, contents: packet.into() })
-        {
+        let Some(connection) = self.regions.get(&region) else {
+            trace!(region, "packet for a region that is not connected");
+            self.stats.derp_dropped += 1;
+            return;
+        };
+        if !connection.send(Packet { peer: to, contents: packet.into() }) {
             self.stats.derp_dropped += 1;
         }
     }
@@ -394,7 +409,7 @@ impl Core {
     }
 
     fn relays(&self, region: RegionId) -> Option<Vec<crate::transport::derp::Relay>> {
-        Some(regions::relays(self.netmap.as_ref()?.derp.regions.get(&region)?))
+        Some(regions::relays(self.newest.as_ref()?.derp.regions.get(&region)?))
     }
 
     fn probe<F: Future<Output = ()> + Send + 'static>(

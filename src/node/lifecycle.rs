@@ -1,5 +1,6 @@
 //! From what control and the relays say to one [`State`], and what control is told of us.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -45,10 +46,18 @@ pub(super) fn engine_transport(transport: Transport) -> crate::engine::Transport
     }
 }
 
+/// What the data plane shows.
+pub(super) struct Seen {
+    /// The newest netmap that it goes by.
+    pub(super) netmap: watch::Receiver<Option<Arc<Netmap>>>,
+    /// The home region, once its relay has admitted us.
+    pub(super) home: watch::Receiver<Option<RegionId>>,
+}
+
 /// Starts a task that sums up how far the node has come.
 pub(super) fn watch_state(
     client: &Client,
-    home: watch::Receiver<Option<RegionId>>,
+    seen: Seen,
     join_timeout: Duration,
     started: Instant,
     stop: CancellationToken,
@@ -56,10 +65,10 @@ pub(super) fn watch_state(
     let first = State::Joining { stage: JoinStage::Control, last_error: None };
     let (out, state) = watch::channel(first);
     let watcher = Watcher {
-        netmap: client.netmap.clone(),
+        netmap: seen.netmap,
         phase: client.phase.clone(),
         accepted: client.accepted.clone(),
-        home,
+        home: seen.home,
         started,
         join_timeout,
         joined_after: None,
@@ -70,7 +79,7 @@ pub(super) fn watch_state(
 }
 
 struct Watcher {
-    netmap: watch::Receiver<Option<std::sync::Arc<Netmap>>>,
+    netmap: watch::Receiver<Option<Arc<Netmap>>>,
     phase: watch::Receiver<Phase>,
     accepted: watch::Receiver<HostReport>,
     home: watch::Receiver<Option<RegionId>>,
@@ -144,7 +153,7 @@ impl Watcher {
     }
 }
 
-fn stage_of(phase: Phase) -> (JoinStage, Option<std::sync::Arc<crate::control::RegisterError>>) {
+fn stage_of(phase: Phase) -> (JoinStage, Option<Arc<crate::control::RegisterError>>) {
     match phase {
         Phase::Connecting(error) => (JoinStage::Control, error),
         Phase::Registering(error) => (JoinStage::Register, error),

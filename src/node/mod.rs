@@ -228,9 +228,10 @@ impl Node {
         let stop = CancellationToken::new();
         let inputs = driver::Inputs { netmap: client.netmap.clone(), derp_events, probes, stop: stop.clone() };
         tokio::task::spawn_local(driver::run(core.clone(), inputs));
-        let state = lifecycle::watch_state(&client, core.borrow().home(), config.join_timeout, started, stop.clone());
+        let netmap = core.borrow().netmap();
+        let seen = lifecycle::Seen { netmap: netmap.clone(), home: core.borrow().home() };
+        let state = lifecycle::watch_state(&client, seen, config.join_timeout, started, stop.clone());
         let resolvers = resolve::Resolvers::new(bridge::Tunnel::start(core.clone()), control);
-        let netmap = client.netmap.clone();
         Self { inner: Rc::new(Inner { config, core, client, netmap, state, resolvers, stop }) }
     }
 
