@@ -58,15 +58,6 @@ pub(super) enum Command {
         /// The command whose page it is [default: the program's own]
         page: Option<String>,
     },
-    /// Runs a child that dies with us; for `exec` alone
-    #[command(name = "__child", hide = true)]
-    Child {
-        /// The process that must be our parent.
-        parent: i32,
-        /// The command.
-        #[arg(required = true, last = true)]
-        command: Vec<OsString>,
-    },
 }
 
 /// `tailcar run`.

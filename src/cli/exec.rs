@@ -26,6 +26,9 @@ use crate::fault::{self, Fault};
 /// The exit status when we failed before the command started.
 pub(super) const FAILED_BEFORE: u8 = 125;
 
+/// The hidden command by which we start a child.
+const CHILD: &str = "__child";
+
 /// A command that is told to end because the run ends has this long before it is killed.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -112,7 +115,7 @@ fn executable(path: &Path) -> bool {
 fn start(command: &[OsString], proxy: SocketAddr) -> Result<Child, Fault> {
     let ourselves = std::env::current_exe().map_err(|error| refused("own path", &error))?;
     let mut child = Command::new(ourselves);
-    child.arg("__child").arg(std::process::id().to_string()).arg("--").args(command);
+    child.arg(CHILD).arg(std::process::id().to_string()).arg("--").args(command);
     for name in NOT_FOR_CHILDREN {
         child.env_remove(name);
     }
@@ -135,6 +138,16 @@ fn variables(proxy: SocketAddr) -> Vec<(&'static str, String)> {
     variables.extend(["ALL_PROXY", "all_proxy"].map(|name| (name, socks5.clone())));
     variables.extend(["NO_PROXY", "no_proxy"].map(|name| (name, direct.clone())));
     variables
+}
+
+/// The parent and the command of `tailcar __child PARENT -- CMD`, which no help mentions: it is for ourselves.
+pub(super) fn child_words(words: &[OsString]) -> Option<(i32, &[OsString])> {
+    match words {
+        [_, name, parent, dashes, command @ ..] if name == CHILD && dashes == "--" => {
+            Some((parent.to_str()?.parse().ok()?, command))
+        }
+        _ => None,
+    }
 }
 
 /// `tailcar __child`: becomes `command`, which dies with `parent`. Returns only what went wrong.

@@ -40,6 +40,9 @@ pub fn main() -> ExitCode {
 }
 
 fn start(words: &[OsString], env: &Environment) -> Result<u8, Fault> {
+    if let Some((parent, command)) = exec::child_words(words) {
+        return Ok(exec::become_child(parent, command));
+    }
     key_source::leave_environment(env)?;
     if own_words(words).filter_map(OsStr::to_str).any(redact::holds_key) {
         return Err(Fault::from(&fault::KEY_ON_ARGV));
@@ -54,7 +57,6 @@ fn start(words: &[OsString], env: &Environment) -> Result<u8, Fault> {
             Ok(print(&text))
         }
         Ok(Cli { command: Command::Man { page } }) => manual(page.as_deref()),
-        Ok(Cli { command: Command::Child { parent, command } }) => Ok(exec::become_child(parent, &command)),
         Err(error) => help(&error),
     }
 }
@@ -105,7 +107,7 @@ fn manual(page: Option<&str>) -> Result<u8, Fault> {
     root.build();
     let command = match page {
         None => Some(&root),
-        Some(name) => root.find_subcommand(name).filter(|command| !command.is_hide_set()),
+        Some(name) => root.find_subcommand(name),
     };
     let command = command.ok_or_else(|| Fault::new(&fault::USAGE, "there is no such command"))?;
     let mut text = Vec::new();

@@ -129,7 +129,6 @@ async fn session(
     let signals: &[_] = if matches!(job, Job::Stay) { &ENDING } else { &PASSED_ON };
     let mut stops = Stops::watch(&life, signals)?;
     let node = Node::start(config, control).map_err(|error| Fault::from(&error))?;
-
     let drain = CancellationToken::new();
     let stats = Arc::new(proxy::Stats::default());
     let serve = proxy::serve(prepared.listeners, node.clone(), prepared.proxy, Arc::clone(&stats), drain.clone());

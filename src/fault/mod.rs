@@ -196,7 +196,8 @@ impl From<&NodeError> for Fault {
                 return Self::new(fault.row, format!("not joined after {limit:?}: {}", fault.detail));
             }
             NodeError::JoinTimeout { stage, last_error: None, .. } => match stage {
-                JoinStage::Control | JoinStage::Register => &JOIN_TIMEOUT,
+                JoinStage::Control => &CONTROL_SILENT,
+                JoinStage::Register => &JOIN_TIMEOUT,
                 JoinStage::Approval => &APPROVAL_PENDING,
                 JoinStage::Netmap => &NO_NETMAP,
                 JoinStage::Relay => &HOME_DERP,
@@ -251,6 +252,7 @@ impl From<&DialError> for Fault {
             DialError::Rejected { .. } => &PEER_REJECTED,
             DialError::Refused { .. } => &TCP_REFUSED,
             DialError::PortsExhausted { .. } => &TCP_PORTS,
+            DialError::OutOfMemory => &OS_REFUSED,
         };
         Self::new(row, error.to_string())
     }

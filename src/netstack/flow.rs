@@ -1,18 +1,19 @@
 //! One flow: its addresses, its socket alone in a set, its timer.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use smoltcp::iface::{Context, Interface, PollResult, SocketHandle, SocketSet};
-use smoltcp::socket::{tcp, udp};
+use smoltcp::socket::{AnySocket, tcp, udp};
 use smoltcp::time::Duration;
 
 use super::device::Device;
 use super::ports::endpoint;
-use super::socket_set;
+use super::rings::Sockets;
 
 /// Octets that a connection receives ahead of its reader: with the round trip it bounds the rate (1 MiB at 100 ms is
-/// 84 Mbit/s). Pages are committed when they are written, so an idle flow costs two.
+/// 84 Mbit/s).
 const RECEIVE_RING: usize = 1 << 20;
 /// Octets that a connection sends ahead of the peer's acknowledgement.
 const SEND_RING: usize = 512 << 10;
@@ -74,7 +75,7 @@ impl FlowKey {
 
 pub(super) struct Flow {
     pub(super) key: FlowKey,
-    pub(super) sockets: SocketSet<'static>,
+    sockets: Sockets,
     handle: SocketHandle,
     /// Whether it is on the list of those that may have something to send.
     pub(super) dirty: bool,
@@ -85,42 +86,50 @@ pub(super) struct Flow {
 
 impl Flow {
     /// A TCP connection whose SYN is about to leave.
-    pub(super) fn connect(context: &mut Context, local: SocketAddr, remote: SocketAddr) -> Self {
-        let ring = |octets| tcp::SocketBuffer::new(vec![0; octets]);
-        let mut socket = tcp::Socket::new(ring(RECEIVE_RING), ring(SEND_RING));
-        tune(&mut socket);
-        socket
-            .connect(context, endpoint(remote), endpoint(local))
-            .expect("the socket is new and both addresses are set");
-        Self::new(Kind::Tcp, local, remote, |sockets| sockets.add(socket))
+    pub(super) fn connect(context: &mut Context, local: SocketAddr, remote: SocketAddr) -> io::Result<Self> {
+        let mut handle = SocketHandle::default();
+        let sockets = Sockets::build(RECEIVE_RING, SEND_RING, |receive, send| {
+            let mut socket = tcp::Socket::new(tcp::SocketBuffer::new(receive), tcp::SocketBuffer::new(send));
+            tune(&mut socket);
+            let connected = socket.connect(context, endpoint(remote), endpoint(local));
+            connected.expect("the socket is new and both addresses are set");
+            alone(socket, &mut handle)
+        })?;
+        Ok(Self::new(Kind::Tcp, local, remote, sockets, handle))
     }
 
     /// A UDP flow.
-    pub(super) fn udp(local: SocketAddr, remote: SocketAddr) -> Self {
-        let ring = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; UDP_DATAGRAMS], vec![0; UDP_OCTETS]);
-        let mut socket = udp::Socket::new(ring(), ring());
-        socket.bind(endpoint(local)).expect("the socket is new and its port is set");
-        Self::new(Kind::Udp, local, remote, |sockets| sockets.add(socket))
+    pub(super) fn udp(local: SocketAddr, remote: SocketAddr) -> io::Result<Self> {
+        let mut handle = SocketHandle::default();
+        let sockets = Sockets::build(UDP_OCTETS, UDP_OCTETS, |receive, send| {
+            let ring = |octets| udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; UDP_DATAGRAMS], octets);
+            let mut socket = udp::Socket::new(ring(receive), ring(send));
+            socket.bind(endpoint(local)).expect("the socket is new and its port is set");
+            alone(socket, &mut handle)
+        })?;
+        Ok(Self::new(Kind::Udp, local, remote, sockets, handle))
     }
 
-    fn new(
-        kind: Kind,
-        local: SocketAddr,
-        remote: SocketAddr,
-        add: impl FnOnce(&mut SocketSet<'static>) -> SocketHandle,
-    ) -> Self {
-        let mut sockets = socket_set();
-        let handle = add(&mut sockets);
+    fn new(kind: Kind, local: SocketAddr, remote: SocketAddr, sockets: Sockets, handle: SocketHandle) -> Self {
         let key = FlowKey { kind, local, remote };
         Self { key, sockets, handle, dirty: false, due: None, released: false }
     }
 
-    pub(super) fn tcp(&mut self) -> Option<&mut tcp::Socket<'static>> {
-        (self.key.kind == Kind::Tcp).then(|| self.sockets.get_mut(self.handle))
+    /// Runs `act` on the socket set.
+    pub(super) fn with_set<T>(&mut self, act: impl FnOnce(&mut SocketSet<'_>) -> T) -> T {
+        self.sockets.with_dependent_mut(|_, set| act(set))
     }
 
-    pub(super) fn udp_socket(&mut self) -> Option<&mut udp::Socket<'static>> {
-        (self.key.kind == Kind::Udp).then(|| self.sockets.get_mut(self.handle))
+    /// Runs `act` on the TCP socket, if that is what it is.
+    pub(super) fn with_tcp<T>(&mut self, act: impl FnOnce(&mut tcp::Socket<'_>) -> T) -> Option<T> {
+        let handle = self.handle;
+        (self.key.kind == Kind::Tcp).then(|| self.with_set(|set| act(set.get_mut(handle))))
+    }
+
+    /// Runs `act` on the UDP socket, if that is what it is.
+    pub(super) fn with_udp<T>(&mut self, act: impl FnOnce(&mut udp::Socket<'_>) -> T) -> Option<T> {
+        let handle = self.handle;
+        (self.key.kind == Kind::Udp).then(|| self.with_set(|set| act(set.get_mut(handle))))
     }
 
     /// Sends one packet, if there is one.
@@ -132,14 +141,13 @@ impl Flow {
         send: &mut dyn FnMut(&[u8]),
     ) -> bool {
         let mut device = Device::new(None, scratch, send);
-        iface.poll_egress(time, &mut device, &mut self.sockets) == PollResult::SocketStateChanged
+        self.with_set(|set| iface.poll_egress(time, &mut device, set) == PollResult::SocketStateChanged)
     }
 
     /// Nobody holds the flow any more: a connection that both sides have closed may end in peace, any other is aborted.
     pub(super) fn release(&mut self) {
         self.released = true;
-        let Some(socket) = self.tcp() else { return };
-        match socket.state() {
+        self.with_tcp(|socket| match socket.state() {
             tcp::State::Closed | tcp::State::Closing | tcp::State::LastAck | tcp::State::TimeWait => {}
             tcp::State::Listen
             | tcp::State::SynSent
@@ -148,24 +156,26 @@ impl Flow {
             | tcp::State::FinWait1
             | tcp::State::FinWait2
             | tcp::State::CloseWait => socket.abort(),
-        }
+        });
     }
 
     /// Whether nothing will ever come of it again. A connection in TIME-WAIT is done: its port rests because ports
     /// are used in turn.
     pub(super) fn finished(&mut self) -> bool {
-        if !self.released {
-            return false;
-        }
-        match self.tcp() {
-            Some(socket) => matches!(socket.state(), tcp::State::Closed | tcp::State::TimeWait),
-            None => true,
-        }
+        let over = |socket: &mut tcp::Socket<'_>| matches!(socket.state(), tcp::State::Closed | tcp::State::TimeWait);
+        self.released && self.with_tcp(over).unwrap_or(true)
     }
 }
 
+/// A set that never grows: one flow, one socket.
+fn alone<'m>(socket: impl AnySocket<'m>, handle: &mut SocketHandle) -> SocketSet<'m> {
+    let mut set = SocketSet::new(Vec::with_capacity(1));
+    *handle = set.add(socket);
+    set
+}
+
 /// The settings of every connection. The first three are the fork's own: without them the crate is plain smoltcp.
-fn tune(socket: &mut tcp::Socket<'static>) {
+fn tune(socket: &mut tcp::Socket<'_>) {
     socket.set_sack_recovery(true);
     socket.set_min_rto(MIN_RTO);
     socket.set_congestion_control(tcp::CongestionControl::Cubic);

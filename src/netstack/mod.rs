@@ -7,12 +7,13 @@
 mod device;
 mod flow;
 mod ports;
+mod rings;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
-use smoltcp::iface::{Interface, SocketSet};
+use smoltcp::iface::Interface;
 use smoltcp::socket::{tcp, udp};
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
@@ -20,10 +21,20 @@ use device::{Device, MTU};
 pub use flow::FlowId;
 use flow::{Flow, FlowKey, Kind};
 use ports::Ports;
-pub use ports::PortsExhausted;
 
 /// Segments that one flow may send before the next has its turn: one GSO batch.
 const QUANTUM: usize = 48;
+
+/// Why a flow was not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Every local port is in use for that destination.
+    #[error("all local ports are in use for this destination")]
+    PortsExhausted,
+    /// The system has no memory for its rings.
+    #[error("no memory for another connection: {0}")]
+    Memory(#[from] std::io::Error),
+}
 
 /// The stack. Pure: packets and `now` come in, packets go out by a closure.
 pub struct Netstack {
@@ -89,24 +100,24 @@ impl Netstack {
     /// Begins a TCP connection from `local` to `remote`. The SYN leaves with the next [`egress`](Self::egress).
     ///
     /// # Errors
-    /// [`PortsExhausted`] when every local port is in use for that destination.
-    pub fn connect(&mut self, local: IpAddr, remote: SocketAddr) -> Result<FlowId, PortsExhausted> {
+    /// [`OpenError`] when a limit of ours or of the system's is reached.
+    pub fn connect(&mut self, local: IpAddr, remote: SocketAddr) -> Result<FlowId, OpenError> {
         let by_key = &self.by_key;
         let key_for = |port| FlowKey { kind: Kind::Tcp, local: SocketAddr::new(local, port), remote };
         let port = self.ports.choose(|port| by_key.contains_key(&key_for(port)))?;
-        let flow = Flow::connect(self.iface.context(), SocketAddr::new(local, port), remote);
+        let flow = Flow::connect(self.iface.context(), SocketAddr::new(local, port), remote)?;
         Ok(self.insert(flow))
     }
 
     /// Opens a UDP flow from `local` to `remote`.
     ///
     /// # Errors
-    /// [`PortsExhausted`] when every local port is in use for that destination.
-    pub fn open_udp(&mut self, local: IpAddr, remote: SocketAddr) -> Result<FlowId, PortsExhausted> {
+    /// [`OpenError`] when a limit of ours or of the system's is reached.
+    pub fn open_udp(&mut self, local: IpAddr, remote: SocketAddr) -> Result<FlowId, OpenError> {
         let by_key = &self.by_key;
         let key_for = |port| FlowKey { kind: Kind::Udp, local: SocketAddr::new(local, port), remote };
         let port = self.ports.choose(|port| by_key.contains_key(&key_for(port)))?;
-        Ok(self.insert(Flow::udp(SocketAddr::new(local, port), remote)))
+        Ok(self.insert(Flow::udp(SocketAddr::new(local, port), remote)?))
     }
 
     fn insert(&mut self, flow: Flow) -> FlowId {
@@ -123,14 +134,14 @@ impl Netstack {
         self.flows.get(&id).map(|flow| (flow.key.local, flow.key.remote))
     }
 
-    /// The TCP socket of a flow. Call [`touch`](Self::touch) after a change.
-    pub fn tcp(&mut self, id: FlowId) -> Option<&mut tcp::Socket<'static>> {
-        self.flows.get_mut(&id).and_then(Flow::tcp)
+    /// Runs `act` on the TCP socket of a flow; `None` once it is removed. Call [`touch`](Self::touch) after a change.
+    pub fn with_tcp<T>(&mut self, id: FlowId, act: impl FnOnce(&mut tcp::Socket<'_>) -> T) -> Option<T> {
+        self.flows.get_mut(&id)?.with_tcp(act)
     }
 
-    /// The UDP socket of a flow. Call [`touch`](Self::touch) after a change.
-    pub fn udp(&mut self, id: FlowId) -> Option<&mut udp::Socket<'static>> {
-        self.flows.get_mut(&id).and_then(Flow::udp_socket)
+    /// Runs `act` on the UDP socket of a flow; `None` once it is removed. Call [`touch`](Self::touch) after a change.
+    pub fn with_udp<T>(&mut self, id: FlowId, act: impl FnOnce(&mut udp::Socket<'_>) -> T) -> Option<T> {
+        self.flows.get_mut(&id)?.with_udp(act)
     }
 
     /// Puts a flow on the list of those that may have something to send.
@@ -159,7 +170,8 @@ impl Netstack {
         let replies = &mut self.replies;
         let mut reply = |packet: &[u8]| replies.push(packet.to_vec());
         let mut device = Device::new(Some(packet), &mut self.scratch[..], &mut reply);
-        self.iface.poll_ingress_single(timestamp(self.epoch, now), &mut device, &mut flow.sockets);
+        let (iface, time) = (&mut self.iface, timestamp(self.epoch, now));
+        flow.with_set(|set| iface.poll_ingress_single(time, &mut device, set));
         self.touch(id);
         Some(id)
     }
@@ -193,7 +205,8 @@ impl Netstack {
     /// Sets a flow's timer to when smoltcp wants it polled again.
     fn schedule(&mut self, id: FlowId, now: Instant) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        let due = self.iface.poll_at(timestamp(self.epoch, now), &flow.sockets).map(|at| {
+        let (iface, time) = (&mut self.iface, timestamp(self.epoch, now));
+        let due = flow.with_set(|set| iface.poll_at(time, set)).map(|at| {
             let micros = u64::try_from(at.total_micros()).unwrap_or(0);
             (self.epoch + std::time::Duration::from_micros(micros)).max(now)
         });
@@ -254,11 +267,6 @@ impl Netstack {
 fn timestamp(epoch: Instant, now: Instant) -> smoltcp::time::Instant {
     let micros = i64::try_from(now.saturating_duration_since(epoch).as_micros()).unwrap_or(i64::MAX);
     smoltcp::time::Instant::from_micros(micros)
-}
-
-/// A set that never grows: one flow, one socket.
-fn socket_set() -> SocketSet<'static> {
-    SocketSet::new(Vec::with_capacity(1))
 }
 
 #[cfg(test)]

@@ -2,14 +2,11 @@
 
 use std::net::SocketAddr;
 
+use super::OpenError;
+
 /// The ports that flows use. Source: RFC 6335, 6 (the dynamic range begins at 49152); Linux uses 32768-60999.
 const FIRST: u16 = 32768;
 const COUNT: u16 = u16::MAX - FIRST;
-
-/// Every local port is in use for one destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("all {COUNT} local ports are in use for this destination")]
-pub struct PortsExhausted;
 
 /// The next port to try.
 pub(super) struct Ports {
@@ -23,7 +20,7 @@ impl Ports {
     }
 
     /// The next port that is not `taken`.
-    pub(super) fn choose(&mut self, taken: impl Fn(u16) -> bool) -> Result<u16, PortsExhausted> {
+    pub(super) fn choose(&mut self, taken: impl Fn(u16) -> bool) -> Result<u16, OpenError> {
         for _ in 0..COUNT {
             let port = FIRST + self.next;
             self.next = (self.next + 1) % COUNT;
@@ -31,7 +28,7 @@ impl Ports {
                 return Ok(port);
             }
         }
-        Err(PortsExhausted)
+        Err(OpenError::PortsExhausted)
     }
 }
 
@@ -54,6 +51,6 @@ mod tests {
 
     #[test]
     fn exhaustion_is_an_error() {
-        assert_eq!(Ports::new(1).choose(|_| true), Err(PortsExhausted));
+        assert!(matches!(Ports::new(1).choose(|_| true), Err(OpenError::PortsExhausted)));
     }
 }

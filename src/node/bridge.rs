@@ -78,6 +78,7 @@ fn failed(remote: SocketAddr, failure: ConnectFailure) -> io::Error {
         ConnectFailure::Unanswered => io::ErrorKind::TimedOut,
         ConnectFailure::Rejected(_) => io::ErrorKind::PermissionDenied,
         ConnectFailure::Family | ConnectFailure::Ports => io::ErrorKind::AddrNotAvailable,
+        ConnectFailure::Memory => io::ErrorKind::OutOfMemory,
     };
     io::Error::new(kind, format!("{remote}: {failure:?}"))
 }

@@ -20,7 +20,7 @@ use crate::control::HostReport;
 use crate::engine::{Engine, Flow, Output, Protocol};
 use crate::key::{NodePrivate, NodePublic};
 use crate::netmap::{Netmap, RegionId};
-use crate::netstack::{FlowId, Netstack, PortsExhausted};
+use crate::netstack::{FlowId, Netstack, OpenError};
 use crate::transport::derp::{Event, Packet, Region};
 use crate::transport::udp::{ReceiveBuffers, Udp};
 use crate::transport::underlay::Underlay;
@@ -142,12 +142,7 @@ impl Core {
     /// Takes over a new netmap.
     pub(super) fn handle_netmap(&mut self, netmap: Arc<Netmap>, now: Instant) {
         self.parts.netstack.set_addresses(&netmap.self_node.addresses);
-        let changed: Vec<RegionId> = self
-            .regions
-            .keys()
-            .copied()
-            .filter(|id| self.is_changed(*id, &netmap))
-            .collect();
+        let changed: Vec<RegionId> = self.regions.keys().copied().filter(|id| self.is_changed(*id, &netmap)).collect();
         self.newest = Some(netmap.clone());
         for region in changed {
             debug!(region, "derp region changed, connecting anew");
@@ -171,7 +166,7 @@ impl Core {
     }
 
     /// Opens a TCP flow; the SYN leaves at once.
-    pub(super) fn connect(&mut self, remote: SocketAddr, now: Instant) -> Result<Option<FlowId>, PortsExhausted> {
+    pub(super) fn connect(&mut self, remote: SocketAddr, now: Instant) -> Result<Option<FlowId>, OpenError> {
         let Some(local) = self.parts.netstack.source_for(remote.ip()) else { return Ok(None) };
         let id = self.parts.netstack.connect(local, remote)?;
         self.open_flow(id, Protocol::Tcp);
@@ -180,7 +175,7 @@ impl Core {
     }
 
     /// Opens a UDP flow.
-    pub(super) fn open_udp(&mut self, remote: SocketAddr) -> Result<Option<FlowId>, PortsExhausted> {
+    pub(super) fn open_udp(&mut self, remote: SocketAddr) -> Result<Option<FlowId>, OpenError> {
         let Some(local) = self.parts.netstack.source_for(remote.ip()) else { return Ok(None) };
         let id = self.parts.netstack.open_udp(local, remote)?;
         self.open_flow(id, Protocol::Udp);

@@ -134,6 +134,9 @@ pub enum DialError {
         /// The address that was dialled.
         address: SocketAddr,
     },
+    /// The system has no memory for another connection.
+    #[error("no memory for another connection")]
+    OutOfMemory,
     /// A limit of ours: no local port is free for that destination.
     #[error("no local port is free for {address}")]
     PortsExhausted {
@@ -314,6 +317,7 @@ async fn connect(
             RouteError::Family { address: address.ip(), family }.into()
         }
         ConnectFailure::Ports => DialError::PortsExhausted { address },
+        ConnectFailure::Memory => DialError::OutOfMemory,
         ConnectFailure::Refused => DialError::Refused { address },
         ConnectFailure::Rejected(reason) => DialError::Rejected { peer: name, reason: reason.to_string() },
         ConnectFailure::Unanswered if has_session(core, &peer.key) => {

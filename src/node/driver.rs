@@ -34,6 +34,8 @@ enum Woken {
 /// Drives the data plane until it is stopped.
 pub(super) async fn run(core: Shared, mut inputs: Inputs) {
     let (udp, wake) = (core.borrow().udp(), core.borrow().waker());
+    // What is there already counts as news.
+    inputs.netmap.mark_changed();
     loop {
         let (deadline, blocked) = (core.borrow().next_deadline(), core.borrow().is_blocked());
         let readable = poll_fn(|cx| match &udp {

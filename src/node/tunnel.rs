@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use super::core::Shared;
 use super::stream::Spliced;
-use crate::netstack::{FlowId, PortsExhausted};
+use crate::netstack::{FlowId, OpenError};
 use crate::wire::tsmp::Reason;
 
 /// Octets that one direction may carry before other tasks have their turn.
@@ -43,6 +43,8 @@ pub(super) enum ConnectFailure {
     Family,
     /// No local port is free.
     Ports,
+    /// No memory is left for its rings.
+    Memory,
     /// A RST came.
     Refused,
     /// The peer's filter said so.
@@ -51,9 +53,12 @@ pub(super) enum ConnectFailure {
     Unanswered,
 }
 
-impl From<PortsExhausted> for ConnectFailure {
-    fn from(_: PortsExhausted) -> Self {
-        Self::Ports
+impl From<OpenError> for ConnectFailure {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::PortsExhausted => Self::Ports,
+            OpenError::Memory(_) => Self::Memory,
+        }
     }
 }
 
@@ -98,8 +103,8 @@ impl TunnelStream {
     }
 
     /// Runs `act` on the socket; `None` once the flow is gone.
-    fn with<T>(&self, act: impl FnOnce(&mut tcp::Socket<'static>) -> T) -> Option<T> {
-        self.handle.core.borrow_mut().netstack().tcp(self.handle.id).map(act)
+    fn with<T>(&self, act: impl FnOnce(&mut tcp::Socket<'_>) -> T) -> Option<T> {
+        self.handle.core.borrow_mut().netstack().with_tcp(self.handle.id, act)
     }
 
     /// Sends what was put into the socket.
@@ -109,22 +114,23 @@ impl TunnelStream {
 }
 
 fn poll_established(core: &Shared, id: FlowId, cx: &mut Context<'_>) -> Poll<Result<(), ConnectFailure>> {
-    let mut core = core.borrow_mut();
-    let Some(socket) = core.netstack().tcp(id) else { return Poll::Ready(Err(ConnectFailure::Refused)) };
-    match socket.state() {
-        tcp::State::Closed => Poll::Ready(Err(ConnectFailure::Refused)),
-        tcp::State::SynSent | tcp::State::SynReceived | tcp::State::Listen => {
-            socket.register_send_waker(cx.waker());
-            socket.register_recv_waker(cx.waker());
-            Poll::Pending
-        }
-        tcp::State::Established
-        | tcp::State::FinWait1
-        | tcp::State::FinWait2
-        | tcp::State::CloseWait
-        | tcp::State::Closing
-        | tcp::State::LastAck
-        | tcp::State::TimeWait => Poll::Ready(Ok(())),
+    let state = core.borrow_mut().netstack().with_tcp(id, |socket| {
+        socket.register_send_waker(cx.waker());
+        socket.register_recv_waker(cx.waker());
+        socket.state()
+    });
+    match state {
+        Some(tcp::State::Closed) | None => Poll::Ready(Err(ConnectFailure::Refused)),
+        Some(tcp::State::SynSent | tcp::State::SynReceived | tcp::State::Listen) => Poll::Pending,
+        Some(
+            tcp::State::Established
+            | tcp::State::FinWait1
+            | tcp::State::FinWait2
+            | tcp::State::CloseWait
+            | tcp::State::Closing
+            | tcp::State::LastAck
+            | tcp::State::TimeWait,
+        ) => Poll::Ready(Ok(())),
     }
 }
 
@@ -211,7 +217,7 @@ impl Splice<'_> {
         });
         match read {
             Some(Ok(Ok(0))) => {
-                self.tunnel.with(tcp::Socket::close);
+                self.tunnel.with(|socket| socket.close());
                 self.up = Half::Ended;
                 Ok(Some(0))
             }
@@ -281,7 +287,7 @@ impl Splice<'_> {
 }
 
 /// Whether the target ended its side in peace: everything came, then its FIN.
-fn finished(socket: &mut tcp::Socket<'static>) -> bool {
+fn finished(socket: &mut tcp::Socket<'_>) -> bool {
     matches!(socket.recv(|_| (0, ())), Err(tcp::RecvError::Finished))
 }
 
@@ -329,7 +335,7 @@ impl AsyncWrite for TunnelStream {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.with(tcp::Socket::close);
+        self.with(|socket| socket.close());
         self.pump();
         Poll::Ready(Ok(()))
     }
@@ -352,27 +358,22 @@ impl TunnelDatagrams {
         let mut core = self.handle.core.borrow_mut();
         let Some((_, remote)) = core.netstack().addresses_of(self.handle.id) else { return };
         let to = smoltcp::wire::IpEndpoint::new(remote.ip().into(), remote.port());
-        if let Some(socket) = core.netstack().udp(self.handle.id)
-            && socket.send_slice(octets, to).is_err()
-        {
-            return;
-        }
+        // A ring without room loses the datagram.
+        let _ = core.netstack().with_udp(self.handle.id, |socket| socket.send_slice(octets, to));
         core.touch(self.handle.id, Instant::now());
     }
 
     /// The next datagram.
     pub(super) async fn recv(&self) -> io::Result<Vec<u8>> {
         poll_fn(|cx| {
-            let mut core = self.handle.core.borrow_mut();
-            let Some(socket) = core.netstack().udp(self.handle.id) else {
-                return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
-            };
-            match socket.recv() {
-                Ok((octets, _)) => Poll::Ready(Ok(octets.to_vec())),
-                Err(_) => {
-                    socket.register_recv_waker(cx.waker());
-                    Poll::Pending
-                }
+            let received = self.handle.core.borrow_mut().netstack().with_udp(self.handle.id, |socket| {
+                socket.register_recv_waker(cx.waker());
+                socket.recv().ok().map(|(octets, _)| octets.to_vec())
+            });
+            match received {
+                Some(Some(octets)) => Poll::Ready(Ok(octets)),
+                Some(None) => Poll::Pending,
+                None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
             }
         })
         .await

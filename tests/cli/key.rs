@@ -1,0 +1,121 @@
+//! The auth key: every wrong one has its own code, and no output repeats it.
+
+use std::io::Write;
+
+use crate::fake::closed_port;
+use crate::program::{Ended, KEY, Program, SECRET, await_some};
+
+fn with_file(text: &str) -> Ended {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    Program::new("run --output json --auth-key").arg(format!("file:{}", file.path().display())).run()
+}
+
+#[test]
+fn an_empty_key_is_told() {
+    with_file("").refused(65, "TC-1001");
+    with_file(" \n\n").refused(65, "TC-1001");
+    Program::new("run -o json").env("TS_AUTHKEY", "").run().refused(65, "TC-1001");
+    Program::new("run -o json --auth-key -").stdin("\n").run().refused(65, "TC-1001");
+}
+
+#[test]
+fn a_garbled_key_is_told() {
+    with_file(&format!("{KEY} {KEY}")).refused(65, "TC-1002");
+    with_file(&format!("TS_AUTHKEY=\u{7f}{KEY}")).refused(65, "TC-1002");
+    Program::new("run -o json").env("TS_AUTH_KEY", "tskey-auth-a b-geheimgeheimgeheim").run().refused(65, "TC-1002");
+}
+
+#[test]
+fn another_kind_of_secret_is_told() {
+    with_file(&format!("tskey-api-{SECRET}")).refused(65, "TC-1003");
+    with_file(&format!("hskey-api-{SECRET}")).refused(65, "TC-1003");
+}
+
+#[test]
+fn an_unknown_form_is_told() {
+    with_file(SECRET).refused(65, "TC-1004");
+    with_file(&SECRET.repeat(1_000)).refused(65, "TC-1004");
+}
+
+#[test]
+fn a_missing_file_and_an_unreadable_one_are_told_apart() {
+    Program::new("run -o json --auth-key file:/nowhere/key").run().refused(66, "TC-1005");
+    Program::new("run -o json").env("TS_AUTHKEY_FILE", "/nowhere/key").run().refused(66, "TC-1005");
+    Program::new("run -o json --auth-key file:/").run().refused(66, "TC-1006");
+    Program::new("run -o json --auth-key-fd 77").run().refused(66, "TC-1006");
+}
+
+#[test]
+fn a_silent_source_is_left_at_its_limit() {
+    let ended = Program::new("run -o json --join-timeout 300ms --auth-key -").start();
+    let json = await_end(ended);
+    assert!(json.took.as_secs() < 10);
+    json.refused(66, "TC-1006");
+}
+
+/// Ends with standard input still open.
+fn await_end(mut running: crate::program::Running) -> Ended {
+    let stdin = running.child.stdin.take();
+    let ended = running.end();
+    drop(stdin);
+    ended
+}
+
+#[test]
+fn a_key_on_the_command_line_is_refused_wherever_it_stands() {
+    for words in [
+        format!("run -o json --auth-key {KEY}"),
+        format!("run -o json --auth-key={KEY}"),
+        format!("run -o json --authkey {}{}", "0123456789abcdef".repeat(2), SECRET),
+        format!("run -o json {KEY}"),
+        format!("run -o json --auth-kye={KEY}"),
+        format!("run -o json --hostname {KEY}"),
+        format!("exec -o json --auth-key {KEY} -- true"),
+    ] {
+        Program::new(&words).run().refused(64, "TC-1007");
+    }
+    let extra = format!("--auth-key={KEY}");
+    Program::new("run -o json").env("TS_EXTRA_ARGS", &extra).run().refused(64, "TC-1007");
+}
+
+#[test]
+fn no_key_at_all_is_told() {
+    Program::new("run -o json").run().refused(64, "TC-1008");
+}
+
+#[test]
+fn the_variable_is_gone_from_the_environment_while_we_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let pidfile = folder.path().join("pid");
+    let running = Program::new(&format!("run --login-server http://{} --pidfile", closed_port()))
+        .arg(&pidfile)
+        .env("TS_AUTHKEY", KEY)
+        .start();
+    await_some("the pid file", || pidfile.exists().then_some(()));
+    let seen = |name: &str| std::fs::read(format!("/proc/{}/{name}", running.child.id())).unwrap();
+    for name in ["environ", "cmdline"] {
+        let text = String::from_utf8_lossy(&seen(name)).into_owned();
+        assert!(!text.contains(SECRET) && !text.contains("TS_AUTHKEY"), "{name}");
+    }
+    assert_eq!(String::from_utf8_lossy(&seen("comm")).trim(), "tailcar");
+    running.signal("TERM");
+    assert_eq!(running.end().code(), 0);
+}
+
+#[test]
+fn every_good_source_is_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("key");
+    std::fs::write(&file, KEY).unwrap();
+    let start = format!("run -o json --join-timeout 300ms --login-server http://{}", closed_port());
+    let with = |words: &str| Program::new(&format!("{start} {words}"));
+    // What fails is the server, so the key was taken.
+    with(&format!("--auth-key file:{}", file.display())).run().refused(75, "TC-1102");
+    with("--auth-key -").stdin(&format!("{KEY}\n")).run().refused(75, "TC-1102");
+    with("--auth-key-fd 0").stdin(&format!("{KEY}\n")).run().refused(75, "TC-1102");
+    with("").env("TS_AUTHKEY", KEY).run().refused(75, "TC-1102");
+    with("").env("TS_AUTH_KEY", KEY).run().refused(75, "TC-1102");
+    with("").env("TS_AUTHKEY", &format!("file:{}", file.display())).run().refused(75, "TC-1102");
+    with("").env("TS_AUTHKEY_FILE", &file.display().to_string()).run().refused(75, "TC-1102");
+}
