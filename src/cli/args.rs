@@ -315,10 +315,8 @@ mod tests {
 
     fn run(words: &[&str]) -> Result<RunArgs, clap::Error> {
         let words = ["tailcar", "run"].iter().chain(words);
-        match Cli::try_parse_from(words)?.command {
-            Command::Run(args) => Ok(args),
-            other => panic!("parsed as {other:?}"),
-        }
+        let Command::Run(args) = Cli::try_parse_from(words)?.command else { panic!("not run") };
+        Ok(args)
     }
 
     #[test]

@@ -135,10 +135,9 @@ async fn session(
     let serving = spawn_local(serve);
 
     let end = tokio::select! {
-        joined = until_ready(node.state(), report, life.ready_timeout) => match joined.and_then(|joined| report.ready(&joined)) {
-            Ok(()) => None,
-            Err(fault) => Some(End::Failed(fault)),
-        },
+        joined = until_ready(node.state(), report, life.ready_timeout) => {
+            joined.and_then(|joined| report.ready(&joined)).err().map(End::Failed)
+        }
         end = stopped_early(&mut stops, job) => Some(end),
     };
     let end = match (end, job) {

@@ -194,13 +194,15 @@ pub(crate) fn folder() -> PathBuf {
     std::env::temp_dir().join(format!("{FOLDER}{}", std::process::id()))
 }
 
-/// Removes the files of runs that are no longer alive.
+/// Removes the files of runs that ended long enough ago for nobody to be reading their logs.
 fn sweep() {
     let Ok(entries) = fs::read_dir(std::env::temp_dir()) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let owner = name.strip_prefix(FOLDER).and_then(|pid| pid.parse::<u32>().ok());
-        if owner.is_some_and(|pid| !crate::namespace::alive(pid)) {
+        let age = entry.metadata().and_then(|file| file.modified()).ok().and_then(|time| time.elapsed().ok());
+        let old = age.is_some_and(|age| age > Duration::from_secs(3600));
+        if old && owner.is_some_and(|pid| !crate::namespace::alive(pid)) {
             drop(fs::remove_dir_all(entry.path()));
         }
     }

@@ -76,7 +76,9 @@ pub(crate) fn exec_passes_signals_both_ways(bed: &Bed) -> Result<(), Failed> {
 
 /// What cannot be started: 127 when it is not there, 126 when it is no program, and no node either way.
 pub(crate) fn exec_tells_a_missing_command_from_a_wrong_one(bed: &Bed) -> Result<(), Failed> {
-    for (command, expected) in [("/no/such/program", 127), ("/etc/hostname", 126)] {
+    let plain = bed.folder.join("no-program");
+    std::fs::write(&plain, "no program\n")?;
+    for (command, expected) in [("/no/such/program", 127), (&plain.to_string_lossy(), 126)] {
         let mut sidecar = Launch::new(bed).exec().args(&["--", command]).start()?;
         let status = sidecar.process.wait(Duration::from_secs(40))?;
         if status.code() != Some(expected) {
