@@ -32,6 +32,7 @@ use crate::wire::tailcfg::hostinfo::{Hostinfo, NetInfo};
 use crate::wire::tailcfg::map::EndpointType;
 use dial::{Dialer, Session};
 use ping::Answerer;
+pub use ping::PingJob;
 use register::Registration;
 use session::Ended;
 
@@ -57,6 +58,8 @@ pub struct Config {
     pub hostinfo: Hostinfo,
     /// Whether subnet routes of peers are used.
     pub accept_routes: bool,
+    /// Takes the pings of peers that control asks for.
+    pub pings: mpsc::Sender<PingJob>,
 }
 
 /// What control is told of our network.
@@ -190,7 +193,7 @@ impl Task {
         let dialer = Dialer::new(config.url.clone(), config.underlay.clone(), config.machine.clone());
         let lock = lock_key();
         let map = crate::netmap::session::Session::new(config.accept_routes);
-        let answerer = Arc::new(Answerer::new(config.url.clone(), config.underlay.tls.clone()));
+        let answerer = Arc::new(Answerer::new(config.url.clone(), config.underlay.tls.clone(), config.pings.clone()));
         let (session, registering, registered) = (None, false, false);
         Self { config, dialer, lock, report, out, session, map, answerer, registering, registered }
     }

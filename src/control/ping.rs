@@ -4,6 +4,7 @@
 //! not be able to send this process to addresses of the machine's own network.
 //! Source: Tailscale, control/controlclient/direct.go, `answerPing` and `answerC2NPing`.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,13 +15,14 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::debug;
 use url::Url;
 
 use super::dial::Session;
 use crate::transport::tls::Tls;
-use crate::wire::tailcfg::map::PingRequest;
+use crate::wire::tailcfg::map::{PingRequest, PingResponse};
 
 /// The longest that a sign of life may take. Source: direct.go, `doPingerPing` and `answerHeadPing`.
 const HEAD_LIMIT: Duration = Duration::from_secs(15);
@@ -29,34 +31,73 @@ const C2N_LIMIT: Duration = Duration::from_secs(60);
 /// The most octets of a c2n request, and of its answer.
 const C2N_MAX: usize = 1 << 20;
 
+/// A peer to ping, for whoever can.
+#[derive(Debug)]
+pub struct PingJob {
+    /// `disco`, `TSMP`, `ICMP` or `peerapi`.
+    pub kind: String,
+    /// Whom.
+    pub ip: IpAddr,
+    /// Where the outcome goes.
+    pub reply: oneshot::Sender<PingResponse>,
+}
+
 /// Answers control's questions.
 pub(super) struct Answerer {
     control: Url,
     tls: Tls,
+    jobs: mpsc::Sender<PingJob>,
 }
 
 impl Answerer {
-    pub(super) fn new(control: Url, tls: Tls) -> Self {
-        Self { control, tls }
+    pub(super) fn new(control: Url, tls: Tls, jobs: mpsc::Sender<PingJob>) -> Self {
+        Self { control, tls, jobs }
     }
 
     /// Answers one question. Failures are logged: control asks again.
     pub(super) async fn answer(&self, session: &Session, ping: PingRequest) {
-        let Some(url) = self.permitted(&ping) else {
+        let in_session = ping.url_is_noise || ping.types == "c2n";
+        let Some(url) = self.permitted(&ping.url, in_session) else {
             debug!("a ping that points away from control is not answered");
             return;
         };
         match ping.types.as_str() {
-            "" => self.head(session, &url, ping.url_is_noise).await,
+            "" => self.head(session, &url, in_session).await,
             "c2n" => answer_c2n(session, &url, &ping.payload.0).await,
-            other => debug!(types = other, "a ping of a kind that we do not answer"),
+            types => self.ping_peer(session, &url, in_session, types, ping.ip).await,
         }
     }
 
-    /// The URL to answer at, if it is control's own. A bare path is inside the session.
-    fn permitted(&self, ping: &PingRequest) -> Option<Url> {
-        let url = self.control.join(&ping.url).ok()?;
-        (url.host_str() == self.control.host_str() && matches!(url.scheme(), "http" | "https")).then_some(url)
+    /// The URL to answer at. Inside the session its host means nothing: there is nobody but control. Outside it must be
+    /// control's own scheme, host and port.
+    fn permitted(&self, text: &str, in_session: bool) -> Option<Url> {
+        let url = self.control.join(text).ok()?;
+        (in_session || url.origin() == self.control.origin()).then_some(url)
+    }
+
+    /// Pings a peer in each of the comma-separated ways, and tells each outcome.
+    async fn ping_peer(&self, session: &Session, url: &Url, in_session: bool, types: &str, ip: Option<IpAddr>) {
+        let Some(ip) = ip else { return };
+        for kind in types.split(',') {
+            let (reply, answer) = oneshot::channel();
+            if self.jobs.send(PingJob { kind: kind.to_owned(), ip, reply }).await.is_err() {
+                return;
+            }
+            let Ok(response) = answer.await else { return };
+            let body = serde_json::to_vec(&response).expect("a response of plain values is JSON");
+            if let Err(error) = self.post(session, url, in_session, body).await {
+                debug!(error, kind, "a ping's outcome was not told");
+            }
+        }
+    }
+
+    async fn post(&self, session: &Session, url: &Url, in_session: bool, body: Vec<u8>) -> Result<(), String> {
+        if in_session {
+            let told = timeout(HEAD_LIMIT, session.request(Method::POST, &path_and_query(url), body)).await;
+            return told.map_err(|_| "no answer".to_owned())?.map(drop).map_err(|error| error.to_string());
+        }
+        let client = self.client().map_err(|error| error.to_string())?;
+        client.post(url.clone()).body(body).send().await.map(drop).map_err(|error| error.to_string())
     }
 
     async fn head(&self, session: &Session, url: &Url, in_session: bool) {
@@ -72,10 +113,14 @@ impl Answerer {
     }
 
     async fn head_outside(&self, url: &Url) -> Result<(), reqwest::Error> {
+        self.client()?.head(url.clone()).send().await.map(drop)
+    }
+
+    fn client(&self) -> Result<reqwest::Client, reqwest::Error> {
         let tls = self.tls.trusted().as_ref().clone();
         let redirects = reqwest::redirect::Policy::none();
         let client = reqwest::Client::builder().tls_backend_preconfigured(tls).no_proxy().redirect(redirects);
-        client.timeout(HEAD_LIMIT).build()?.head(url.clone()).send().await.map(drop)
+        client.timeout(HEAD_LIMIT).build()
     }
 }
 
@@ -132,24 +177,34 @@ mod tests {
     use super::*;
 
     fn answerer() -> Answerer {
-        Answerer::new(Url::parse("https://control.example:8443").unwrap(), Tls::load(None).unwrap())
-    }
-
-    fn ping(url: &str) -> PingRequest {
-        serde_json::from_value(serde_json::json!({ "URL": url })).unwrap()
+        let control = Url::parse("https://control.example:8443").unwrap();
+        Answerer::new(control, Tls::load(None).unwrap(), mpsc::channel(1).0)
     }
 
     #[test]
-    fn only_the_control_host_is_ever_asked() {
+    fn only_control_itself_is_ever_asked() {
         let answerer = answerer();
-        for url in
-            ["https://control.example:8443/machine/ping-response?id=1", "/machine/ping?x", "http://control.example/p"]
-        {
-            assert!(answerer.permitted(&ping(url)).is_some(), "{url}");
+        for url in ["https://control.example:8443/machine/ping-response?id=1", "/machine/ping?x"] {
+            assert!(answerer.permitted(url, false).is_some(), "{url}");
         }
-        for url in ["http://169.254.169.254/latest", "https://control.example.evil/", "file:///etc/passwd", "//evil/"] {
-            assert!(answerer.permitted(&ping(url)).is_none(), "{url}");
+        let elsewhere = [
+            "http://169.254.169.254/latest",
+            "http://control.example:8443/",
+            "https://control.example/",
+            "https://control.example:9090/",
+            "https://control.example.evil:8443/",
+            "file:///etc/passwd",
+            "//evil/",
+        ];
+        for url in elsewhere {
+            assert!(answerer.permitted(url, false).is_none(), "{url}");
         }
+    }
+
+    #[test]
+    fn inside_the_session_the_host_means_nothing() {
+        let url = answerer().permitted("https://unused/machine/c2n?id=1", true).unwrap();
+        assert_eq!(path_and_query(&url), "/machine/c2n?id=1");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The way of a packet through the machines: in from a datagram or DERP, out into a batch or a DERP packet.
 
+use std::net::IpAddr;
 use std::time::Instant;
 
 use super::inbound::Verdict;
@@ -7,7 +8,7 @@ use super::magicsock::{Via, Ways};
 use super::roster::Slot;
 use super::stats::Dropped;
 use super::wireguard::{OVERHEAD, Received, SCRATCH_LENGTH};
-use super::{Engine, Output};
+use super::{Engine, NoRoute, Output};
 use crate::wire::{Kind, classify, ip, tsmp};
 
 impl Engine {
@@ -93,8 +94,21 @@ impl Engine {
             tsmp::Message::DiscoAdvertisement(key) if !key.is_zero() => {
                 self.roster.set_disco(slot, key);
             }
-            tsmp::Message::DiscoAdvertisement(_) | tsmp::Message::Pong { .. } => {}
+            tsmp::Message::Pong { token, peerapi_port } => self.egress.push(Output::Pong { token, peerapi_port }),
+            tsmp::Message::DiscoAdvertisement(_) => {}
         }
+    }
+
+    /// Asks the peer behind `remote` for a sign of life inside the tunnel, answered by [`Output::Pong`].
+    ///
+    /// # Errors
+    /// [`NoRoute`] when no peer serves the address, or we have none of its family.
+    pub fn ping(&mut self, remote: IpAddr, token: [u8; 8], now: Instant) -> Result<(), NoRoute> {
+        let ours = self.netmap.as_ref().map(|netmap| netmap.self_node.addresses.clone()).unwrap_or_default();
+        let source = ours.into_iter().find(|ip| ip.is_ipv4() == remote.is_ipv4()).ok_or(NoRoute)?;
+        let ping = tsmp::Message::Ping(token).encode();
+        let packet = ip::build(ip::protocol::TSMP, source, remote, &ping).ok_or(NoRoute)?;
+        self.handle_outbound(&packet, now)
     }
 
     /// Encrypts a packet into the way, or both ways, that it takes now.

@@ -90,6 +90,13 @@ pub enum Output {
         /// Why.
         reason: tsmp::Reason,
     },
+    /// A peer answered [`Engine::ping`](super::Engine::ping).
+    Pong {
+        /// The ping's token.
+        token: [u8; 8],
+        /// The peer's PeerAPI port; 0 for none.
+        peerapi_port: u16,
+    },
     /// A handshake with the peer is complete, or its path is another.
     PeerChanged {
         /// The peer.

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tracing::{debug, trace};
 
 use super::regions;
@@ -61,6 +61,8 @@ pub(super) struct Core {
     /// Flows that a peer's filter has rejected.
     rejected: HashMap<FlowId, Reason>,
     by_flow: HashMap<Flow, FlowId>,
+    /// Who waits for the answer to a ping inside the tunnel, by its token.
+    pongs: HashMap<[u8; 8], oneshot::Sender<u16>>,
     /// Wakes the driver, whose next deadline may have come nearer.
     wake: Rc<Notify>,
     /// Wakes those who wait for a peer.
@@ -97,6 +99,7 @@ impl Core {
             blocked: VecDeque::new(),
             rejected: HashMap::new(),
             by_flow: HashMap::new(),
+            pongs: HashMap::new(),
             wake: Rc::new(Notify::new()),
             peer_changed: Rc::new(Notify::new()),
             next_deadline: None,
@@ -267,6 +270,17 @@ impl Core {
         self.pump(now);
     }
 
+    /// Pings the peer behind `remote` inside the tunnel; its PeerAPI port comes back. `None` without a route.
+    pub(super) fn ping(&mut self, remote: IpAddr, now: Instant) -> Option<oneshot::Receiver<u16>> {
+        let token = rand::random();
+        let (waiting, answer) = oneshot::channel();
+        self.pongs.retain(|_, waiting| !waiting.is_closed());
+        self.parts.engine.ping(remote, token, now).ok()?;
+        self.pongs.insert(token, waiting);
+        self.pump(now);
+        Some(answer)
+    }
+
     /// Starts a handshake with a peer, so that it is done when the first packet comes.
     pub(super) fn warm(&mut self, peer: NodePublic, now: Instant) {
         self.parts.engine.warm(peer, now);
@@ -350,6 +364,12 @@ impl Core {
                     if let Some(id) = self.by_flow.get(&flow) {
                         self.rejected.insert(*id, reason);
                         self.peer_changed.notify_waiters();
+                    }
+                }
+                Output::Pong { token, peerapi_port } => {
+                    if let Some(waiting) = self.pongs.remove(&token) {
+                        // Whoever asked may have run out of patience.
+                        let _ = waiting.send(peerapi_port);
                     }
                 }
                 Output::PeerChanged { .. } => self.peer_changed.notify_waiters(),

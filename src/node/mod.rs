@@ -11,6 +11,7 @@ mod direct;
 mod doh;
 mod driver;
 mod lifecycle;
+mod ping;
 mod regions;
 pub mod resolve;
 pub mod stream;
@@ -170,6 +171,7 @@ impl Node {
         let udp = bind(config.transport)?;
         let (node_key, disco_key) = (NodePrivate::random(), DiscoPrivate::random());
         let (report_out, report) = watch::channel(HostReport::default());
+        let (pings, jobs) = mpsc::channel(4);
         let client = Client::start(
             &control,
             crate::control::Config {
@@ -182,6 +184,7 @@ impl Node {
                 auth_key: config.auth_key.take(),
                 hostinfo: lifecycle::hostinfo(&config),
                 accept_routes: config.accept_routes,
+                pings,
             },
             report,
         );
@@ -212,7 +215,9 @@ impl Node {
             probes,
             report: report_out,
         };
-        Ok(Self::assemble(config, client, parts, (derp_in, probes_in), control, started))
+        let node = Self::assemble(config, client, parts, (derp_in, probes_in), control, started);
+        tokio::task::spawn_local(ping::serve(node.inner.core.clone(), jobs));
+        Ok(node)
     }
 
     /// Wires the parts together on the current `LocalSet`.

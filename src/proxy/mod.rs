@@ -284,8 +284,7 @@ mod tests {
             assert_eq!(idle.read(&mut [0]).await.unwrap(), 0);
             let answer = bed.ask_text("GET http://a.corp/ HTTP/1.1\r\n\r\n").await;
             assert!(
-                answer.starts_with("HTTP/1.1 503 ")
-                    && answer.contains(&Fault::from(&fault::DRAINING).code()),
+                answer.starts_with("HTTP/1.1 503 ") && answer.contains(&Fault::from(&fault::DRAINING).code()),
                 "{answer}"
             );
             open.write_all(b"bye").await.unwrap();

@@ -31,7 +31,11 @@ impl Corp {
         let hosts = folder.join("corp.hosts");
         fs::write(&hosts, hosts_file())?;
         let mut command = namespace.command("dnsmasq");
-        command.args(["--no-daemon", "--no-resolv", "--no-hosts", "--log-queries", "--log-facility=-"]);
+        // In its debug mode dnsmasq serves one TCP client at a time and nobody else meanwhile, so it is for user
+        // namespaces only, where it cannot change its user.
+        let real_root = fs::read_to_string("/proc/self/uid_map")?.contains("4294967295");
+        let stay = if real_root { ["--keep-in-foreground", "--user=root"] } else { ["--no-daemon", "--user=root"] };
+        command.args(stay).args(["--no-resolv", "--no-hosts", "--log-queries", "--log-facility=-"]);
         command.args(["--listen-address=10.20.0.53", "--bind-interfaces"]);
         command
             .args(["--local=/corp.test/", "--local=/spare.test/", "--edns-packet-max=1232"])

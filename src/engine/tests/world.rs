@@ -219,6 +219,7 @@ impl World {
                 other @ (Output::ResolveStun { .. }
                 | Output::ProbeHttps { .. }
                 | Output::Rejected { .. }
+                | Output::Pong { .. }
                 | Output::PeerChanged { .. }) => self.nodes[index].outputs.push(other),
             }
         }
