@@ -8,10 +8,13 @@ use std::io::{self, IsTerminal, Write};
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::format::{JsonFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormattedFields};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use super::args::LogFormat;
 use super::redact::redact;
@@ -19,13 +22,16 @@ use super::settings::Output;
 
 /// Starts logging for the rest of the process. A second call changes nothing.
 pub(super) fn start(output: &Output) {
-    let filter = EnvFilter::new(directives(&output.log_filter));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Redacted);
+    let filter = targets(&output.log_filter);
+    let layer = tracing_subscriber::fmt::layer().with_writer(|| Redacted);
+    let registry = tracing_subscriber::registry();
     let started = match output.log_format {
         LogFormat::Json => {
-            builder.fmt_fields(JsonFields::new()).event_format(JsonLine { run_id: output.run_id.clone() }).try_init()
+            let format = JsonLine { run_id: output.run_id.clone() };
+            let layer = layer.fmt_fields(JsonFields::new()).event_format(format);
+            registry.with(layer.with_filter(filter)).try_init()
         }
-        LogFormat::Text => builder.with_ansi(coloured()).try_init(),
+        LogFormat::Text => registry.with(layer.with_ansi(coloured()).with_filter(filter)).try_init(),
     };
     // Only tests come here twice.
     drop(started);
@@ -36,9 +42,10 @@ pub(super) fn coloured() -> bool {
     io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// A bare level is for our own modules; libraries speak only when directives name them.
-fn directives(text: &str) -> String {
-    if text.contains(['=', ',']) { text.to_owned() } else { format!("error,tailcar={text}") }
+/// A bare level is for our own modules; libraries speak only when directives name them. The text was checked before.
+fn targets(text: &str) -> Targets {
+    let directives = if text.contains(['=', ',']) { text.to_owned() } else { format!("error,tailcar={text}") };
+    directives.parse().unwrap_or_default()
 }
 
 /// Standard error behind [`redact`]. A reader that went away is no reason to stop.
@@ -165,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_bare_level_is_for_our_modules() {
-        assert_eq!(directives("debug"), "error,tailcar=debug");
-        assert_eq!(directives("tailcar::node=trace"), "tailcar::node=trace");
+        assert_eq!(targets("debug").to_string(), "tailcar=debug,error");
+        assert_eq!(targets("tailcar::node=trace").to_string(), "tailcar::node=trace");
     }
 }

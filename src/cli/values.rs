@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use jiff::SignedDuration;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
 use url::Url;
 
 use crate::node::config::Transport;
@@ -148,7 +148,7 @@ pub(super) fn direct_rule(text: &str) -> Result<DirectRule, String> {
 
 /// What `--log-level` takes: a level, or directives of the log filter.
 pub(super) fn log_filter(text: &str) -> Result<String, String> {
-    EnvFilter::try_new(text).map(|_| text.to_owned()).map_err(|_| String::from("no level and no log directives"))
+    text.parse::<Targets>().map(|_| text.to_owned()).map_err(|_| String::from("no level and no log directives"))
 }
 
 /// A run's label: printable, without white space, at most 128 characters.
