@@ -51,6 +51,7 @@ pub(super) async fn farewell(mut client: TcpStream) {
     if client.shutdown().await.is_err() {
         return;
     }
-    let mut scrap = [0; 4096];
+    // On the heap: in the future it would be in every connection's memory for as long as it is open.
+    let mut scrap = vec![0; 4096];
     let _ = timeout(FAREWELL, async { while matches!(client.read(&mut scrap).await, Ok(1..)) {} }).await;
 }
