@@ -146,7 +146,7 @@ impl Dialer {
     async fn open(&self) -> Result<BoxIo, ConnectError> {
         let (host, port) = (self.host(), self.port());
         let opened = if self.url.scheme() == "https" {
-            self.underlay.connect_tls(host, port, host, self.underlay.tls.trusted()).await
+            self.underlay.connect_tls((host, &[]), port, host, self.underlay.tls.trusted()).await
         } else {
             self.underlay.connect(host, port).await
         };

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info, warn};
 use url::Url;
 
@@ -157,8 +157,10 @@ impl Client {
     pub async fn log_out(&self, limit: Duration) -> LoggedOut {
         let deadline = Instant::now() + limit;
         let (reply, answer) = oneshot::channel();
-        if self.logout.send((deadline, reply)).await.is_err() {
-            return LoggedOut::NotNeeded;
+        match timeout_at(deadline, self.logout.send((deadline, reply))).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return LoggedOut::NotNeeded,
+            Err(_) => return LoggedOut::Unconfirmed,
         }
         match timeout_at(deadline, answer).await {
             Ok(Ok(outcome)) => outcome,
@@ -260,6 +262,9 @@ impl Task {
         let hostinfo = self.config.hostinfo.clone();
         for _ in 0..2 {
             let open = self.session.take().filter(|session| !session.is_closed());
+            // An open session may be dead without knowing it: it gets half of what is left, a new one the rest.
+            let left = deadline.saturating_duration_since(Instant::now());
+            let limit = if open.is_some() { left / 2 } else { left };
             let attempt = async {
                 let session = match open {
                     Some(session) => session,
@@ -269,13 +274,13 @@ impl Task {
                     Registration { node: self.config.node, lock: self.lock, auth_key: None, hostinfo: &hostinfo };
                 registration.log_out(&session).await
             };
-            match timeout_at(deadline, attempt).await {
+            match timeout(limit, attempt).await {
                 Ok(Ok(())) => {
                     info!("logged out");
                     return LoggedOut::Confirmed;
                 }
                 Ok(Err(error)) => debug!(%error, "logout failed, trying anew"),
-                Err(_) => break,
+                Err(_) => debug!("no answer to the logout"),
             }
         }
         LoggedOut::Unconfirmed

@@ -6,6 +6,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Limited};
 use hyper::{Method, StatusCode, header};
 use jiff::Timestamp;
+use tokio::time::timeout;
 
 use super::dial::{CAPABILITY_VERSION, Session, excerpt};
 use super::{ConnectError, RegisterError};
@@ -14,6 +15,8 @@ use crate::wire::tailcfg;
 use crate::wire::tailcfg::hostinfo::Hostinfo;
 use crate::wire::tailcfg::register::{Auth, RegisterRequest, RegisterResponse};
 
+/// The longest that control may take to answer: an administrator's rules and its database, not a person.
+const LIMIT: Duration = Duration::from_secs(30);
 /// The most octets of an answer. Source: direct.go, `msg` limit of 1 MiB.
 const BODY_MAX: usize = 1 << 20;
 /// How long to wait after a 429 that does not say. Source: direct.go, 5 to 10 s.
@@ -74,6 +77,11 @@ impl Registration<'_> {
             ephemeral: true,
         };
         let body = serde_json::to_vec(&request).expect("a request of plain values is JSON");
+        let silent = |_| ConnectError::Noise { detail: format!("no answer to the registration within {LIMIT:?}") };
+        timeout(LIMIT, self.exchange(session, body)).await.map_err(silent)?
+    }
+
+    async fn exchange(&self, session: &Session, body: Vec<u8>) -> Result<RegisterResponse, RegisterError> {
         let response = session.request(Method::POST, "/machine/register", body).await?;
         let status = response.status();
         let retry_after = response.headers().get(header::RETRY_AFTER).cloned();

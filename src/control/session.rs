@@ -122,8 +122,8 @@ impl Task {
         let response = response.map_err(silent)??;
         let status = response.status();
         if status != StatusCode::OK {
-            let body = Limited::new(response.into_body(), ERROR_BODY_MAX).collect().await;
-            let body = body.map(|body| excerpt(&body.to_bytes())).unwrap_or_default();
+            let body = timeout(UPDATE_LIMIT, Limited::new(response.into_body(), ERROR_BODY_MAX).collect()).await;
+            let body = body.ok().and_then(Result::ok).map(|body| excerpt(&body.to_bytes())).unwrap_or_default();
             return Err(self.refused_poll(status, body));
         }
         let updates = Updates {
@@ -162,14 +162,14 @@ impl Task {
     }
 
     async fn read_map(&mut self, session: &Session, stream: &mut MapStream, backoff: &mut Backoff) -> Ended {
-        let mut key_expiry: Option<Timestamp> = None;
         loop {
             let message = tokio::select! {
                 message = stream.next() => message,
-                () = until(key_expiry) => return Ended::Over(Failure::KeyExpired),
                 () = until(self.map.next_expiry()) => {
-                    if let Some(netmap) = self.map.expire(Timestamp::now()) {
-                        self.publish(netmap);
+                    match self.map.expire(Timestamp::now()) {
+                        Some(netmap) if netmap.self_node.expired => return Ended::Over(Failure::KeyExpired),
+                        Some(netmap) => self.publish(netmap),
+                        None => {}
                     }
                     continue;
                 }
@@ -193,7 +193,6 @@ impl Task {
                 if netmap.self_node.expired {
                     return Ended::Over(Failure::KeyExpired);
                 }
-                key_expiry = netmap.self_node.key_expiry;
                 backoff.reset();
                 self.publish(netmap);
             }

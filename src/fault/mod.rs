@@ -11,7 +11,7 @@ pub use table::*;
 
 use crate::control::{ConnectError, RegisterError};
 use crate::key::AuthKeyError;
-use crate::node::dial::RouteError;
+use crate::node::dial::{DirectError, Exhausted, RouteError};
 use crate::node::{DialError, JoinStage, NodeError, ResolveError};
 
 /// Where in a run's life a failure belongs; each has a family of codes.
@@ -251,8 +251,10 @@ impl From<&DialError> for Fault {
             DialError::Unanswered { .. } => &TARGET_SILENT,
             DialError::Rejected { .. } => &PEER_REJECTED,
             DialError::Refused { .. } => &TCP_REFUSED,
-            DialError::PortsExhausted { .. } => &TCP_PORTS,
-            DialError::OutOfMemory => &OS_REFUSED,
+            DialError::Exhausted(Exhausted::Ports { .. }) => &TCP_PORTS,
+            DialError::Exhausted(Exhausted::Memory) => &OS_REFUSED,
+            DialError::Direct(DirectError::Silent { .. }) => &TARGET_SILENT,
+            DialError::Direct(DirectError::Refused { .. } | DirectError::Failed { .. }) => &TCP_REFUSED,
         };
         Self::new(row, error.to_string())
     }

@@ -159,7 +159,11 @@ impl Session {
         {
             let known = self.state.take().map(|state| state.peers).unwrap_or_default();
             let mut state = State::new(node);
-            state.replace_peers(std::mem::take(&mut message.peers), known, clock);
+            if message.peers.is_empty() {
+                state.update_peers(message, clock);
+            } else {
+                state.replace_peers(std::mem::take(&mut message.peers), known, clock);
+            }
             state.update_settings(message);
             self.state = Some(state);
             self.awaits_full = false;

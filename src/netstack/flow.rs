@@ -148,15 +148,31 @@ impl Flow {
     pub(super) fn release(&mut self) {
         self.released = true;
         self.with_tcp(|socket| match socket.state() {
-            tcp::State::Closed | tcp::State::Closing | tcp::State::LastAck | tcp::State::TimeWait => {}
+            // What was sent before our FIN is still on its way.
+            tcp::State::Closed
+            | tcp::State::FinWait1
+            | tcp::State::Closing
+            | tcp::State::LastAck
+            | tcp::State::TimeWait => {}
             tcp::State::Listen
             | tcp::State::SynSent
             | tcp::State::SynReceived
             | tcp::State::Established
-            | tcp::State::FinWait1
             | tcp::State::FinWait2
             | tcp::State::CloseWait => socket.abort(),
         });
+    }
+
+    /// Aborts a released connection whose data have all arrived but whose peer goes on: nobody reads here any more.
+    pub(super) fn abandoned(&mut self) -> bool {
+        let goes_on = |socket: &mut tcp::Socket<'_>| {
+            let waits = socket.state() == tcp::State::FinWait2;
+            if waits {
+                socket.abort();
+            }
+            waits
+        };
+        self.released && self.with_tcp(goes_on).unwrap_or(false)
     }
 
     /// Whether nothing will ever come of it again. A connection in TIME-WAIT is done: its port rests because ports

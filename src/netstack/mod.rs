@@ -25,6 +25,9 @@ use ports::Ports;
 /// Segments that one flow may send before the next has its turn: one GSO batch.
 const QUANTUM: usize = 48;
 
+/// Packets that one round may send before the sockets below are asked whether they take more.
+const ROUND: usize = 512;
+
 /// Why a flow was not opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -79,7 +82,7 @@ impl Netstack {
         }
     }
 
-    /// Takes over the node's addresses. Flows from an address that is gone find no answer any more and time out.
+    /// Takes over the node's addresses. Flows from an address that is gone end.
     pub fn set_addresses(&mut self, addresses: &[IpAddr]) {
         addresses.clone_into(&mut self.addresses);
         self.iface.update_ip_addrs(|list| {
@@ -176,14 +179,18 @@ impl Netstack {
         Some(id)
     }
 
-    /// Gives every flow that has something to send one turn of at most [`QUANTUM`] packets; `send` takes each packet.
-    /// Returns whether more waits. Stops early, between two flows, when `blocked` says so.
+    /// Gives flows that have something to send their turns, each at most 48 packets, until about `ROUND` packets
+    /// are out; `send` takes each packet. Returns whether more waits.
     pub fn egress(&mut self, now: Instant, send: &mut dyn FnMut(&[u8])) -> bool {
         for packet in self.replies.drain(..) {
             send(&packet);
         }
         let time = timestamp(self.epoch, now);
+        let mut left = ROUND;
         for _ in 0..self.dirty.len() {
+            if left == 0 {
+                break;
+            }
             let Some(id) = self.dirty.pop_front() else { break };
             let Some(flow) = self.flows.get_mut(&id) else { continue };
             flow.dirty = false;
@@ -191,7 +198,8 @@ impl Netstack {
             while sent > 0 && flow.send_one(&mut self.iface, time, &mut self.scratch[..], send) {
                 sent -= 1;
             }
-            if sent == 0 {
+            left = left.saturating_sub(QUANTUM - sent);
+            if sent == 0 || flow.abandoned() {
                 self.touch(id);
             } else if flow.finished() {
                 self.remove(id);

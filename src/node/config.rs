@@ -1,27 +1,17 @@
 //! What a node is told when it starts.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use url::Url;
 
+pub use crate::engine::Transport;
 use crate::key::AuthKey;
 use crate::node::dial::DirectRule;
 
-/// Which paths to peers may be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Transport {
-    /// Direct where it works, relayed meanwhile and else.
-    #[default]
-    Auto,
-    /// Only direct UDP; a peer that cannot be reached so is unreachable.
-    Direct,
-    /// Only DERP: no UDP socket is used, not even for STUN.
-    Derp,
-}
-
 /// The node's settings. Durations are limits; each has its flag of the same name.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Config {
     /// The control server. Defaults to `https://controlplane.tailscale.com`.
     pub login_server: Url,
@@ -71,5 +61,16 @@ impl Default for Config {
             hold_timeout: Duration::from_secs(30),
             dial_timeout: Duration::from_secs(30),
         }
+    }
+}
+
+/// Without the proxy's URL, which may hold a password, and without the key.
+impl fmt::Debug for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let login_server = self.login_server.as_str();
+        f.debug_struct("Config")
+            .field("login_server", &login_server)
+            .field("hostname", &self.hostname)
+            .finish_non_exhaustive()
     }
 }

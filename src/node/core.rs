@@ -5,8 +5,7 @@
 //! another task first would cost a scheduler pass for every message.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::io;
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,13 +14,15 @@ use std::time::Instant;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tracing::{debug, trace};
 
+use super::outbox::{Batch, Outbox};
 use super::regions;
+use super::relays::Relays;
 use crate::control::HostReport;
 use crate::engine::{Engine, Flow, Output, Protocol};
-use crate::key::{NodePrivate, NodePublic};
+use crate::key::NodePublic;
 use crate::netmap::{Netmap, RegionId};
 use crate::netstack::{FlowId, Netstack, OpenError};
-use crate::transport::derp::{Event, Packet, Region};
+use crate::transport::derp::{ConnectionId, Event, Packet};
 use crate::transport::udp::{ReceiveBuffers, Udp};
 use crate::transport::underlay::Underlay;
 use crate::wire::tsmp::Reason;
@@ -36,11 +37,10 @@ pub(super) type Shared = Rc<RefCell<Core>>;
 pub(super) struct Parts {
     pub(super) engine: Engine,
     pub(super) netstack: Netstack,
-    pub(super) udp: Option<Rc<Udp>>,
-    pub(super) key: NodePrivate,
+    pub(super) outbox: Outbox,
+    pub(super) relays: Relays,
     pub(super) underlay: Underlay,
     pub(super) control: tokio::runtime::Handle,
-    pub(super) derp_events: mpsc::Sender<(RegionId, Event)>,
     pub(super) probes: mpsc::Sender<regions::Probed>,
     pub(super) report: watch::Sender<HostReport>,
 }
@@ -52,12 +52,6 @@ pub(super) struct Core {
     newest: Option<Arc<Netmap>>,
     /// The same, once engine and netstack have taken it over.
     netmap: watch::Sender<Option<Arc<Netmap>>>,
-    regions: BTreeMap<RegionId, Region>,
-    /// Regions whose relay has admitted us.
-    connected: BTreeMap<RegionId, ()>,
-    home: watch::Sender<Option<RegionId>>,
-    /// Batches that a full UDP socket did not take.
-    blocked: VecDeque<Batch>,
     /// Flows that a peer's filter has rejected.
     rejected: HashMap<FlowId, Reason>,
     by_flow: HashMap<Flow, FlowId>,
@@ -68,22 +62,8 @@ pub(super) struct Core {
     /// Wakes those who wait for a peer.
     pub(super) peer_changed: Rc<Notify>,
     next_deadline: Option<Instant>,
-    stats: Stats,
-}
-
-/// What the core counts.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Stats {
-    /// Batches that the operating system refused for their destination, as when it has no route there.
-    pub(super) send_errors: u64,
-    /// Packets that a slow relay's queue dropped.
-    pub(super) derp_dropped: u64,
-}
-
-struct Batch {
-    destination: SocketAddr,
-    contents: Vec<u8>,
-    segment: usize,
+    /// Packets that found no connection to their region, or its queue full.
+    derp_dropped: u64,
 }
 
 impl Core {
@@ -93,17 +73,13 @@ impl Core {
             buffers: ReceiveBuffers::default(),
             newest: None,
             netmap: watch::Sender::new(None),
-            regions: BTreeMap::new(),
-            connected: BTreeMap::new(),
-            home: watch::Sender::new(None),
-            blocked: VecDeque::new(),
             rejected: HashMap::new(),
             by_flow: HashMap::new(),
             pongs: HashMap::new(),
             wake: Rc::new(Notify::new()),
             peer_changed: Rc::new(Notify::new()),
             next_deadline: None,
-            stats: Stats::default(),
+            derp_dropped: 0,
         }
     }
 
@@ -114,17 +90,17 @@ impl Core {
 
     /// The home region once its relay has admitted us.
     pub(super) fn home(&self) -> watch::Receiver<Option<RegionId>> {
-        self.home.subscribe()
+        self.parts.relays.home()
     }
 
     /// The UDP sockets, for the driver to wait on.
     pub(super) fn udp(&self) -> Option<Rc<Udp>> {
-        self.parts.udp.clone()
+        self.parts.outbox.udp()
     }
 
-    /// Whether batches wait for a UDP socket to take them.
-    pub(super) fn is_blocked(&self) -> bool {
-        !self.blocked.is_empty()
+    /// Where the first batch goes that a UDP socket did not take.
+    pub(super) fn blocked(&self) -> Option<SocketAddr> {
+        self.parts.outbox.blocked()
     }
 
     /// The engine, for questions about peers.
@@ -145,22 +121,10 @@ impl Core {
     /// Takes over a new netmap.
     pub(super) fn handle_netmap(&mut self, netmap: Arc<Netmap>, now: Instant) {
         self.parts.netstack.set_addresses(&netmap.self_node.addresses);
-        let changed: Vec<RegionId> = self.regions.keys().copied().filter(|id| self.is_changed(*id, &netmap)).collect();
         self.newest = Some(netmap.clone());
-        for region in changed {
-            debug!(region, "derp region changed, connecting anew");
-            self.regions.remove(&region);
-            self.lose_region(region, now);
-            self.connect_region(region, false);
-        }
         self.parts.engine.handle_netmap(netmap.clone(), now);
         self.pump(now);
         self.netmap.send_replace(Some(netmap));
-    }
-
-    /// Whether a region's relays are others in `netmap` than before.
-    fn is_changed(&self, region: RegionId, netmap: &Netmap) -> bool {
-        self.newest.as_ref().is_some_and(|old| old.derp.regions.get(&region) != netmap.derp.regions.get(&region))
     }
 
     /// The newest netmap that the data plane goes by: what it shows can be dialled.
@@ -212,7 +176,7 @@ impl Core {
 
     /// Takes what waits on the UDP sockets.
     pub(super) fn handle_readable(&mut self, now: Instant) {
-        let Some(udp) = self.parts.udp.clone() else { return };
+        let Some(udp) = self.parts.outbox.udp() else { return };
         let (engine, netstack) = (&mut self.parts.engine, &mut self.parts.netstack);
         udp.receive(&mut self.buffers, |from, datagram| {
             if let Some(packet) = engine.handle_udp(from, datagram, now) {
@@ -222,17 +186,16 @@ impl Core {
         self.pump(now);
     }
 
-    /// Takes what a relay says.
-    pub(super) fn handle_derp(&mut self, region: RegionId, event: Event, now: Instant) {
-        if !self.regions.contains_key(&region) {
+    /// Takes what a relay says, unless its connection was replaced meanwhile.
+    pub(super) fn handle_derp(&mut self, id: ConnectionId, event: Event, now: Instant) {
+        if !self.parts.relays.is_current(id) {
             return;
         }
-        let (engine, netstack) = (&mut self.parts.engine, &mut self.parts.netstack);
+        let (engine, netstack, region) = (&mut self.parts.engine, &mut self.parts.netstack, id.region);
         match event {
             Event::Connected => {
-                self.connected.insert(region, ());
+                self.parts.relays.set_admitted(region, true);
                 engine.handle_derp_connected(region, now);
-                self.tell_home();
             }
             Event::Packets(packets) => {
                 for packet in packets {
@@ -243,15 +206,13 @@ impl Core {
                 }
             }
             Event::PeerGone(peer, _) => engine.handle_derp_peer_gone(region, peer),
-            Event::Lost(_) => self.lose_region(region, now),
+            Event::Lost(_) => {
+                self.parts.relays.set_admitted(region, false);
+                engine.handle_derp_lost(region, now);
+            }
         }
+        self.parts.relays.set_home(self.parts.engine.host_state().home);
         self.pump(now);
-    }
-
-    fn lose_region(&mut self, region: RegionId, now: Instant) {
-        self.connected.remove(&region);
-        self.parts.engine.handle_derp_lost(region, now);
-        self.tell_home();
     }
 
     /// Takes the outcome of a probe that the engine asked for.
@@ -261,6 +222,12 @@ impl Core {
             regions::Probed::Stun(region, addresses) => self.parts.engine.handle_stun_address(region, addresses, now),
         }
         self.pump(now);
+    }
+
+    /// Says what was counted, once the run is over.
+    pub(super) fn say_stats(&self) {
+        let (stats, lost, derp_dropped) = (self.parts.engine.stats(), self.parts.outbox.lost, self.derp_dropped);
+        debug!(?stats, lost, derp_dropped, "data plane stopped");
     }
 
     /// Does what time demands.
@@ -295,10 +262,10 @@ impl Core {
 
     /// Sends until nothing is left to send or the sockets are full.
     pub(super) fn pump(&mut self, now: Instant) {
-        self.flush_blocked();
+        self.flush_outbox();
         for _ in 0..ROUNDS {
             let mut more = false;
-            if self.blocked.is_empty() {
+            if self.parts.outbox.blocked().is_none() {
                 let (engine, netstack) = (&mut self.parts.engine, &mut self.parts.netstack);
                 more = netstack.egress(now, &mut |packet| {
                     if let Err(error) = engine.handle_outbound(packet, now) {
@@ -307,7 +274,7 @@ impl Core {
                 });
             }
             self.execute_outputs();
-            if !more || !self.blocked.is_empty() {
+            if !more || self.parts.outbox.blocked().is_some() {
                 break;
             }
         }
@@ -324,7 +291,9 @@ impl Core {
             (None, _) => false,
         };
         self.next_deadline = deadline;
-        if nearer || self.parts.netstack.has_work() || !self.blocked.is_empty() {
+        let (blocked, newly) = (self.parts.outbox.blocked().is_some(), self.parts.outbox.is_newly_blocked());
+        // A full socket is waited for; asking it again and again would keep the runtime from hearing that it is not.
+        if nearer || newly || (!blocked && self.parts.netstack.has_work()) {
             self.wake.notify_one();
         }
     }
@@ -343,14 +312,12 @@ impl Core {
         while let Some(output) = self.parts.engine.poll_output() {
             match output {
                 Output::Udp { destination, contents, segment } => {
-                    self.send_udp(Batch { destination, contents, segment });
+                    let sent = self.parts.outbox.send(Batch { destination, contents, segment });
+                    sent.into_iter().for_each(|buffer| self.parts.engine.recycle(buffer));
                 }
                 Output::Derp { region, to, packet } => self.send_derp(region, to, packet),
                 Output::ConnectDerp { region, home } => self.connect_region(region, home),
-                Output::CloseDerp { region } => {
-                    self.regions.remove(&region);
-                    self.connected.remove(&region);
-                }
+                Output::CloseDerp { region } => self.parts.relays.close(region),
                 Output::ProbeHttps { region } => self.probe(region, regions::probe_https),
                 Output::ResolveStun { region, host, port } => {
                     let probes = self.parts.probes.clone();
@@ -358,7 +325,7 @@ impl Core {
                 }
                 Output::HostChanged(state) => {
                     self.parts.report.send_replace(regions::report(&state));
-                    self.set_home(state.home);
+                    self.parts.relays.set_home(state.home);
                 }
                 Output::Rejected { flow, reason } => {
                     if let Some(id) = self.by_flow.get(&flow) {
@@ -377,49 +344,20 @@ impl Core {
         }
     }
 
-    fn send_udp(&mut self, batch: Batch) {
-        let Some(udp) = &self.parts.udp else { return };
-        if !self.blocked.is_empty() {
-            self.blocked.push_back(batch);
-            return;
-        }
-        match udp.send(batch.destination, &batch.contents, batch.segment) {
-            Ok(()) => self.parts.engine.recycle(batch.contents),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.blocked.push_back(batch),
-            Err(error) => {
-                trace!(%error, "datagram not sent");
-                self.stats.send_errors += 1;
-                self.parts.engine.recycle(batch.contents);
-            }
-        }
-    }
-
-    fn flush_blocked(&mut self) {
-        for batch in std::mem::take(&mut self.blocked) {
-            self.send_udp(batch);
-        }
+    fn flush_outbox(&mut self) {
+        let engine = &mut self.parts.engine;
+        self.parts.outbox.flush(|buffer| engine.recycle(buffer));
     }
 
     fn send_derp(&mut self, region: RegionId, to: NodePublic, packet: Vec<u8>) {
-        let Some(connection) = self.regions.get(&region) else {
-            trace!(region, "packet for a region that is not connected");
-            self.stats.derp_dropped += 1;
-            return;
-        };
-        if !connection.send(Packet { peer: to, contents: packet.into() }) {
-            self.stats.derp_dropped += 1;
+        if !self.parts.relays.send(region, Packet { peer: to, contents: packet.into() }) {
+            self.derp_dropped += 1;
         }
     }
 
     fn connect_region(&mut self, region: RegionId, home: bool) {
-        let Some(relays) = self.relays(region) else { return };
-        let parts = &self.parts;
-        let connection = self.regions.entry(region).or_insert_with(|| {
-            let events = parts.derp_events.clone();
-            Region::start(&parts.control, region, relays, parts.key.clone(), parts.underlay.clone(), events)
-        });
-        if home {
-            connection.set_home(true);
+        if let Some(relays) = self.relays(region) {
+            self.parts.relays.connect(region, relays, home);
         }
     }
 
@@ -434,17 +372,5 @@ impl Core {
     ) {
         let Some(relay) = self.relays(region).and_then(|relays| relays.into_iter().next()) else { return };
         self.parts.control.spawn(probe(region, relay, self.parts.underlay.clone(), self.parts.probes.clone()));
-    }
-
-    fn set_home(&self, home: Option<RegionId>) {
-        for (id, region) in &self.regions {
-            region.set_home(Some(*id) == home);
-        }
-        self.tell_home();
-    }
-
-    fn tell_home(&self) {
-        let home = self.parts.engine.host_state().home.filter(|home| self.connected.contains_key(home));
-        self.home.send_if_modified(|old| std::mem::replace(old, home) != home);
     }
 }

@@ -3,43 +3,56 @@
 use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::Instant;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
-use tokio::time::timeout;
+use tokio::time::timeout_at;
 
-use super::dial::{DialError, Host, Target};
+use super::dial::{DialError, DirectError, Host, Target, is_public};
 use super::resolve::ResolveError;
 use super::stream::Spliced;
+use crate::netmap::Netmap;
 
-/// Dials `target` on the underlay. Only [`dial`](super::dial::dial) may call it, after a rule of the user's has matched.
-pub(super) async fn connect(target: &Target, limit: Duration) -> Result<TcpStream, DialError> {
-    let addresses = addresses(target).await?;
-    let first = addresses[0];
+/// Dials `target` on the underlay, until `deadline`. Only [`dial`](super::dial::dial) may call it, after a rule of the
+/// user's has matched and nobody in the tailnet knew the host.
+pub(super) async fn connect(netmap: &Netmap, target: &Target, deadline: Instant) -> Result<TcpStream, DialError> {
+    // A public name may point into the tailnet: such an address is nothing for the underlay.
+    let mut addresses = addresses(target, deadline).await?;
+    addresses.retain(|address| is_public(netmap, address.ip().to_canonical()));
+    let Some(&first) = addresses.first() else { return Err(DialError::Public { host: target.host.clone() }) };
+    let mut failure = DirectError::Silent { address: first };
     for address in addresses {
-        if let Ok(Ok(stream)) = timeout(limit, TcpStream::connect(address)).await {
-            // Small messages must not wait for an ACK; without the option they are only later.
-            let _ = stream.set_nodelay(true);
-            return Ok(stream);
+        match timeout_at(deadline.into(), TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => {
+                // Small messages must not wait for an ACK; without the option they are only later.
+                let _ = stream.set_nodelay(true);
+                return Ok(stream);
+            }
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                failure = DirectError::Refused { address: first };
+            }
+            Ok(Err(error)) => failure = DirectError::Failed { address: first, detail: error.to_string() },
+            Err(_) => break,
         }
     }
-    Err(DialError::Refused { address: first })
+    Err(failure.into())
 }
 
-/// At least one address of the target, by the machine's own resolver where it is a name.
-async fn addresses(target: &Target) -> Result<Vec<SocketAddr>, DialError> {
+/// The target's addresses, by the machine's own resolver where it is a name.
+async fn addresses(target: &Target, deadline: Instant) -> Result<Vec<SocketAddr>, DialError> {
     let name = match &target.host {
         Host::Ip(ip) => return Ok(vec![SocketAddr::new(*ip, target.port)]),
         Host::Name(name) => name.clone(),
     };
+    let asked = (name.clone(), target.port);
     let resolver = "the machine's own resolver".to_owned();
-    let found = tokio::net::lookup_host((name.as_str(), target.port)).await.map(Iterator::collect::<Vec<_>>);
-    match found {
-        Ok(found) if found.is_empty() => Err(ResolveError::NoAddress { name, resolver }.into()),
-        Ok(found) => Ok(found),
-        Err(error) => Err(ResolveError::Failed { name, resolver, rcode: error.to_string() }.into()),
+    let limit = deadline.saturating_duration_since(Instant::now());
+    match timeout_at(deadline.into(), tokio::net::lookup_host(asked)).await {
+        Ok(Ok(found)) => Ok(found.collect()),
+        Ok(Err(error)) => Err(ResolveError::Failed { name, resolver, rcode: error.to_string() }.into()),
+        Err(_) => Err(ResolveError::Silent { name, resolver, limit }.into()),
     }
 }
 

@@ -40,10 +40,12 @@ pub(super) async fn lookup(tunnel: &Tunnel, server: &Server, name: &str) -> Resu
     let mut found = Vec::new();
     let mut failure = None;
     for kind in [RecordType::A, RecordType::AAAA] {
-        sender.ready().await.map_err(io::Error::other)?;
-        match addresses(ask(&mut sender, server, name, kind).await?) {
-            Ok(addresses) => found.extend(addresses),
-            Err(code) => failure = failure.or(Some(code)),
+        match ask(&mut sender, server, name, kind).await.map(addresses) {
+            Ok(Ok(addresses)) => found.extend(addresses),
+            Ok(Err(code)) => failure = failure.or(Some(code)),
+            // One family is enough to go on with.
+            Err(error) if found.is_empty() => return Err(error),
+            Err(_) => break,
         }
     }
     if found.is_empty() {
@@ -67,6 +69,7 @@ async fn ask(
         .header(header::ACCEPT, DNS_MESSAGE)
         .body(Full::from(question.to_vec()?))
         .map_err(io::Error::other)?;
+    sender.ready().await.map_err(io::Error::other)?;
     let response = sender.send_request(request).await.map_err(io::Error::other)?;
     let status = response.status();
     if status.is_server_error() {

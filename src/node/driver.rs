@@ -9,13 +9,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::core::Shared;
 use super::regions::Probed;
-use crate::netmap::{Netmap, RegionId};
-use crate::transport::derp::Event;
+use crate::netmap::Netmap;
+use crate::transport::derp::{ConnectionId, Event};
 
 /// What the driver listens to.
 pub(super) struct Inputs {
     pub(super) netmap: watch::Receiver<Option<Arc<Netmap>>>,
-    pub(super) derp_events: mpsc::Receiver<(RegionId, Event)>,
+    pub(super) derp_events: mpsc::Receiver<(ConnectionId, Event)>,
     pub(super) probes: mpsc::Receiver<Probed>,
     pub(super) stop: CancellationToken,
 }
@@ -24,7 +24,7 @@ pub(super) struct Inputs {
 enum Woken {
     Readable,
     Writable,
-    Derp(RegionId, Event),
+    Derp(ConnectionId, Event),
     Netmap,
     Probe(Probed),
     Time,
@@ -37,19 +37,21 @@ pub(super) async fn run(core: Shared, mut inputs: Inputs) {
     // What is there already counts as news.
     inputs.netmap.mark_changed();
     loop {
-        let (deadline, blocked) = (core.borrow().next_deadline(), core.borrow().is_blocked());
+        // Work that never ends must not keep the runtime from its sockets and timers.
+        tokio::task::consume_budget().await;
+        let (deadline, blocked) = (core.borrow().next_deadline(), core.borrow().blocked());
         let readable = poll_fn(|cx| match &udp {
             Some(udp) => udp.poll_readable(cx).map(drop),
             None => std::task::Poll::Pending,
         });
-        let writable = poll_fn(|cx| match &udp {
-            Some(udp) if blocked => udp.poll_writable(cx).map(drop),
-            Some(_) | None => std::task::Poll::Pending,
+        let writable = poll_fn(|cx| match (&udp, blocked) {
+            (Some(udp), Some(destination)) => udp.poll_writable(destination, cx).map(drop),
+            (Some(_), None) | (None, _) => std::task::Poll::Pending,
         });
         let woken = tokio::select! {
             () = readable => Woken::Readable,
             () = writable => Woken::Writable,
-            Some((region, event)) = inputs.derp_events.recv() => Woken::Derp(region, event),
+            Some((id, event)) = inputs.derp_events.recv() => Woken::Derp(id, event),
             Ok(()) = inputs.netmap.changed() => Woken::Netmap,
             Some(probed) = inputs.probes.recv() => Woken::Probe(probed),
             () = wait_until(deadline) => Woken::Time,
@@ -61,7 +63,7 @@ pub(super) async fn run(core: Shared, mut inputs: Inputs) {
         match woken {
             Woken::Readable => core.handle_readable(now),
             Woken::Writable => core.pump(now),
-            Woken::Derp(region, event) => core.handle_derp(region, event, now),
+            Woken::Derp(id, event) => core.handle_derp(id, event, now),
             Woken::Netmap => {
                 let netmap = inputs.netmap.borrow_and_update().clone();
                 if let Some(netmap) = netmap {
@@ -70,7 +72,7 @@ pub(super) async fn run(core: Shared, mut inputs: Inputs) {
             }
             Woken::Probe(probed) => core.handle_probe(probed, now),
             Woken::Time => core.handle_timeout(now),
-            Woken::Stop => return,
+            Woken::Stop => return core.say_stats(),
         }
     }
 }

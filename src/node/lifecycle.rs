@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::{Config, JoinStage, Joined, NodeError, State, Transport};
+use super::{Config, JoinStage, Joined, NodeError, State};
 use crate::control::{Client, Failure, HostReport, Phase};
 use crate::netmap::{Netmap, RegionId};
 use crate::wire::tailcfg::hostinfo::Hostinfo;
@@ -34,15 +34,6 @@ pub(super) fn hostinfo(config: &Config) -> Hostinfo {
         userspace: Some(true),
         userspace_router: Some(true),
         ..Hostinfo::default()
-    }
-}
-
-/// The engine's word for the same thing: its layer does not know ours.
-pub(super) fn engine_transport(transport: Transport) -> crate::engine::Transport {
-    match transport {
-        Transport::Auto => crate::engine::Transport::Auto,
-        Transport::Direct => crate::engine::Transport::Direct,
-        Transport::Derp => crate::engine::Transport::Derp,
     }
 }
 

@@ -10,11 +10,15 @@ pub mod dial;
 mod direct;
 mod doh;
 mod driver;
+mod error;
 mod lifecycle;
+mod outbox;
 mod ping;
 mod regions;
+mod relays;
 pub mod resolve;
 pub mod stream;
+mod target;
 mod tunnel;
 
 use std::cell::RefCell;
@@ -24,7 +28,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub use config::{Config, Transport};
 pub use dial::{DialError, DirectRule, Host, RouteError, Target};
@@ -32,12 +36,14 @@ pub use resolve::ResolveError;
 pub use stream::{Spliced, Stream};
 
 use self::core::{Core, Parts, Shared};
+use self::outbox::Outbox;
+use self::relays::{Dialler, Relays};
 use crate::control::{Client, HostReport, RegisterError};
 use crate::engine::Engine;
 use crate::key::{DiscoPrivate, MachinePrivate, NodePrivate};
-use crate::netmap::{Netmap, RegionId};
+use crate::netmap::Netmap;
 use crate::netstack::Netstack;
-use crate::transport::derp::Event;
+use crate::transport::derp::{ConnectionId, Event};
 use crate::transport::interfaces::local_endpoints;
 use crate::transport::tls::{RootsError, Tls};
 use crate::transport::udp::Udp;
@@ -155,6 +161,8 @@ struct Inner {
     state: watch::Receiver<State>,
     resolvers: resolve::Resolvers,
     stop: CancellationToken,
+    /// Ends the node's tasks also when the last handle is dropped without a shutdown.
+    _stop_guard: DropGuard,
 }
 
 impl Node {
@@ -194,7 +202,7 @@ impl Node {
                 node_key: node_key.clone(),
                 disco_key,
                 seed: rand::random(),
-                transport: lifecycle::engine_transport(config.transport),
+                transport: config.transport,
             },
             started,
         );
@@ -203,15 +211,15 @@ impl Node {
         }
         let ((derp_events, derp_in), (probes, probes_in)) = (mpsc::channel(256), mpsc::channel(16));
         let netstack = Netstack::new(rand::random(), started);
-        let key = node_key;
+        let dialler =
+            Dialler { key: node_key, underlay: underlay.clone(), control: control.clone(), events: derp_events };
         let parts = Parts {
             engine,
             netstack,
-            udp,
-            key,
+            outbox: Outbox::new(udp),
+            relays: Relays::new(dialler),
             underlay,
             control: control.clone(),
-            derp_events,
             probes,
             report: report_out,
         };
@@ -225,7 +233,7 @@ impl Node {
         config: Config,
         client: Client,
         parts: Parts,
-        (derp_events, probes): (mpsc::Receiver<(RegionId, Event)>, mpsc::Receiver<regions::Probed>),
+        (derp_events, probes): (mpsc::Receiver<(ConnectionId, Event)>, mpsc::Receiver<regions::Probed>),
         control: tokio::runtime::Handle,
         started: Instant,
     ) -> Self {
@@ -236,8 +244,19 @@ impl Node {
         let netmap = core.borrow().netmap();
         let seen = lifecycle::Seen { netmap: netmap.clone(), home: core.borrow().home() };
         let state = lifecycle::watch_state(&client, seen, config.join_timeout, started, stop.clone());
-        let resolvers = resolve::Resolvers::new(bridge::Tunnel::start(core.clone()), control);
-        Self { inner: Rc::new(Inner { config, core, client, netmap, state, resolvers, stop }) }
+        let resolvers = resolve::Resolvers::new(bridge::Tunnel::start(core.clone()), control, config.accept_dns);
+        Self {
+            inner: Rc::new(Inner {
+                config,
+                core,
+                client,
+                netmap,
+                state,
+                resolvers,
+                _stop_guard: stop.clone().drop_guard(),
+                stop,
+            }),
+        }
     }
 
     /// A node in a tailnet of nobody else that no control server knows of, for the tests of what is above.
@@ -245,7 +264,7 @@ impl Node {
     pub(crate) fn alone(config: Config) -> Self {
         let (started, control) = (Instant::now(), tokio::runtime::Handle::current());
         let (node_key, disco_key) = (NodePrivate::random(), DiscoPrivate::random());
-        let transport = crate::engine::Transport::Derp;
+        let transport = Transport::Derp;
         let engine = Engine::new(
             crate::engine::Config { node_key: node_key.clone(), disco_key, seed: [1; 32], transport },
             started,
@@ -253,14 +272,15 @@ impl Node {
         let ((derp_events, derp_in), (probes, probes_in)) = (mpsc::channel(1), mpsc::channel(1));
         let underlay =
             Underlay { tls: Tls::load(None).expect("no file is read"), proxy: None, no_proxy: Arc::default() };
+        let dialler =
+            Dialler { key: node_key, underlay: underlay.clone(), control: control.clone(), events: derp_events };
         let parts = Parts {
             engine,
             netstack: Netstack::new(1, started),
-            udp: None,
-            key: node_key,
+            outbox: Outbox::new(None),
+            relays: Relays::new(dialler),
             underlay,
             control: control.clone(),
-            derp_events,
             probes,
             report: watch::Sender::default(),
         };

@@ -1,9 +1,15 @@
 //! Between the netmap's DERP map, the engine's findings, and what transport and control want of them.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use http_body_util::Empty;
+use hyper::client::conn::http1;
+use hyper::{Request, header};
+use hyper_util::rt::TokioIo;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tracing::debug;
 
 use crate::control::HostReport;
@@ -43,11 +49,9 @@ fn relay(node: &DerpNode) -> Option<Relay> {
     } else {
         Check::Name(node.cert_name.clone())
     };
-    let address = match (node.ipv4, node.ipv6) {
-        (Family::At(ip), _) | (_, Family::At(ip)) => ip.to_string(),
-        (Family::Resolve | Family::Never, Family::Resolve | Family::Never) => node.host_name.clone(),
-    };
-    Some(Relay { host: node.host_name.clone(), address, port: node.https(), check })
+    let literal = |family: Family| if let Family::At(ip) = family { Some(ip) } else { None };
+    let addresses = [node.ipv4, node.ipv6].into_iter().filter_map(literal).collect();
+    Some(Relay { host: node.host_name.clone(), addresses, port: node.https(), check })
 }
 
 /// What control is told of the engine's findings.
@@ -62,7 +66,7 @@ pub(super) async fn probe_https(region: RegionId, relay: Relay, underlay: Underl
     let latency = match https_latency(&relay, &underlay).await {
         Ok(latency) => Some(latency),
         Err(error) => {
-            debug!(region, %error, "no answer to an HTTPS probe");
+            debug!(region, error, "no answer to an HTTPS probe");
             None
         }
     };
@@ -70,25 +74,25 @@ pub(super) async fn probe_https(region: RegionId, relay: Relay, underlay: Underl
     let _ = probes.send(Probed::Https(region, latency)).await;
 }
 
-async fn https_latency(relay: &Relay, underlay: &Underlay) -> Result<Duration, reqwest::Error> {
-    let tls = underlay.tls.checked(&relay.check).as_ref().clone();
-    let mut builder = reqwest::Client::builder()
-        .tls_backend_preconfigured(tls)
-        .redirect(reqwest::redirect::Policy::none())
-        .timeout(PROBE_LIMIT)
-        .no_proxy();
-    if let Some(proxy) = &underlay.proxy {
-        builder = builder.proxy(reqwest::Proxy::all(proxy.as_str())?);
-    } else if let Ok(ip) = relay.address.parse::<IpAddr>() {
-        builder = builder.resolve(&relay.host, SocketAddr::new(ip, relay.port));
-    }
-    let client = builder.build()?;
-    let url = format!("https://{}/derp/latency-check", authority(&relay.host, relay.port));
-    // The first request pays for TCP and TLS; the second measures the round trip.
-    client.head(&url).send().await?;
-    let begun = Instant::now();
-    client.head(&url).send().await?;
-    Ok(begun.elapsed())
+/// The time of one request on a connection that is open already, as [`PROBE_LIMIT`] allows.
+async fn https_latency(relay: &Relay, underlay: &Underlay) -> Result<Duration, String> {
+    let measured = timeout(PROBE_LIMIT, async {
+        let name = match &relay.check {
+            Check::Name(name) => name,
+            Check::Pin(_) | Check::Insecure => &relay.host,
+        };
+        let host = (relay.host.as_str(), relay.addresses.as_slice());
+        let config = underlay.tls.checked(&relay.check);
+        let io = underlay.connect_tls(host, relay.port, name, config).await.map_err(|error| error.to_string())?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await.map_err(|error| error.to_string())?;
+        tokio::spawn(connection);
+        let request = Request::head("/derp/latency-check").header(header::HOST, authority(&relay.host, relay.port));
+        let request = request.body(Empty::<Bytes>::new()).map_err(|error| error.to_string())?;
+        let begun = Instant::now();
+        sender.send_request(request).await.map_err(|error| error.to_string())?;
+        Ok(begun.elapsed())
+    });
+    measured.await.unwrap_or_else(|_| Err(format!("no answer within {PROBE_LIMIT:?}")))
 }
 
 /// Looks up a STUN server's name by the machine's own resolver: it is part of the underlay.

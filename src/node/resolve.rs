@@ -17,13 +17,14 @@ use hickory_resolver::config::{
 use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::op::ResponseCode;
 use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
 use super::bridge::Tunnel;
 use super::core::Shared;
 use super::dial::{DialError, Host};
 use super::doh;
-use crate::dns::{Decision, ResolverAddr, candidates, decide};
+use crate::dns::{Decision, ResolverAddr, Source, candidates, decide};
 use crate::netmap::Netmap;
 use crate::wire::tailcfg::dns::DnsConfig;
 
@@ -34,6 +35,8 @@ const NAME_LIMIT: Duration = Duration::from_secs(10);
 const TRY_LIMIT: Duration = Duration::from_secs(3);
 /// How often a question is asked again.
 const RETRIES: usize = 2;
+/// How long one PeerAPI has to answer before the next is asked. Source: Tailscale, ipn/ipnlocal/peerapi.go (5 s).
+const PEER_LIMIT: Duration = Duration::from_secs(4);
 /// The most octets of a UDP answer: what fits the tunnel's packets with room to spare. Source: RFC 9715, 3.
 const UDP_ANSWER_MAX: u16 = 1232;
 /// Answers that each suffix's resolver remembers, for as long as their TTL says.
@@ -96,10 +99,21 @@ pub enum ResolveError {
     },
 }
 
+/// What a name came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Resolved {
+    /// At least one.
+    pub(super) addresses: Vec<IpAddr>,
+    /// Whether a resolver for everything else said so: the name is then no more the tailnet's than its address is.
+    pub(super) by_default: bool,
+}
+
 /// The resolvers of this run, each with its cache. A change of the tailnet's DNS settings begins anew.
 pub(super) struct Resolvers {
     tunnel: Tunnel,
     control: tokio::runtime::Handle,
+    /// Whether the tailnet's DNS settings count, or only its nodes' names.
+    accept_dns: bool,
     cache: RefCell<Cache>,
 }
 
@@ -110,32 +124,40 @@ struct Cache {
 }
 
 impl Resolvers {
-    pub(super) fn new(tunnel: Tunnel, control: tokio::runtime::Handle) -> Self {
-        Self { tunnel, control, cache: RefCell::default() }
+    pub(super) fn new(tunnel: Tunnel, control: tokio::runtime::Handle, accept_dns: bool) -> Self {
+        Self { tunnel, control, accept_dns, cache: RefCell::default() }
+    }
+
+    /// Whether nobody in the tailnet decides `name`, so that a rule of the user's may let it out.
+    pub(super) fn is_outside(&self, netmap: &Netmap, name: &str) -> Result<bool, DialError> {
+        Ok(match self.decide(netmap, name)? {
+            Decision::Default { .. } | Decision::Nobody => true,
+            Decision::Addresses { .. } | Decision::Nonexistent { .. } | Decision::Resolvers { .. } => false,
+        })
+    }
+
+    /// Who decides a name, by the settings that count.
+    fn decide(&self, netmap: &Netmap, name: &str) -> Result<Decision, ResolveError> {
+        let decision = decide(netmap, name).map_err(|error| ResolveError::BadName { detail: error.to_string() })?;
+        let counts = self.accept_dns || matches!(&decision, Decision::Addresses { source: Source::Host, .. });
+        Ok(if counts { decision } else { Decision::Nobody })
     }
 
     /// The addresses of `name`, in no order that matters; at least one.
-    pub(super) async fn resolve(
-        &self,
-        core: &Shared,
-        netmap: &Arc<Netmap>,
-        name: &str,
-    ) -> Result<Vec<IpAddr>, DialError> {
+    pub(super) async fn resolve(&self, core: &Shared, netmap: &Arc<Netmap>, name: &str) -> Result<Resolved, DialError> {
         let bad = |error: crate::dns::BadName| ResolveError::BadName { detail: error.to_string() };
-        let names = candidates(netmap, name).map_err(bad)?;
-        let mut errors = Vec::new();
+        // Search domains are for single labels. A longer name is whole: appending a domain to it would tell it to
+        // resolvers that have nothing to do with it.
+        let names = if name.contains('.') { vec![name.to_owned()] } else { candidates(netmap, name).map_err(bad)? };
+        let mut last = None;
         for candidate in &names {
             match self.resolve_one(core, netmap, candidate, name).await {
                 Ok(addresses) => return Ok(addresses),
-                // Search domains are for short names: a public host's name is nothing to tell an internal resolver.
-                Err(error @ DialError::Public { .. }) if name.contains('.') => return Err(error),
-                Err(error) if does_not_exist(&error) => errors.push(error),
+                Err(error) if does_not_exist(&error) => last = Some(error),
                 Err(error) => return Err(error),
             }
         }
-        // A single label failed as the last of its candidates, any other name as the first: as it was meant.
-        let meant = if name.contains('.') { errors.into_iter().next() } else { errors.pop() };
-        Err(meant.unwrap_or_else(|| DialError::Public { host: Host::Name(name.to_owned()) }))
+        Err(last.unwrap_or_else(|| DialError::Public { host: Host::Name(name.to_owned()) }))
     }
 
     async fn resolve_one(
@@ -144,19 +166,20 @@ impl Resolvers {
         netmap: &Arc<Netmap>,
         name: &str,
         given: &str,
-    ) -> Result<Vec<IpAddr>, DialError> {
+    ) -> Result<Resolved, DialError> {
         let public = || DialError::Public { host: Host::Name(given.to_owned()) };
-        let bad = |error: crate::dns::BadName| ResolveError::BadName { detail: error.to_string() };
-        match decide(netmap, name).map_err(bad)? {
-            Decision::Addresses { addresses, .. } => Ok(addresses),
+        let by_tailnet = |addresses| Resolved { addresses, by_default: false };
+        match self.decide(netmap, name)? {
+            Decision::Addresses { addresses, .. } => Ok(by_tailnet(addresses)),
             Decision::Nonexistent { zone } => {
                 let resolver = if zone.is_empty() { "the tailnet".to_owned() } else { format!("the tailnet ({zone})") };
                 Err(ResolveError::NxDomain { name: name.to_owned(), resolver }.into())
             }
-            Decision::Resolvers { resolvers, .. } => Ok(self.ask(core, netmap, name, &resolvers).await?),
+            Decision::Resolvers { resolvers, .. } => Ok(by_tailnet(self.ask(core, netmap, name, &resolvers).await?)),
             // A default resolver outside the tailnet would only tell a public address, which is refused anyway.
             Decision::Default { resolvers } if resolvers.iter().any(|resolver| is_routed(netmap, resolver)) => {
-                Ok(self.ask(core, netmap, name, &resolvers).await?)
+                let addresses = self.ask(core, netmap, name, &resolvers).await?;
+                Ok(Resolved { addresses, by_default: true })
             }
             Decision::Default { .. } | Decision::Nobody => Err(public()),
         }
@@ -210,7 +233,7 @@ impl Resolvers {
         if !servers.is_empty() {
             let resolver = self.resolver(netmap, servers)?;
             let name = name.clone();
-            let answer = self.control.spawn(async move { resolver.lookup_ip(name).await });
+            let answer = AbortOnDropHandle::new(self.control.spawn(async move { resolver.lookup_ip(name).await }));
             match answer.await {
                 Ok(Ok(found)) => return Ok(found.iter().collect()),
                 Ok(Err(error)) => last = error,
@@ -219,10 +242,11 @@ impl Resolvers {
         }
         for (_, server) in peers {
             let (tunnel, name) = (self.tunnel.clone(), name.clone());
-            let answer = self.control.spawn(async move { doh::lookup(&tunnel, &server, &name).await });
-            match answer.await {
+            let lookup = async move { timeout(PEER_LIMIT, doh::lookup(&tunnel, &server, &name)).await };
+            let answer = AbortOnDropHandle::new(self.control.spawn(lookup));
+            match answer.await.map(|answer| answer.unwrap_or(Err(NetError::Timeout))) {
                 Ok(Ok(found)) => return Ok(found),
-                Ok(Err(error)) if matches!(error, NetError::Dns(_)) => return Err(error),
+                Ok(Err(error)) if says_no(&error) => return Err(error),
                 Ok(Err(error)) => {
                     debug!(%error, "a connector did not answer, asking the next");
                     last = error;
@@ -236,7 +260,7 @@ impl Resolvers {
     /// The resolver for these servers, with its cache.
     fn resolver(&self, netmap: &Arc<Netmap>, servers: Vec<SocketAddr>) -> Result<Resolver<Tunnel>, NetError> {
         let mut cache = self.cache.borrow_mut();
-        if !cache.settings.as_ref().is_some_and(|settings| Arc::ptr_eq(settings, &netmap.dns)) {
+        if !cache.settings.as_ref().is_some_and(|settings| **settings == *netmap.dns) {
             *cache = Cache { settings: Some(netmap.dns.clone()), by_servers: HashMap::new() };
         }
         if let Some(resolver) = cache.by_servers.get(&servers) {
@@ -300,6 +324,11 @@ fn does_not_exist(error: &DialError) -> bool {
         error,
         DialError::Public { .. } | DialError::Resolve(ResolveError::NxDomain { .. } | ResolveError::NoAddress { .. })
     )
+}
+
+/// Whether a resolver answered that there is nothing, rather than that it could not tell.
+fn says_no(error: &NetError) -> bool {
+    matches!(error, NetError::Dns(DnsError::ResponseCode(ResponseCode::NXDomain | ResponseCode::NoError)))
 }
 
 /// hickory's error in our words.

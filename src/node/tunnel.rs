@@ -93,8 +93,12 @@ impl TunnelStream {
     pub(super) async fn splice(self, client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
         let mut splice =
             Splice { tunnel: &self, client, early, up: Half::Open, down: Half::Open, total: Spliced::default() };
-        poll_fn(|cx| splice.poll(cx)).await?;
+        let ended = poll_fn(|cx| splice.poll(cx)).await;
         let (client, total) = (splice.client, splice.total);
+        if let Err(error) = ended {
+            // The client is gone; what it carried before counts all the same.
+            return if total.sent + total.received > 0 { Ok(total) } else { Err(error) };
+        }
         if total.reset {
             // A reset stays a reset: the client learns that the connection did not end in peace.
             rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO))?;
@@ -175,18 +179,16 @@ impl Splice<'_> {
                 return Ok(true);
             }
             let room = self.tunnel.with(|socket| {
-                let open = socket.may_send();
-                if open && !socket.can_send() {
-                    socket.register_send_waker(cx.waker());
-                }
-                (open, socket.can_send())
+                // Also the death of a connection in which nothing moves is told by this waker.
+                socket.register_send_waker(cx.waker());
+                (socket.may_send(), socket.can_send())
             });
             match room {
                 Some((true, true)) => {}
                 Some((true, false)) => return Ok(false),
+                // Why it closed shows on the way down, once everything that came has been read.
                 Some((false, _)) | None => {
                     self.up = Half::Ended;
-                    self.total.reset |= self.is_reset();
                     return Ok(false);
                 }
             }
@@ -279,10 +281,6 @@ impl Splice<'_> {
             }
         }
         Ok(false)
-    }
-
-    fn is_reset(&self) -> bool {
-        self.tunnel.with(|socket| socket.state() == tcp::State::Closed && !finished(socket)).unwrap_or(true)
     }
 }
 

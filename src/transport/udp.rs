@@ -78,17 +78,13 @@ impl Udp {
         Poll::Pending
     }
 
-    /// Ready when either socket takes datagrams again.
+    /// Ready when the socket that datagrams to `destination` leave by takes some again.
     ///
     /// # Errors
     /// When the runtime is shutting down.
-    pub fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        for socket in self.sockets() {
-            if let Poll::Ready(ready) = socket.io.poll_send_ready(cx) {
-                return Poll::Ready(ready);
-            }
-        }
-        Poll::Pending
+    pub fn poll_writable(&self, destination: SocketAddr, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let socket = if destination.is_ipv4() { &self.v4 } else { &self.v6 };
+        socket.as_ref().map_or(Poll::Ready(Ok(())), |socket| socket.io.poll_send_ready(cx))
     }
 
     /// Hands every datagram that waits, a batch of each socket at most, to `each`. Returns how many there were.
@@ -110,8 +106,15 @@ impl Udp {
             return socket.send(destination, contents, segment);
         }
         // Without GSO the batch goes out piece by piece; a full socket then loses the rest, as any network may.
-        for piece in contents.chunks(segment * most) {
-            socket.send(destination, piece, segment)?;
+        let mut pieces = contents.chunks(segment * most);
+        if let Some(first) = pieces.next() {
+            socket.send(destination, first, segment)?;
+        }
+        for piece in pieces {
+            match socket.send(destination, piece, segment) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                sent => sent?,
+            }
         }
         Ok(())
     }
@@ -183,7 +186,7 @@ mod tests {
         let (sender, receiver) = (Udp::bind().unwrap(), Udp::bind().unwrap());
         let to = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), receiver.ports().0.unwrap());
         let batch: Vec<u8> = (0..250u8).collect();
-        std::future::poll_fn(|cx| sender.poll_writable(cx)).await.unwrap();
+        std::future::poll_fn(|cx| sender.poll_writable(to, cx)).await.unwrap();
         sender.send(to, &batch, 100).unwrap();
 
         let mut got = Vec::new();

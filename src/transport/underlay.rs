@@ -85,24 +85,31 @@ impl Underlay {
     /// # Errors
     /// [`UnderlayError`]; the caller bounds the time.
     pub async fn connect(&self, host: &str, port: u16) -> Result<BoxIo, UnderlayError> {
+        self.connect_known(host, &[], port).await
+    }
+
+    /// The same for a host whose addresses are known; none are for the machine's resolver to say. A proxy is told the
+    /// name all the same, since it is by names that proxies decide.
+    async fn connect_known(&self, host: &str, addresses: &[IpAddr], port: u16) -> Result<BoxIo, UnderlayError> {
         match &self.proxy {
             Some(proxy) if !self.bypasses(host) => self.connect_by_proxy(proxy, host, port).await,
-            _ => Ok(Box::new(connect_tcp(host, port).await?)),
+            _ => Ok(Box::new(connect_tcp(host, addresses, port).await?)),
         }
     }
 
-    /// Opens a TLS stream to `host`, checking its certificate for `name` as `config` says.
+    /// Opens a TLS stream to a host, at its known addresses if there are any, checking its certificate for `name` as
+    /// `config` says.
     ///
     /// # Errors
     /// [`UnderlayError`]; the caller bounds the time.
     pub async fn connect_tls(
         &self,
-        host: &str,
+        (host, addresses): (&str, &[IpAddr]),
         port: u16,
         name: &str,
         config: Arc<ClientConfig>,
     ) -> Result<BoxIo, UnderlayError> {
-        let tcp = self.connect(host, port).await?;
+        let tcp = self.connect_known(host, addresses, port).await?;
         start_tls(tcp, host, port, name, config).await
     }
 
@@ -129,7 +136,7 @@ impl Underlay {
         let failed = |detail: String| UnderlayError::Proxy { proxy: format!("{proxy_host}:{proxy_port}"), detail };
 
         let mut io: BoxIo =
-            Box::new(connect_tcp(proxy_host, proxy_port).await.map_err(|error| failed(error.to_string()))?);
+            Box::new(connect_tcp(proxy_host, &[], proxy_port).await.map_err(|error| failed(error.to_string()))?);
         if proxy.scheme() == "https" {
             io = start_tls(io, proxy_host, proxy_port, proxy_host, self.tls.trusted()).await?;
         }
@@ -186,11 +193,12 @@ async fn start_tls(
 }
 
 /// Connects to the first address of `host` that answers; each next one is tried beside the last after a pause.
-async fn connect_tcp(host: &str, port: u16) -> Result<TcpStream, UnderlayError> {
+async fn connect_tcp(host: &str, known: &[IpAddr], port: u16) -> Result<TcpStream, UnderlayError> {
     let bare = host.trim_matches(['[', ']']);
     let resolve = |source| UnderlayError::Resolve { host: host.to_owned(), source };
     let addresses: Vec<SocketAddr> = match bare.parse::<IpAddr>() {
         Ok(ip) => vec![SocketAddr::new(ip, port)],
+        Err(_) if !known.is_empty() => known.iter().map(|ip| SocketAddr::new(*ip, port)).collect(),
         Err(_) => tokio::net::lookup_host((bare, port)).await.map_err(resolve)?.collect(),
     };
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
@@ -257,7 +265,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         drop(listener);
-        let error = connect_tcp("127.0.0.1", port).await.unwrap_err();
+        let error = connect_tcp("127.0.0.1", &[], port).await.unwrap_err();
         assert!(matches!(error, UnderlayError::Connect { host, .. } if host == format!("127.0.0.1:{port}")));
     }
 }

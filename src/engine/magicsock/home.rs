@@ -53,8 +53,11 @@ pub(super) fn choose(
         let score = map.region_score.get(region).copied().filter(|score| score.is_finite() && *score > 0.0);
         Duration::try_from_secs_f64(latency.as_secs_f64() * score.unwrap_or(1.0)).unwrap_or(*latency)
     };
-    let candidates =
-        latencies.iter().filter(|(id, _)| map.regions.get(id).is_some_and(|region| is_eligible(region, home)));
+    let fit = |id: &RegionId| map.regions.get(id).is_some_and(|region| is_eligible(region, home));
+    // A home whose relay does not admit us is none, however fast its STUN server answers.
+    let others = latencies.keys().any(|id| Some(*id) != home && fit(id));
+    let dead = |id: &RegionId| !alive && others && Some(*id) == home;
+    let candidates = latencies.iter().filter(|(id, _)| fit(id) && !dead(id));
     let best = candidates.map(|(id, latency)| (scored(id, latency), *id)).min();
     let Some(home) = home.filter(|home| map.regions.get(home).is_some_and(|region| is_eligible(region, Some(*home))))
     else {
@@ -63,7 +66,7 @@ pub(super) fn choose(
     let Some((best_latency, best)) = best else {
         return Some(home);
     };
-    let Some(home_latency) = latencies.get(&home).map(|latency| scored(&home, latency)) else {
+    let Some(home_latency) = latencies.get(&home).filter(|_| !dead(&home)).map(|latency| scored(&home, latency)) else {
         return Some(if alive { home } else { best });
     };
     let too_little = best_latency + ABSOLUTE_GAIN > home_latency || best_latency > home_latency.mul_f64(2.0 / 3.0);
@@ -91,6 +94,14 @@ mod tests {
 
     fn millis(measured: &[(RegionId, u64)]) -> BTreeMap<RegionId, Duration> {
         measured.iter().map(|(id, millis)| (*id, Duration::from_millis(*millis))).collect()
+    }
+
+    #[test]
+    fn a_home_that_does_not_admit_us_loses_to_any_other() {
+        let measured = millis(&[(1, 5), (2, 90)]);
+        assert_eq!(choose(&map(&[1, 2]), Some(1), &measured, false), Some(2));
+        assert_eq!(choose(&map(&[1, 2]), Some(1), &measured, true), Some(1));
+        assert_eq!(choose(&map(&[1]), Some(1), &millis(&[(1, 5)]), false), Some(1));
     }
 
     #[test]

@@ -334,7 +334,7 @@ impl Magicsock {
     fn follow_netcheck(&mut self, roster: &Roster, now: Instant) {
         let home = self.netcheck.host().home;
         self.relays.set_home(home, now);
-        self.netcheck.set_home_alive(home.is_some_and(|home| self.relays.is_connected(home)));
+        self.netcheck.set_home_alive(home.is_some_and(|home| self.relays.is_connected(home)), now);
         if self.settled_at == self.netcheck.settled_at() {
             return;
         }

@@ -26,6 +26,10 @@ use crate::wire::tailcfg::map::EndpointType;
 
 /// Between full rounds. Source: Tailscale, net/netcheck, `fullReportInterval`.
 const FULL_INTERVAL: Duration = Duration::from_secs(300);
+/// How long a home's relay may be away before another home is looked for: a restart takes less.
+const HOME_GRACE: Duration = Duration::from_secs(5);
+/// Between two searches for another home while none admits us.
+const HOME_SEARCH: Duration = Duration::from_secs(15);
 /// Between small rounds, at least and at most. Source: Tailscale, wgengine/magicsock, `shouldDoPeriodicReSTUNLocked`.
 const REFRESH: std::ops::Range<f64> = 20.0..26.0;
 /// Rounds that events ask for come no closer.
@@ -68,6 +72,12 @@ pub(super) struct Netcheck {
     told: HostState,
     /// Whether the home region is connected, whatever measurements say.
     home_alive: bool,
+    /// When that was last so, or when the home was chosen.
+    alive_at: Option<Instant>,
+    /// The home that `alive_at` is about.
+    watched: Option<RegionId>,
+    /// When another home is looked for, since this one is away.
+    away_at: Option<Instant>,
     outputs: VecDeque<Output>,
 }
 
@@ -90,6 +100,9 @@ impl Netcheck {
             host: HostState::default(),
             told: HostState::default(),
             home_alive: false,
+            alive_at: None,
+            watched: None,
+            away_at: None,
             outputs: VecDeque::new(),
         }
     }
@@ -103,8 +116,20 @@ impl Netcheck {
         self.endpoints.has_family(v6)
     }
 
-    pub(super) fn set_home_alive(&mut self, alive: bool) {
+    /// Whether the home's relay has admitted us. One that stays away is looked for elsewhere after [`HOME_GRACE`].
+    pub(super) fn set_home_alive(&mut self, alive: bool, now: Instant) {
+        if alive || self.home_alive || self.watched != self.host.home {
+            self.alive_at = Some(now);
+            self.watched = self.host.home;
+        }
         self.home_alive = alive;
+        let away = !alive && self.host.home.is_some();
+        self.away_at = away.then(|| self.away_at.unwrap_or(now + HOME_GRACE));
+    }
+
+    /// Whether the home may stay: it is connected, or was, or was chosen, a moment ago.
+    fn home_may_stay(&self, now: Instant) -> bool {
+        self.home_alive || self.alive_at.is_some_and(|at| now.duration_since(at) < HOME_GRACE)
     }
 
     pub(super) fn set_map(&mut self, map: &Arc<DerpMap>, now: Instant) {
@@ -191,6 +216,10 @@ impl Netcheck {
         if self.full_at.is_some_and(|at| at <= now) {
             self.start(true, now);
         }
+        if self.away_at.is_some_and(|at| at <= now) {
+            self.away_at = Some(now + HOME_SEARCH);
+            self.start(true, now);
+        }
         if self.refresh_at.is_some_and(|at| at <= now) {
             let used = self.used_at.is_some_and(|at| now.duration_since(at) < ACTIVE);
             self.refresh_at = used.then(|| now + self.refresh_interval());
@@ -206,7 +235,8 @@ impl Netcheck {
         let round = self.round.as_ref().map(|round| (round.next_deadline(), "netcheck"));
         let full = self.full_at.map(|at| (at, "next netcheck"));
         let refresh = self.refresh_at.map(|at| (at, "STUN refresh"));
-        [round, full, refresh].into_iter().flatten().min_by_key(|(at, _)| *at)
+        let away = self.away_at.map(|at| (at, "the home relay is away"));
+        [round, full, refresh, away].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
     pub(super) fn poll_output(&mut self) -> Option<Output> {
@@ -228,7 +258,8 @@ impl Netcheck {
         }
         self.take_only_home(now);
         self.endpoints.begin_round();
-        let mut round = Round::new(full, full && self.host.home.is_none(), now);
+        let may_https = full && (self.host.home.is_none() || !self.home_may_stay(now));
+        let mut round = Round::new(full, may_https, now);
         let map = self.map.clone();
         for (id, region) in map.regions.iter().filter(|(id, _)| self.takes_part(**id, full, now)).collect::<Vec<_>>() {
             let resolved = self.resolved.get(id).map(Vec::as_slice).unwrap_or_default();
@@ -309,7 +340,7 @@ impl Netcheck {
 
     fn choose_home(&mut self, now: Instant) {
         let latencies = self.latencies.best(now);
-        let chosen = home::choose(&self.map, self.host.home, &latencies, self.home_alive);
+        let chosen = home::choose(&self.map, self.host.home, &latencies, self.home_may_stay(now));
         self.set_home(chosen.or_else(|| home::without_measurement(&self.map, &self.key)));
     }
 

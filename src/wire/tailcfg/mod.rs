@@ -141,6 +141,12 @@ fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>,
     Ok(text.and_then(|text| text.parse().ok()).filter(|time| *time != zero))
 }
 
+/// As [`time`], where absence means something else than "unset".
+fn changed_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<Timestamp>>, D::Error> {
+    let text: Option<Value> = lenient(deserializer)?;
+    text.map(|text| time(text).map_err(D::Error::custom)).transpose()
+}
+
 /// Writes a time; `None` is the zero time, since Go wants the field to be there.
 fn write_time<S: Serializer>(time: &Option<Timestamp>, serializer: S) -> Result<S::Ok, S::Error> {
     match time {

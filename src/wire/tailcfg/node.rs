@@ -115,8 +115,8 @@ impl Node {
         if let Some(online) = patch.online {
             self.online = Some(online);
         }
-        if patch.key_expiry.is_some() {
-            self.key_expiry = patch.key_expiry;
+        if let Some(key_expiry) = patch.key_expiry {
+            self.key_expiry = key_expiry;
         }
     }
 }
@@ -149,9 +149,9 @@ pub struct PeerChange {
     /// Whether it is connected to control.
     #[serde(default, deserialize_with = "super::lenient")]
     pub online: Option<bool>,
-    /// When the key ends.
-    #[serde(default, deserialize_with = "super::time")]
-    pub key_expiry: Option<Timestamp>,
+    /// When the key ends, `Some(None)` for never any more; `None` for unchanged.
+    #[serde(default, deserialize_with = "super::changed_time")]
+    pub key_expiry: Option<Option<Timestamp>>,
 }
 
 #[cfg(test)]
@@ -180,6 +180,15 @@ mod tests {
     fn the_zero_time_is_no_expiry() {
         assert_eq!(node(r#""KeyExpiry":"0001-01-01T00:00:00Z""#).unwrap().key_expiry, None);
         assert!(node(r#""KeyExpiry":"2026-10-07T17:23:30Z""#).unwrap().key_expiry.is_some());
+    }
+
+    #[test]
+    fn a_patch_with_the_zero_time_takes_the_expiry_away() {
+        let mut node = node(r#""KeyExpiry":"2026-10-07T17:23:30Z""#).unwrap();
+        node.patch(serde_json::from_str(r#"{"NodeID":7}"#).unwrap());
+        assert!(node.key_expiry.is_some());
+        node.patch(serde_json::from_str(r#"{"NodeID":7,"KeyExpiry":"0001-01-01T00:00:00Z"}"#).unwrap());
+        assert_eq!(node.key_expiry, None);
     }
 
     #[test]

@@ -4,29 +4,25 @@
 //! than we are, as a router would; what the relay says comes out as [`Event`]s. The task ends when its queue closes.
 //! Source: Tailscale, derp/derphttp/derphttp_client.go and derp/derp_client.go.
 
+mod upgrade;
+
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use crypto_box::aead::{Aead, AeadCore, OsRng};
 use crypto_box::{PublicKey, SalsaBox, SecretKey};
-use futures_util::{SinkExt, StreamExt};
-use http_body_util::Empty;
-use hyper::client::conn::http1;
-use hyper::{Request, StatusCode, header};
-use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
-use tokio_tungstenite::tungstenite;
-use tokio_util::io::{CopyToBytes, SinkWriter, StreamReader};
 use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
 use super::queue::{Receiver, Sender, queue};
 use super::tls::Check;
-use super::underlay::{BoxIo, Underlay, UnderlayError, authority};
+use super::underlay::{BoxIo, Underlay, UnderlayError};
 use crate::key::{DerpPublic, NodePrivate, NodePublic};
 use crate::netmap::RegionId;
 use crate::wire::derp::{ClientFrame, FrameError, Gone, ServerFrame};
@@ -38,6 +34,10 @@ const NODE_LIMIT: Duration = Duration::from_secs(3);
 /// A relay speaks at least once a minute; silence beyond this means that the connection is dead.
 /// Source: derp_client.go, `recvTimeout`.
 const SILENCE_LIMIT: Duration = Duration::from_secs(120);
+/// A relay that takes nothing for so long is gone: it keeps two seconds itself. Source: derpserver, `writeTimeout`.
+const WRITE_LIMIT: Duration = Duration::from_secs(15);
+/// How long a plain upgrade may take before a WebSocket is tried: something between us may swallow it.
+const UPGRADE_LIMIT: Duration = Duration::from_millis(1500);
 /// Octets asked of the socket at a time.
 const READ_CHUNK: usize = 64 << 10;
 /// Packets that wait for a slow relay. More would only grow the delay: a relay's own queue holds 32.
@@ -50,12 +50,22 @@ const BATCH: usize = 64;
 pub struct Relay {
     /// The name for SNI, HTTP and, without a literal address, DNS.
     pub host: String,
-    /// Where to connect: a literal address, or the host name again.
-    pub address: String,
+    /// Its literal addresses; empty for whatever the name resolves to.
+    pub addresses: Vec<IpAddr>,
     /// The TCP port.
     pub port: u16,
     /// How its certificate is checked.
     pub check: Check,
+}
+
+/// One connection to a region: a region that is closed and opened again has another number, so that what the old
+/// connection still says is not taken for the new one's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConnectionId {
+    /// The region.
+    pub region: RegionId,
+    /// Counted up with each connection.
+    pub number: u64,
 }
 
 /// A packet on its way to or from another node by a region.
@@ -130,14 +140,14 @@ pub struct Region {
 }
 
 impl Region {
-    /// Starts the task that keeps region `id` connected, on the current runtime.
+    /// Starts the task that keeps the region of `id` connected, on the current runtime.
     pub fn start(
         runtime: &tokio::runtime::Handle,
-        id: RegionId,
+        id: ConnectionId,
         relays: Vec<Relay>,
         key: NodePrivate,
         underlay: Underlay,
-        events: mpsc::Sender<(RegionId, Event)>,
+        events: mpsc::Sender<(ConnectionId, Event)>,
     ) -> Self {
         let (packets, outgoing) = queue(QUEUE);
         let (home, preferred) = tokio::sync::watch::channel(false);
@@ -158,11 +168,11 @@ impl Region {
 }
 
 struct Task {
-    id: RegionId,
+    id: ConnectionId,
     relays: Vec<Relay>,
     key: NodePrivate,
     underlay: Underlay,
-    events: mpsc::Sender<(RegionId, Event)>,
+    events: mpsc::Sender<(ConnectionId, Event)>,
     outgoing: Receiver<Packet>,
     preferred: tokio::sync::watch::Receiver<bool>,
 }
@@ -178,13 +188,17 @@ impl Task {
     async fn run(mut self) {
         let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
         while !self.outgoing.is_closed() {
-            let lost = match timeout(CONNECT_LIMIT, self.connect()).await {
+            let connected = tokio::select! {
+                connected = timeout(CONNECT_LIMIT, self.connect()) => connected,
+                () = self.outgoing.closed() => return,
+            };
+            let lost = match connected {
                 Ok(Ok((io, host))) => self.serve(io, &host, &mut backoff).await,
                 Ok(Err(error)) => Err(error),
                 Err(_) => Err(DerpError::Silent { host: self.first_host(), limit: CONNECT_LIMIT }),
             };
             let Err(error) = lost else { return };
-            debug!(region = self.id, %error, "derp connection lost");
+            debug!(region = self.id.region, %error, "derp connection lost");
             if self.events.send((self.id, Event::Lost(Arc::new(error)))).await.is_err() {
                 return;
             }
@@ -214,10 +228,13 @@ impl Task {
 
     /// The plain upgrade first; where something between us lets only WebSockets pass, a WebSocket.
     async fn connect_relay(&self, relay: &Relay) -> Result<BoxIo, DerpError> {
-        match upgrade(self.dial(relay).await?, relay).await {
+        let io = self.dial(relay).await?;
+        let upgraded = timeout(UPGRADE_LIMIT, upgrade::plain(io, relay)).await;
+        let detail = "no answer".to_owned();
+        match upgraded.unwrap_or(Err(DerpError::Upgrade { host: relay.host.clone(), detail })) {
             Err(DerpError::Upgrade { detail, .. }) => {
-                debug!(region = self.id, detail, "plain upgrade refused, trying a websocket");
-                websocket(self.dial(relay).await?, relay).await
+                debug!(region = self.id.region, detail, "plain upgrade refused, trying a websocket");
+                upgrade::websocket(self.dial(relay).await?, relay).await
             }
             other => other,
         }
@@ -229,7 +246,7 @@ impl Task {
             Check::Name(name) => name,
             Check::Pin(_) | Check::Insecure => &relay.host,
         };
-        self.underlay.connect_tls(&relay.address, relay.port, name, config).await
+        self.underlay.connect_tls((&relay.host, &relay.addresses), relay.port, name, config).await
     }
 
     /// Speaks with the relay until the connection ends (an error) or nobody needs it any more.
@@ -268,16 +285,18 @@ impl Task {
                     }
                     ClientFrame::NotePreferred(*self.preferred.borrow_and_update()).encode(&mut output);
                 }
+                () = self.outgoing.closed(), if !admitted => return Ok(()),
                 () = tokio::time::sleep_until(deadline) => {
                     return Err(DerpError::Silent { host: host.to_owned(), limit: SILENCE_LIMIT });
                 }
             }
             if !output.is_empty() {
-                let written = timeout(SILENCE_LIMIT, writer.write_all_buf(&mut output)).await;
-                written
-                    .map_err(|_| DerpError::Silent { host: host.to_owned(), limit: SILENCE_LIMIT })?
-                    .map_err(closed)?;
-                writer.flush().await.map_err(closed)?;
+                let written = timeout(WRITE_LIMIT, async {
+                    writer.write_all_buf(&mut output).await?;
+                    writer.flush().await
+                });
+                let stuck = |_| DerpError::Silent { host: host.to_owned(), limit: WRITE_LIMIT };
+                written.await.map_err(stuck)?.map_err(closed)?;
             }
         }
     }
@@ -307,8 +326,10 @@ impl Task {
                     self.tell(Event::PeerGone(peer, reason)).await;
                 }
                 ServerFrame::Ping(octets) => ClientFrame::Pong(octets).encode(output),
-                ServerFrame::Health(problem) if problem.is_empty() => info!(region = self.id, "derp healthy again"),
-                ServerFrame::Health(problem) => warn!(region = self.id, problem, "derp reports a problem"),
+                ServerFrame::Health(problem) if problem.is_empty() => {
+                    info!(region = self.id.region, "derp healthy again")
+                }
+                ServerFrame::Health(problem) => warn!(region = self.id.region, problem, "derp reports a problem"),
                 ServerFrame::Restarting { reconnect_in, .. } => {
                     let detail = format!("the relay restarts, back in {reconnect_in:?}");
                     self.tell_packets(&mut packets).await;
@@ -339,7 +360,7 @@ impl Task {
         let (nonce, boxed) = sealed.split_at_checked(24).ok_or_else(|| broken("server info without nonce"))?;
         let json = sealer.decrypt(nonce.into(), boxed).map_err(|_| broken("server info is not sealed to us"))?;
         let info: ServerInfo = serde_json::from_slice(&json).map_err(|_| broken("server info is not JSON"))?;
-        debug!(region = self.id, bytes_per_second = info.bytes_per_second, "derp connected");
+        debug!(region = self.id.region, bytes_per_second = info.bytes_per_second, "derp connected");
         Ok(())
     }
 
@@ -354,46 +375,4 @@ impl Task {
         // A driver that is gone drops our queue too, which ends the task.
         let _ = self.events.send((self.id, event)).await;
     }
-}
-
-/// Changes a TLS stream to DERP by an HTTP upgrade. Source: derphttp_client.go, `connect`.
-async fn upgrade(io: BoxIo, relay: &Relay) -> Result<BoxIo, DerpError> {
-    let refused = |detail: String| DerpError::Upgrade { host: relay.host.clone(), detail };
-    let (mut sender, connection) =
-        http1::handshake(TokioIo::new(io)).await.map_err(|error| refused(error.to_string()))?;
-    tokio::spawn(connection.with_upgrades());
-    let request = Request::get("/derp")
-        .header(header::HOST, authority(&relay.host, relay.port))
-        .header(header::CONNECTION, "Upgrade")
-        .header(header::UPGRADE, "DERP")
-        .body(Empty::<Bytes>::new())
-        .map_err(|error| refused(error.to_string()))?;
-    let response = sender.send_request(request).await.map_err(|error| refused(error.to_string()))?;
-    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-        return Err(refused(format!("it answered {}", response.status())));
-    }
-    let upgraded = hyper::upgrade::on(response).await.map_err(|error| refused(error.to_string()))?;
-    Ok(Box::new(TokioIo::new(upgraded)))
-}
-
-/// Changes a TLS stream to DERP inside a WebSocket's binary messages, whose borders mean nothing.
-/// Source: derphttp/websocket.go.
-async fn websocket(io: BoxIo, relay: &Relay) -> Result<BoxIo, DerpError> {
-    use tungstenite::client::IntoClientRequest as _;
-
-    let refused =
-        |error: tungstenite::Error| DerpError::Upgrade { host: relay.host.clone(), detail: error.to_string() };
-    let url = format!("wss://{}/derp", authority(&relay.host, relay.port));
-    let mut request = url.into_client_request().map_err(refused)?;
-    request.headers_mut().insert("Sec-WebSocket-Protocol", header::HeaderValue::from_static("derp"));
-    let (socket, _) = tokio_tungstenite::client_async(request, io).await.map_err(refused)?;
-    let (sink, stream) = socket.split();
-    let reader = StreamReader::new(stream.map(|message| match message {
-        Ok(message) => Ok(message.into_data()),
-        Err(error) => Err(std::io::Error::other(error)),
-    }));
-    let sink =
-        sink.with(|bytes: Bytes| std::future::ready(Ok::<_, tungstenite::Error>(tungstenite::Message::Binary(bytes))));
-    let writer = SinkWriter::new(CopyToBytes::new(sink.sink_map_err(std::io::Error::other)));
-    Ok(Box::new(tokio::io::join(reader, writer)))
 }

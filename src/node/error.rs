@@ -1,0 +1,154 @@
+//! Why a target was not reached, by what somebody can do about it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::NodeError;
+use super::resolve::ResolveError;
+use super::target::Host;
+
+/// Why a target was not reached.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum DialError {
+    /// The node has not joined within `hold_timeout`; carries what it waits for.
+    #[error("the node has not joined the tailnet within {limit:?}")]
+    NotJoined {
+        /// The hold limit.
+        limit: Duration,
+        /// Why, once the node has failed for good.
+        cause: Option<Arc<NodeError>>,
+    },
+    /// No tailnet route or name covers the target, so it would leave by the public internet.
+    #[error("{host} is not in the tailnet; it would be public")]
+    Public {
+        /// The host.
+        host: Host,
+    },
+    /// The name gave no address.
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    /// The name has addresses, or the address was asked, but no route covers it.
+    #[error(transparent)]
+    Route(#[from] RouteError),
+    /// The peer that owns the route never answered a handshake.
+    #[error("{peer} did not answer {tries} WireGuard handshakes in {waited:?}")]
+    PeerSilent {
+        /// The peer's name.
+        peer: String,
+        /// Handshakes sent.
+        tries: u64,
+        /// How long.
+        waited: Duration,
+    },
+    /// The peer is there, but nothing answered the SYN.
+    #[error("the tunnel to {peer} is up, but {address} did not answer in {waited:?}")]
+    Unanswered {
+        /// The peer's name.
+        peer: String,
+        /// The address that was dialled.
+        address: SocketAddr,
+        /// How long.
+        waited: Duration,
+    },
+    /// The peer's packet filter refused the connection (TSMP).
+    #[error("{peer} rejected the connection: {reason}")]
+    Rejected {
+        /// The peer's name.
+        peer: String,
+        /// The TSMP reason in words.
+        reason: String,
+    },
+    /// The target refused with a RST.
+    #[error("{address} refused the connection")]
+    Refused {
+        /// The address that was dialled.
+        address: SocketAddr,
+    },
+    /// A limit of ours or of the system's is reached.
+    #[error(transparent)]
+    Exhausted(#[from] Exhausted),
+    /// A host that `--direct-allow` names was not reached outside the tailnet.
+    #[error(transparent)]
+    Direct(#[from] DirectError),
+}
+
+/// What has run out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Exhausted {
+    /// No local port is free for that destination.
+    #[error("no local port is free for {address}")]
+    Ports {
+        /// The address that was dialled.
+        address: SocketAddr,
+    },
+    /// The system has no memory for another connection.
+    #[error("no memory for another connection")]
+    Memory,
+}
+
+/// Why a host outside the tailnet was not reached.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DirectError {
+    /// It did not answer in time.
+    #[error("{address} did not answer outside the tailnet")]
+    Silent {
+        /// The address that was dialled first.
+        address: SocketAddr,
+    },
+    /// It refused.
+    #[error("{address} refused the connection outside the tailnet")]
+    Refused {
+        /// The address that was dialled first.
+        address: SocketAddr,
+    },
+    /// The operating system could not reach it.
+    #[error("{address} cannot be reached outside the tailnet: {detail}")]
+    Failed {
+        /// The address that was dialled first.
+        address: SocketAddr,
+        /// What the operating system said.
+        detail: String,
+    },
+}
+
+/// Why an address that belongs to the tailnet has no usable route.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RouteError {
+    /// No peer serves the address: a tailnet address without a node, or a subnet that nobody (any longer) routes.
+    #[error("no peer routes {address}")]
+    None {
+        /// The address.
+        address: IpAddr,
+    },
+    /// A route for it was there earlier in this run, and was withdrawn.
+    #[error("the route to {address} was withdrawn")]
+    Withdrawn {
+        /// The address.
+        address: IpAddr,
+    },
+    /// Only peers that control calls offline serve it.
+    #[error("{router} routes {address} but is offline")]
+    Offline {
+        /// The address.
+        address: IpAddr,
+        /// The router's name.
+        router: String,
+    },
+    /// A name that the tailnet resolves gave only addresses that no peer routes.
+    #[error("{name} resolves to {address}, which no peer routes")]
+    Answer {
+        /// The name.
+        name: String,
+        /// The first such address.
+        address: IpAddr,
+    },
+    /// We have no address of that family.
+    #[error("this node has no {family} address for {address}")]
+    Family {
+        /// The address.
+        address: IpAddr,
+        /// `IPv4` or `IPv6`.
+        family: &'static str,
+    },
+}

@@ -1,0 +1,87 @@
+//! The DERP connections of the node: which are open, which have admitted us, and which is home.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tokio::sync::{mpsc, watch};
+
+use crate::key::NodePrivate;
+use crate::netmap::RegionId;
+use crate::transport::derp::{ConnectionId, Event, Packet, Region, Relay};
+use crate::transport::underlay::Underlay;
+
+/// What a connection needs to begin.
+pub(super) struct Dialler {
+    pub(super) key: NodePrivate,
+    pub(super) underlay: Underlay,
+    pub(super) control: tokio::runtime::Handle,
+    pub(super) events: mpsc::Sender<(ConnectionId, Event)>,
+}
+
+/// The open connections.
+pub(super) struct Relays {
+    dialler: Dialler,
+    open: BTreeMap<RegionId, (u64, Region)>,
+    next_number: u64,
+    admitted: BTreeSet<RegionId>,
+    home: watch::Sender<Option<RegionId>>,
+}
+
+impl Relays {
+    pub(super) fn new(dialler: Dialler) -> Self {
+        let (open, admitted) = (BTreeMap::new(), BTreeSet::new());
+        Self { dialler, open, next_number: 0, admitted, home: watch::Sender::new(None) }
+    }
+
+    /// The home region once its relay has admitted us.
+    pub(super) fn home(&self) -> watch::Receiver<Option<RegionId>> {
+        self.home.subscribe()
+    }
+
+    /// Opens a region's connection, or only says whether an open one is home.
+    pub(super) fn connect(&mut self, region: RegionId, relays: Vec<Relay>, home: bool) {
+        let Dialler { key, underlay, control, events } = &self.dialler;
+        let (next, id) = (&mut self.next_number, region);
+        let (_, connection) = self.open.entry(region).or_insert_with(|| {
+            *next += 1;
+            let id = ConnectionId { region: id, number: *next };
+            (id.number, Region::start(control, id, relays, key.clone(), underlay.clone(), events.clone()))
+        });
+        if home {
+            connection.set_home(true);
+        }
+    }
+
+    /// Closes a region's connection.
+    pub(super) fn close(&mut self, region: RegionId) {
+        self.open.remove(&region);
+        self.admitted.remove(&region);
+    }
+
+    /// Whether an event comes from a connection that is still the region's own.
+    pub(super) fn is_current(&self, id: ConnectionId) -> bool {
+        self.open.get(&id.region).is_some_and(|(number, _)| *number == id.number)
+    }
+
+    /// Sends a packet. Returns whether one was lost for it: there is no connection, or its queue was full.
+    pub(super) fn send(&self, region: RegionId, packet: Packet) -> bool {
+        self.open.get(&region).is_some_and(|(_, connection)| connection.send(packet))
+    }
+
+    /// Notes whether a region's relay has admitted us.
+    pub(super) fn set_admitted(&mut self, region: RegionId, admitted: bool) {
+        if admitted {
+            self.admitted.insert(region);
+        } else {
+            self.admitted.remove(&region);
+        }
+    }
+
+    /// Tells the relays which of them is home, and everybody else whether it has admitted us.
+    pub(super) fn set_home(&self, home: Option<RegionId>) {
+        for (id, (_, connection)) in &self.open {
+            connection.set_home(Some(*id) == home);
+        }
+        let home = home.filter(|home| self.admitted.contains(home));
+        self.home.send_if_modified(|old| std::mem::replace(old, home) != home);
+    }
+}
