@@ -173,7 +173,7 @@ impl Dialer {
         let kind = kind.unwrap_or("no content type").to_owned();
         let body = Limited::new(response.into_body(), KEY_BODY_MAX).collect().await;
         let body = body.map_err(|error| other(format!("its answer cannot be read: {error}")))?.to_bytes();
-        if status.is_server_error() {
+        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
             return Err(ConnectError::Server { status: status.as_u16(), body: excerpt(&body) });
         }
         if status != StatusCode::OK {

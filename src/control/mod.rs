@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info, warn};
 use url::Url;
@@ -33,7 +34,7 @@ use crate::wire::tailcfg::map::EndpointType;
 use dial::{Dialer, Session};
 use ping::Answerer;
 pub use ping::PingJob;
-use register::Registration;
+use register::{Admitted, Registration};
 use session::Ended;
 
 /// The first pause after a lost session, and the longest.
@@ -185,9 +186,12 @@ struct Task {
     session: Option<Session>,
     map: crate::netmap::session::Session,
     answerer: Arc<Answerer>,
-    /// Whether control may know this node: a register request has left.
-    registering: bool,
+    /// A registration whose answer has not come yet. It has its own task: once the request has left, only its answer
+    /// tells whether there is a node to log out.
+    registering: Option<JoinHandle<Result<Admitted, RegisterError>>>,
     registered: bool,
+    /// Whether control may know this node: it was admitted, or the answer to its registration was lost.
+    known: bool,
 }
 
 impl Task {
@@ -196,8 +200,8 @@ impl Task {
         let lock = lock_key();
         let map = crate::netmap::session::Session::new(config.accept_routes);
         let answerer = Arc::new(Answerer::new(config.url.clone(), config.underlay.tls.clone(), config.pings.clone()));
-        let (session, registering, registered) = (None, false, false);
-        Self { config, dialer, lock, report, out, session, map, answerer, registering, registered }
+        let (session, registering, registered, known) = (None, None, false, false);
+        Self { config, dialer, lock, report, out, session, map, answerer, registering, registered, known }
     }
 
     async fn run(mut self, mut logouts: mpsc::Receiver<(Instant, oneshot::Sender<LoggedOut>)>) {
@@ -254,36 +258,61 @@ impl Task {
         });
     }
 
-    /// Tells control that we leave: by the open session, else by a new one.
+    /// Tells control that we leave: by the open session, else by new ones, until the deadline.
     async fn log_out(&mut self, deadline: Instant) -> LoggedOut {
-        if !self.registering {
+        if let Some(registering) = self.registering.take() {
+            match timeout_at(deadline, registering).await {
+                Ok(outcome) => self.note_registration(&outcome),
+                Err(_) => return LoggedOut::Unconfirmed,
+            }
+        }
+        if !self.known {
             return LoggedOut::NotNeeded;
         }
-        let hostinfo = self.config.hostinfo.clone();
-        for _ in 0..2 {
-            let open = self.session.take().filter(|session| !session.is_closed());
-            // An open session may be dead without knowing it: it gets half of what is left, a new one the rest.
-            let left = deadline.saturating_duration_since(Instant::now());
-            let limit = if open.is_some() { left / 2 } else { left };
-            let attempt = async {
-                let session = match open {
-                    Some(session) => session,
-                    None => self.dialer.connect().await?,
-                };
-                let registration =
-                    Registration { node: self.config.node, lock: self.lock, auth_key: None, hostinfo: &hostinfo };
-                registration.log_out(&session).await
-            };
-            match timeout(limit, attempt).await {
-                Ok(Ok(())) => {
+        let mut backoff = Backoff::new(FIRST_PAUSE, FIRST_PAUSE);
+        while Instant::now() < deadline {
+            match self.try_log_out(deadline).await {
+                Ok(()) => {
                     info!("logged out");
                     return LoggedOut::Confirmed;
                 }
-                Ok(Err(error)) => debug!(%error, "logout failed, trying anew"),
-                Err(_) => debug!("no answer to the logout"),
+                Err(error) => debug!(%error, "logout failed, trying anew"),
             }
+            tokio::time::sleep_until(deadline.min(Instant::now() + backoff.next_delay())).await;
         }
         LoggedOut::Unconfirmed
+    }
+
+    async fn try_log_out(&mut self, deadline: Instant) -> Result<(), RegisterError> {
+        let open = self.session.take().filter(|session| !session.is_closed());
+        // An open session may be dead without knowing it: a new one gets the last quarter. Less would not do: headscale
+        // needs up to a second for its answer.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let limit = if open.is_some() { left * 3 / 4 } else { left };
+        let registration = self.registration(false);
+        let attempt = async {
+            let session = match open {
+                Some(session) => session,
+                None => self.dialer.connect().await?,
+            };
+            registration.log_out(&session).await
+        };
+        let silent = |_| ConnectError::Noise { detail: format!("no answer to the logout within {limit:?}") };
+        timeout(limit, attempt).await.map_err(silent)?
+    }
+
+    fn note_registration(&mut self, outcome: &Result<Result<Admitted, RegisterError>, JoinError>) {
+        self.known |= !matches!(outcome, Ok(Err(refused)) if !matches!(refused, RegisterError::Connect(_)));
+    }
+
+    /// Who we are, with or without the key.
+    fn registration(&self, with_key: bool) -> Registration {
+        Registration {
+            node: self.config.node,
+            lock: self.lock,
+            auth_key: self.config.auth_key.clone().filter(|_| with_key),
+            hostinfo: self.config.hostinfo.clone(),
+        }
     }
 }
 

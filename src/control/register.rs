@@ -27,11 +27,11 @@ const RATE_LIMIT_MAX: Duration = Duration::from_secs(3600);
 const LOGOUT_EXPIRY: i64 = 123;
 
 /// Who registers.
-pub(super) struct Registration<'a> {
+pub(super) struct Registration {
     pub(super) node: NodePublic,
     pub(super) lock: LockPublic,
-    pub(super) auth_key: Option<&'a AuthKey>,
-    pub(super) hostinfo: &'a Hostinfo,
+    pub(super) auth_key: Option<AuthKey>,
+    pub(super) hostinfo: Hostinfo,
 }
 
 /// Admitted.
@@ -41,7 +41,7 @@ pub(super) struct Admitted {
     pub(super) approved: bool,
 }
 
-impl Registration<'_> {
+impl Registration {
     /// Shows the key.
     pub(super) async fn register(&self, session: &Session) -> Result<Admitted, RegisterError> {
         let answer = self.post(session, None).await?;
@@ -70,10 +70,10 @@ impl Registration<'_> {
             node_key: self.node,
             old_node_key: NodePublic::default(),
             lock_key: self.lock,
-            auth: self.auth_key.map(|auth_key| Auth { auth_key }),
+            auth: self.auth_key.as_ref().map(|auth_key| Auth { auth_key }),
             expiry,
             followup: "",
-            hostinfo: self.hostinfo,
+            hostinfo: &self.hostinfo,
             ephemeral: true,
         };
         let body = serde_json::to_vec(&request).expect("a request of plain values is JSON");

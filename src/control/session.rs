@@ -16,7 +16,6 @@ use tracing::{debug, info, warn};
 
 use super::dial::{CAPABILITY_VERSION, Session, excerpt};
 use super::map::{MapStream, WATCHDOG};
-use super::register::Registration;
 use super::{ConnectError, Failure, HostReport, Phase, RegisterError, Task};
 use crate::netmap::Netmap;
 use crate::netmap::diff::Changes;
@@ -102,11 +101,13 @@ impl Task {
 
     async fn register(&mut self, session: &Session) -> Result<(), RegisterError> {
         self.out.phase.send_replace(Phase::Registering(None));
-        self.registering = true;
-        let auth_key = self.config.auth_key.as_ref();
-        let hostinfo = &self.config.hostinfo;
-        let registration = Registration { node: self.config.node, lock: self.lock, auth_key, hostinfo };
-        let admitted = registration.register(session).await?;
+        let (registration, session) = (self.registration(true), session.clone());
+        let task = self.registering.insert(tokio::spawn(async move { registration.register(&session).await }));
+        let outcome = task.await;
+        self.registering = None;
+        self.note_registration(&outcome);
+        let broken = |error: tokio::task::JoinError| ConnectError::Noise { detail: error.to_string() };
+        let admitted = outcome.map_err(broken)??;
         self.registered = true;
         debug!(approved = admitted.approved, "registered");
         let phase = if admitted.approved { Phase::AwaitingNetmap(None) } else { Phase::AwaitingApproval };

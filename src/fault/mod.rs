@@ -232,6 +232,7 @@ impl From<&RouteError> for Fault {
             RouteError::Withdrawn { .. } => &ROUTE_WITHDRAWN,
             RouteError::Offline { .. } => &ROUTE_OFFLINE,
             RouteError::Answer { .. } => &ROUTE_OF_ANSWER,
+            RouteError::Own { .. } => &LOOP,
             RouteError::Family { .. } => &ROUTE_FAMILY,
         };
         Self::new(row, error.to_string())

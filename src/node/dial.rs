@@ -112,6 +112,9 @@ fn routed(netmap: &Netmap, node: &Inner, target: &Target, resolved: &Resolved) -
 
 /// Why no route covers an address: it was withdrawn, belongs to the tailnet all the same, or is public.
 fn unrouted(netmap: &Netmap, address: IpAddr) -> DialError {
+    if netmap.self_node.addresses.contains(&address) {
+        return RouteError::Own { address }.into();
+    }
     if let Some(peer) = netmap.peer_by_ip(address) {
         return RouteError::Offline { address, router: peer.name.clone() }.into();
     }

@@ -143,6 +143,12 @@ pub enum RouteError {
         /// The first such address.
         address: IpAddr,
     },
+    /// It is this node's own address: a connection to it would come back to us.
+    #[error("{address} is this node itself")]
+    Own {
+        /// The address.
+        address: IpAddr,
+    },
     /// We have no address of that family.
     #[error("this node has no {family} address for {address}")]
     Family {

@@ -146,6 +146,9 @@ impl Resolvers {
     /// The addresses of `name`, in no order that matters; at least one.
     pub(super) async fn resolve(&self, core: &Shared, netmap: &Arc<Netmap>, name: &str) -> Result<Resolved, DialError> {
         let bad = |error: crate::dns::BadName| ResolveError::BadName { detail: error.to_string() };
+        if is_local(name) {
+            return Err(DialError::Public { host: Host::Name(name.to_owned()) });
+        }
         // Search domains are for single labels. A longer name is whole: appending a domain to it would tell it to
         // resolvers that have nothing to do with it.
         let names = if name.contains('.') { vec![name.to_owned()] } else { candidates(netmap, name).map_err(bad)? };
@@ -318,6 +321,15 @@ fn list(resolvers: &[ResolverAddr]) -> String {
     resolvers.iter().map(text).collect::<Vec<_>>().join(", ")
 }
 
+/// Whether a name means the machine itself (RFC 6761, 6.3), or is an address in one of the spellings that old parsers
+/// know: neither is anything to ask a resolver about.
+fn is_local(name: &str) -> bool {
+    let name = name.trim_end_matches('.').to_ascii_lowercase();
+    let last = name.rsplit('.').next().unwrap_or_default();
+    let hexadecimal = last.strip_prefix("0x").is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()));
+    last == "localhost" || hexadecimal || (!last.is_empty() && last.bytes().all(|b| b.is_ascii_digit()))
+}
+
 /// Whether another candidate may exist where this one does not.
 fn does_not_exist(error: &DialError) -> bool {
     matches!(
@@ -369,6 +381,16 @@ mod tests {
         assert!(matches!(told(ResponseCode::Refused), ResolveError::Failed { rcode, .. } if rcode == "REFUSED"));
         assert!(matches!(explain(NetError::Timeout, "a", "b"), ResolveError::Silent { .. }));
         assert!(matches!(explain(NetError::NoConnections, "a", "b"), ResolveError::Unreachable { .. }));
+    }
+
+    #[test]
+    fn the_machine_itself_and_odd_addresses_are_nothing_to_ask() {
+        for name in ["localhost", "a.localhost.", "LOCALHOST", "0x7f000001", "2130706433", "127.1", "10.0x1"] {
+            assert!(is_local(name), "{name}");
+        }
+        for name in ["web", "localhost.corp.test", "v4", "0xzz", "1password"] {
+            assert!(!is_local(name), "{name}");
+        }
     }
 
     #[test]
