@@ -15,7 +15,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use url::Url;
 
 use super::key_source::KeySource;
-use super::values;
+use super::values::{self, ProxyUrl};
 use crate::node::config::Transport;
 use crate::node::dial::DirectRule;
 
@@ -141,7 +141,7 @@ pub(super) struct UnderlayArgs {
     pub(super) transport: Transport,
     /// An HTTP proxy for control and DERP, never for targets [env: HTTPS_PROXY]
     #[arg(long, value_name = "URL", value_parser = values::http_proxy)]
-    pub(super) proxy: Option<Url>,
+    pub(super) proxy: Option<ProxyUrl>,
     /// Hosts that are reached without that proxy, separated by commas [env: NO_PROXY]
     #[arg(long, value_name = "HOSTS", value_delimiter = ',')]
     pub(super) no_proxy: Vec<String>,
@@ -166,7 +166,8 @@ pub(super) struct ProxyArgs {
     /// Permit addresses that other machines can reach; use it with --proxy-auth
     #[arg(long, overrides_with = "allow_non_loopback")]
     pub(super) allow_non_loopback: bool,
-    /// Ask clients for the user name and password in this file: file:PATH, one line user:password
+    /// Ask clients for the user name and password in this file: file:PATH, one line user:password; not with exec,
+    /// whose command would not know them
     #[arg(long, value_name = "SOURCE", value_parser = values::file_source)]
     pub(super) proxy_auth: Option<PathBuf>,
     /// Let this host leave the tailnet: a name, *.suffix, an address or a CIDR; may be given several times
@@ -286,8 +287,9 @@ Examples:
 TS_EXTRA_ARGS holds more flags of `run`. Durations are written 500ms, 30s, 3m or 1h30m.
 
 Exit codes:
-  0 done   64-66 usage, key, file   69 unreachable   71 the system refused   75 try again
-  76 something unexpected answers   77 refused   78 policy
+  0 done   64-66 usage, key or setting, file   70 a bug   71 the system refused
+  73 a file cannot be written   74 lost in mid-run   75 try again   76 something unexpected answers
+  77 refused   80 the logout was not confirmed, with --strict-logout
 Every failure prints its code TC-…, its cause and what to do.";
 
 const EXEC_EXAMPLES: &str = "\
@@ -296,7 +298,8 @@ Examples:
   TS_AUTHKEY=… tailcar exec -- npx playwright test
 
 The command starts once the node is ready. It gets HTTP_PROXY, HTTPS_PROXY and ALL_PROXY (also in
-lower case) and TAILCAR_PROXY (host:port); the auth key's variables are taken out.
+lower case) and TAILCAR_PROXY (host:port); the auth key's variables are taken out. When it has
+ended, what it started is ended too; if tailcar is killed, the kernel ends the command itself alone.
 
 Exit code: the command's own, 128+n after signal n; 127 not found, 126 cannot be executed,
 125 when we failed before it started.";

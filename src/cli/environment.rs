@@ -84,7 +84,7 @@ const OTHERS: &[&str] = &[
 /// The command line with the environment's words put in behind the command's name.
 ///
 /// # Errors
-/// `TC-2011` for a variable whose value its flag does not take, `TC-2010` for `TS_EXTRA_ARGS` with a flag that `run`
+/// `TC-2011` for a variable whose value its flag does not take, `TC-2009` for `TS_EXTRA_ARGS` with a flag that `run`
 /// does not know, `TC-1007` when it holds a key.
 pub(super) fn with_environment(words: &[OsString], env: &Environment) -> Result<Vec<OsString>, Fault> {
     let Some(command) = words.get(1).filter(|word| *word == "run" || *word == "exec") else {

@@ -1,7 +1,8 @@
 //! `exec`: one command inside the tailnet, as if the shell had started it, but for its proxy variables.
 //!
 //! The command is started through ourselves (`tailcar __child`), which asks the kernel to end it when we end, and then
-//! becomes it: so nothing is left behind even if we are killed.
+//! becomes it: so the command itself does not outlive us even if we are killed. What it started is ended when it has
+//! ended (see [`super::descendants`]); nobody does that once we are killed.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -16,8 +17,10 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, getpgrp, getppid, kill_process, set_parent_process_death_signal};
 use rustix::termios::tcgetpgrp;
 use tokio::process::Child;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep_until};
 
+use super::descendants::Descendants;
 use super::environment::NOT_FOR_CHILDREN;
 use super::report::{Report, complain};
 use super::stops::{Stop, Stops};
@@ -32,8 +35,8 @@ const CHILD: &str = "__child";
 /// A command that is told to end because the run ends has this long before it is killed.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Runs `command` to its end and returns its exit status, 128 + n after signal n. `failed` is the node's end, which
-/// is said but leaves the command to decide; `idle` ends the run.
+/// Runs `command` to its end, ends what it leaves behind, and returns its exit status, 128 + n after signal n.
+/// `failed` is the node's end, which is said but leaves the command to decide; `idle` ends the run.
 ///
 /// # Errors
 /// `TC-2007` when no process can be made.
@@ -44,19 +47,22 @@ pub(super) async fn run(
     failed: impl Future<Output = Fault>,
     idle: impl Future<Output = ()>,
 ) -> Result<u8, Fault> {
+    let descendants = Descendants::adopt();
+    let mut orphans = signal(SignalKind::child()).map_err(|error| refused("signals", &error))?;
     let mut child = start(command, report.proxy_address())?;
     let mut failed = std::pin::pin!(failed);
     let mut idle = std::pin::pin!(idle);
     let (mut lost, mut kill_at) = (false, None);
     loop {
-        let deadline = async {
-            match kill_at {
-                Some(at) => sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
         let ending = tokio::select! {
-            status = child.wait() => return status.map(exit_code).map_err(|error| refused("wait", &error)),
+            status = child.wait() => {
+                descendants.end().await;
+                return status.map(exit_code).map_err(|error| refused("wait", &error));
+            }
+            _ = orphans.recv() => {
+                descendants.reap(pid(&child));
+                continue;
+            }
             stop = stops.next() => match stop {
                 Stop::Signal(signal) => {
                     if !terminal_sends(signal) {
@@ -72,7 +78,7 @@ pub(super) async fn run(
                 continue;
             }
             () = &mut idle, if kill_at.is_none() => String::from("idle"),
-            () = deadline => {
+            () = reached(kill_at) => {
                 tell(&child, Signal::KILL);
                 kill_at = None;
                 continue;
@@ -81,6 +87,14 @@ pub(super) async fn run(
         tracing::warn!(reason = ending, "the run ends; the command is told to");
         tell(&child, Signal::TERM);
         kill_at = Some(Instant::now() + GRACE);
+    }
+}
+
+/// Returns at `deadline`; never without one.
+async fn reached(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -172,10 +186,13 @@ fn replace(parent: i32, command: &[OsString]) -> Fault {
 }
 
 fn tell(child: &Child, signal: Signal) {
-    let pid = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
-    if let Some(Err(error)) = pid.map(|pid| kill_process(pid, signal)) {
+    if let Some(Err(error)) = pid(child).map(|pid| kill_process(pid, signal)) {
         tracing::debug!(%error, "the command could not be told");
     }
+}
+
+fn pid(child: &Child) -> Option<Pid> {
+    child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw)
 }
 
 /// Whether the terminal has sent this signal to the command too: Ctrl-C reaches the whole foreground group, and some

@@ -1,6 +1,7 @@
 //! From the command line to an exit status; the only layer that prints.
 
 mod args;
+mod descendants;
 mod environment;
 mod exec;
 mod files;
@@ -13,6 +14,7 @@ mod report;
 mod run;
 mod settings;
 mod stops;
+mod threads;
 mod values;
 
 use std::ffi::{OsStr, OsString};
@@ -68,7 +70,11 @@ fn session(args: SessionArgs, on_stdin_eof: bool, job: &Job, env: &Environment) 
     for warning in environment::misspelt(env) {
         tracing::warn!("{warning}");
     }
-    Ok(run::run(Settings::new(args, output, on_stdin_eof, env)?, job))
+    let settings = Settings::new(args, output, on_stdin_eof, env)?;
+    if matches!(job, Job::Command(_)) {
+        settings.check_for_command()?;
+    }
+    Ok(run::run(settings, job))
 }
 
 /// The words that are for us: in front of `--`, behind which a child's begin.
@@ -124,16 +130,18 @@ fn print(text: &[u8]) -> u8 {
     0
 }
 
-/// A bug ends the run at once, with its place and without secrets.
+/// A bug ends the run at once, with its place and without secrets; nobody is left to believe its files.
 fn report_panic(panic: &std::panic::PanicHookInfo<'_>) {
     let place = panic.location().map(ToString::to_string).unwrap_or_default();
     let message = panic.payload_as_str().unwrap_or("no message");
-    report::complain(&Fault::new(&fault::INTERNAL, format!("a bug at {place}: {message}")));
+    report::abandon(&Fault::new(&fault::INTERNAL, format!("a bug at {place}: {message}")));
     std::process::exit(fault::INTERNAL.exit.into());
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     fn words(line: &str) -> Vec<OsString> {
@@ -162,5 +170,31 @@ mod tests {
         let fault = start(&words("tailcar run --hold-timout 3s"), &Environment::new()).unwrap_err();
         assert_eq!((fault.row, fault.row.exit), (&fault::USAGE, 64));
         assert!(fault.detail.contains("--hold-timeout") && !fault.detail.contains('\n'), "{}", fault.detail);
+    }
+    #[test]
+    fn a_panic_takes_the_files_away_and_says_so_in_the_status() {
+        // The panic ends its process, so it gets one of its own.
+        const FOLDER: &str = "TAILCAR_TEST_PANIC";
+        if let Some(folder) = std::env::var_os(FOLDER).map(PathBuf::from) {
+            let file = |name: &str| Some(folder.join(name));
+            let (ready_file, status_file, pidfile) = (file("ready"), file("status"), file("pid"));
+            let output = Output { ready_file, status_file, pidfile, ..Output::quiet() };
+            let mut report = report::Report::new(&output);
+            report.bound(Vec::new()).unwrap();
+            std::fs::write(folder.join("ready"), "ready").unwrap();
+            assert!(folder.join("pid").exists());
+            std::panic::set_hook(Box::new(report_panic));
+            panic!("as a bug would");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+        let name = "cli::tests::a_panic_takes_the_files_away_and_says_so_in_the_status";
+        let ended = alone.args(["--exact", name]).env(FOLDER, folder.path()).output().unwrap();
+        assert_eq!(ended.status.code(), Some(70), "{}", String::from_utf8_lossy(&ended.stderr));
+        let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|it| it.unwrap().file_name()).collect();
+        assert_eq!(left, ["status"]);
+        let status = std::fs::read_to_string(folder.path().join("status")).unwrap();
+        let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+        assert_eq!((&status["state"], &status["code"]), (&"failed".into(), &"TC-2008".into()));
     }
 }

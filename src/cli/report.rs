@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::args::{LogFormat, OutputFormat};
-use super::files::Files;
+use super::files::{self, Files};
 use super::line::{End, Failure, Line, Proxy, Ready, short};
 use super::redact::redact;
 use super::settings::Output;
@@ -180,27 +180,28 @@ impl Report {
 impl Report {
     /// A voice that says nothing.
     pub(super) fn quiet() -> Self {
-        Self::new(&Output {
-            format: OutputFormat::Text,
-            log_format: LogFormat::Text,
-            log_filter: String::from("warn"),
-            quiet: true,
-            run_id: String::from("r42"),
-            labels: vec![(String::from("job"), String::from("e2e"))],
-            ready_file: None,
-            status_file: None,
-            pidfile: None,
-        })
+        Self::new(&Output::quiet())
     }
 }
 
 /// Says a failure that came before there was a [`Report`]: the command line itself.
 pub(super) fn refuse(fault: &Fault, exit: u8, json: bool) {
     if json {
-        let pid = std::process::id();
-        print(&Line { v: 1, state: "failed", failure: Some(Failure::new(fault, exit)), pid, ..Line::default() }.text());
+        print(&failed_line(fault, exit));
     }
     complain(fault);
+}
+
+/// Ends with a bug, without the [`Report`]: the panic may be its own.
+pub(super) fn abandon(fault: &Fault) {
+    files::abandon(&failed_line(fault, fault.row.exit));
+    complain(fault);
+}
+
+/// A failure, without what only a [`Report`] knows.
+fn failed_line(fault: &Fault, exit: u8) -> String {
+    let pid = std::process::id();
+    Line { v: 1, state: "failed", failure: Some(Failure::new(fault, exit)), pid, ..Line::default() }.text()
 }
 
 /// A failure for people: what happened, and what to try.

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::runtime::{Builder, Handle};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
 use tokio::time::{Instant, interval, sleep, timeout};
@@ -18,9 +18,9 @@ use zeroize::Zeroizing;
 use super::report::Report;
 use super::settings::Settings;
 use super::stops::{ENDING, PASSED_ON, Stop, Stops, exit_of, signal_name};
+use super::threads::{Control, runtime};
 use super::{exec, listen};
 use crate::fault::{self, Fault};
-use crate::key::AuthKey;
 use crate::node::{JoinStage, Joined, Logout, Node, State};
 use crate::proxy;
 
@@ -60,11 +60,10 @@ const SAY_EVERY: Duration = Duration::from_secs(15);
 /// Runs a session and returns its exit status; every failure has been said by then.
 pub(super) fn run(settings: Settings, job: &Job) -> u8 {
     let mut report = Report::new(&settings.output);
-    let outcome = prepare(&settings, job, &mut report).and_then(|prepared| {
-        let data = runtime("data")?;
+    let outcome = runtime("data").and_then(|data| {
         let control = Control::start()?;
         let local = LocalSet::new();
-        local.block_on(&data, session(settings, job, &report, prepared, control.handle.clone()))
+        local.block_on(&data, session(settings, job, &mut report, control.handle.clone()))
     });
     outcome.unwrap_or_else(|fault| {
         let exit = job.exit_of(&fault);
@@ -76,7 +75,6 @@ pub(super) fn run(settings: Settings, job: &Job) -> u8 {
 /// What is there before the node: listeners first, since a browser may be waiting for them.
 struct Prepared {
     listeners: Vec<TcpListener>,
-    key: AuthKey,
     proxy: proxy::Config,
 }
 
@@ -87,14 +85,13 @@ fn prepare(settings: &Settings, job: &Job, report: &mut Report) -> Result<Prepar
     if let Job::Command(command) = job {
         exec::check(command)?;
     }
-    let key = settings.key.read(settings.node.join_timeout)?;
     if let Some(path) = &settings.node.ca_file {
         File::open(path).map_err(|error| setting_file(path, &error))?;
     }
     let credentials = settings.proxy_auth.as_deref().map(credentials).transpose()?;
     let proxy =
         proxy::Config { credentials, max_connections: settings.max_connections.get(), ..proxy::Config::default() };
-    Ok(Prepared { listeners, key, proxy })
+    Ok(Prepared { listeners, proxy })
 }
 
 /// The first line of a file, `USER:PASSWORD`.
@@ -117,17 +114,19 @@ fn setting_file(path: &Path, error: &io::Error) -> Fault {
     Fault::new(&fault::SETTING_FILE, format!("cannot read {}: {error}", path.display()))
 }
 
-async fn session(
-    settings: Settings,
-    job: &Job,
-    report: &Report,
-    prepared: Prepared,
-    control: Handle,
-) -> Result<u8, Fault> {
-    let Settings { node: mut config, life, .. } = settings;
-    config.auth_key = Some(prepared.key);
+async fn session(settings: Settings, job: &Job, report: &mut Report, control: Handle) -> Result<u8, Fault> {
     let signals: &[_] = if matches!(job, Job::Stay) { &ENDING } else { &PASSED_ON };
-    let mut stops = Stops::watch(&life, signals)?;
+    // Before the pid file, whose readers may send one at once; as process 1 we would not even notice it.
+    let mut stops = Stops::watch(&settings.life, signals)?;
+    let prepared = prepare(&settings, job, report)?;
+    let Settings { node: mut config, key, life, .. } = settings;
+    config.auth_key = tokio::select! {
+        key = key.read(config.join_timeout) => Some(key?),
+        end = stopped_early(&mut stops, job) => return Ok(unjoined(job, report, end)),
+    };
+    if life.on_stdin_eof {
+        stops.watch_stdin()?;
+    }
     let node = Node::start(config, control).map_err(|error| Fault::from(&error))?;
     let drain = CancellationToken::new();
     let stats = Arc::new(proxy::Stats::default());
@@ -248,6 +247,29 @@ async fn idle(stats: &proxy::Stats, limit: Option<Duration>) {
     }
 }
 
+/// The run ends before there was a node.
+fn unjoined(job: &Job, report: &Report, end: End) -> u8 {
+    let (reason, code, failed) = said(job, report, end);
+    if !failed {
+        report.ended(&reason, Logout::NotNeeded, code);
+    }
+    code
+}
+
+/// Takes the ready file away, and says a failure. Returns the reason, the exit status, and whether it is a failure.
+fn said(job: &Job, report: &Report, end: End) -> (String, u8, bool) {
+    report.leaving();
+    match end {
+        End::Stopped(reason) => (reason, 0, false),
+        End::Child(code) => (format!("command exited with {code}"), code, false),
+        End::Failed(fault) => {
+            let exit = job.exit_of(&fault);
+            report.failed(&fault, exit);
+            (String::new(), exit, true)
+        }
+    }
+}
+
 /// What has to be taken down at the end.
 struct Farewell {
     node: Node,
@@ -259,16 +281,7 @@ struct Farewell {
 
 /// Says how it ended, lets connections finish, logs out; a second signal cuts that short.
 async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> u8 {
-    report.leaving();
-    let (reason, code, failed) = match end {
-        End::Stopped(reason) => (reason, 0, false),
-        End::Child(code) => (format!("command exited with {code}"), code, false),
-        End::Failed(fault) => {
-            let exit = job.exit_of(&fault);
-            report.failed(&fault, exit);
-            (String::new(), exit, true)
-        }
-    };
+    let (reason, code, failed) = said(job, report, end);
     let limit = farewell.limit;
     let goodbye = async {
         if let Ok(Ok(Err(error))) = timeout(DRAIN, &mut farewell.serving).await {
@@ -298,41 +311,6 @@ async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> 
         report.ended(&reason, logout, code);
     }
     code
-}
-
-/// The control thread: one runtime of its own, so that a slow handshake never delays a packet.
-struct Control {
-    handle: Handle,
-    stop: CancellationToken,
-}
-
-impl Control {
-    fn start() -> Result<Self, Fault> {
-        let runtime = runtime("control")?;
-        let control = Self { handle: runtime.handle().clone(), stop: CancellationToken::new() };
-        let stop = control.stop.clone();
-        let body = move || {
-            runtime.block_on(stop.cancelled());
-            // A look-up in the system's resolver cannot be cancelled; it need not keep us here.
-            runtime.shutdown_background();
-        };
-        let spawned = std::thread::Builder::new().name(String::from("control")).spawn(body);
-        spawned.map_err(|error| Fault::new(&fault::OS_REFUSED, format!("no control thread: {error}")))?;
-        Ok(control)
-    }
-}
-
-impl Drop for Control {
-    fn drop(&mut self) {
-        self.stop.cancel();
-    }
-}
-
-fn runtime(name: &str) -> Result<tokio::runtime::Runtime, Fault> {
-    Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Fault::new(&fault::OS_REFUSED, format!("no {name} runtime: {error}")))
 }
 
 #[cfg(test)]

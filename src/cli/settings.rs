@@ -1,5 +1,6 @@
 //! What a session is to do: the flags' values, checked together and given their defaults.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -13,7 +14,6 @@ use crate::fault::{self, Fault};
 use crate::node;
 
 /// Everything that `run` and `exec` need to know.
-#[derive(Debug)]
 pub(super) struct Settings {
     /// The node's settings, still without its key.
     pub(super) node: node::Config,
@@ -29,6 +29,16 @@ pub(super) struct Settings {
     pub(super) life: Life,
     /// What to say, and where.
     pub(super) output: Output,
+}
+
+// The node's settings are left out: they may hold a proxy's password.
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { key, listen, life, output, .. } = self;
+        let mut fields = f.debug_struct("Settings");
+        fields.field("key", key).field("listen", listen).field("life", life).field("output", output);
+        fields.finish_non_exhaustive()
+    }
 }
 
 /// When a session ends without a failure.
@@ -101,11 +111,29 @@ impl Output {
     }
 }
 
+#[cfg(test)]
+impl Output {
+    /// Nothing but failures, and no files.
+    pub(super) fn quiet() -> Self {
+        Self {
+            format: OutputFormat::Text,
+            log_format: LogFormat::Text,
+            log_filter: String::from("warn"),
+            quiet: true,
+            run_id: String::from("r42"),
+            labels: vec![(String::from("job"), String::from("e2e"))],
+            ready_file: None,
+            status_file: None,
+            pidfile: None,
+        }
+    }
+}
+
 impl Settings {
     /// Checks the flags against each other.
     ///
     /// # Errors
-    /// `TC-1007`, `TC-1008` for the key, `TC-1109` for plain HTTP to a public host, `TC-2010` for a listener that
+    /// `TC-1007`, `TC-1008` for the key, `TC-1109` for plain HTTP to a public host, `TC-2009` for a listener that
     /// other machines could reach.
     pub(super) fn new(args: SessionArgs, output: Output, on_stdin_eof: bool, env: &Environment) -> Result<Self, Fault> {
         let listen = listeners(&args)?;
@@ -130,7 +158,7 @@ impl Settings {
                 accept_dns: node.accept_dns,
                 transport: underlay.transport,
                 ca_file: underlay.ca_file,
-                proxy: underlay.proxy,
+                proxy: underlay.proxy.map(|proxy| proxy.0),
                 no_proxy: underlay.no_proxy.iter().map(|host| host.trim().to_owned()).collect(),
                 direct_allow: proxy.direct_allow,
                 join_timeout: limits.join_timeout,
@@ -152,6 +180,20 @@ impl Settings {
             },
             output,
         })
+    }
+}
+
+impl Settings {
+    /// Checks what a command beside us changes.
+    ///
+    /// # Errors
+    /// `TC-2009` for a password that the command's proxy variables could not carry, and for a key that it could read.
+    pub(super) fn check_for_command(&self) -> Result<(), Fault> {
+        if self.proxy_auth.is_some() {
+            let detail = "--proxy-auth is not for exec: the command's proxy variables carry no password";
+            return Err(Fault::new(&fault::USAGE, detail));
+        }
+        self.key.check_for_command()
     }
 }
 
@@ -236,6 +278,22 @@ mod tests {
         let fault = settings("--login-server http://headscale.example").unwrap_err();
         assert_eq!((fault.row, fault.row.exit), (&fault::CONTROL_PLAIN, 64));
         assert!(settings("--login-server http://10.0.0.1:8080").is_ok());
+    }
+
+    #[test]
+    fn a_proxy_password_is_in_no_debug_output() {
+        let line = "--proxy http://me:geheim@proxy:3128";
+        let cli = Cli::try_parse_from(["tailcar", "run"].into_iter().chain(line.split(' '))).unwrap();
+        let shown = format!("{cli:?} {:?}", settings(line).unwrap());
+        assert!(shown.contains("proxy:3128") && !shown.contains("geheim"), "{shown}");
+        assert_eq!(settings(line).unwrap().node.proxy.unwrap().password(), Some("geheim"));
+    }
+
+    #[test]
+    fn a_command_gets_no_proxy_that_asks_it_for_a_password() {
+        assert!(settings("").unwrap().check_for_command().is_ok());
+        let fault = settings("--proxy-auth file:/a").unwrap().check_for_command().unwrap_err();
+        assert_eq!((fault.row, fault.row.exit), (&fault::USAGE, 64));
     }
 
     #[test]

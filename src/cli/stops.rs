@@ -52,12 +52,12 @@ const PARENT_POLL: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Stops {
     queue: mpsc::UnboundedReceiver<Stop>,
-    // Keeps the queue open when nothing watches.
-    _open: mpsc::UnboundedSender<Stop>,
+    // Also keeps the queue open when nothing watches.
+    sender: mpsc::UnboundedSender<Stop>,
 }
 
 impl Stops {
-    /// Begins to watch. Needs a `LocalSet`.
+    /// Begins to watch all but standard input. Needs a `LocalSet`.
     ///
     /// # Errors
     /// `TC-2007` when the operating system refuses.
@@ -77,9 +77,6 @@ impl Stops {
                 None => tracing::warn!("the parent is outside of this process namespace; its end cannot be seen"),
             }
         }
-        if life.on_stdin_eof {
-            in_thread("stdin", Stop::StdinEof, &sender, read_to_end_of_stdin)?;
-        }
         if let Some(limit) = life.max_lifetime {
             let sender = sender.clone();
             spawn_local(async move {
@@ -88,14 +85,22 @@ impl Stops {
                 let _ = sender.send(Stop::Lifetime);
             });
         }
-        Ok(Self { queue, _open: sender })
+        Ok(Self { queue, sender })
+    }
+
+    /// Begins to watch standard input, which is read and forgotten from now on: the key's line is taken by then.
+    ///
+    /// # Errors
+    /// `TC-2007` when the operating system refuses.
+    pub(super) fn watch_stdin(&self) -> Result<(), Fault> {
+        in_thread("stdin", Stop::StdinEof, &self.sender, read_to_end_of_stdin)
     }
 
     /// The next stop.
     pub(super) async fn next(&mut self) -> Stop {
         match self.queue.recv().await {
             Some(stop) => stop,
-            // Unreachable while `_open` lives; waiting for ever is what "no stop" means.
+            // Unreachable while `sender` lives; waiting for ever is what "no stop" means.
             None => std::future::pending().await,
         }
     }

@@ -2,11 +2,12 @@
 //!
 //! The sentences never repeat the text: clap shows it beside them, after [`super::redact`] has looked at it.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use jiff::SignedDuration;
 use tracing_subscriber::filter::Targets;
 use url::Url;
@@ -69,8 +70,19 @@ pub(super) fn plain_http_allowed(url: &Url) -> bool {
     }
 }
 
+/// The URL of an HTTP proxy, whose user name and password no `Debug` shows.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct ProxyUrl(pub(super) Url);
+
+impl fmt::Debug for ProxyUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(url) = self;
+        write!(f, "{}:{}", url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default())
+    }
+}
+
 /// An HTTP proxy: `http://[USER:PASSWORD@]HOST:PORT`; the scheme may be left out.
-pub(super) fn http_proxy(text: &str) -> Result<Url, String> {
+pub(super) fn http_proxy(text: &str) -> Result<ProxyUrl, String> {
     let url = if text.contains("://") { Url::parse(text) } else { Url::parse(&format!("http://{text}")) };
     let url = url.map_err(|error| error.to_string())?;
     if url.scheme() != "http" {
@@ -79,7 +91,7 @@ pub(super) fn http_proxy(text: &str) -> Result<Url, String> {
     if url.host().is_none() {
         return Err(String::from("the host is missing"));
     }
-    Ok(url)
+    Ok(ProxyUrl(url))
 }
 
 /// Which paths to peers may be used.
@@ -125,11 +137,15 @@ pub(super) fn file_source(text: &str) -> Result<PathBuf, String> {
 /// A host that may leave the tailnet: an address, a CIDR, `*.suffix`, or a name.
 pub(super) fn direct_rule(text: &str) -> Result<DirectRule, String> {
     if let Ok(net) = text.parse::<IpNet>() {
-        return Ok(DirectRule::Net(net.trunc()));
+        let net = unmapped(net.trunc());
+        if net.prefix_len() == 0 {
+            return Err(String::from("a prefix of length 0 would let everything leave the tailnet"));
+        }
+        return Ok(DirectRule::Net(net));
     }
     let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
     if let Ok(ip) = bare.parse::<IpAddr>() {
-        return Ok(DirectRule::Net(IpNet::from(ip)));
+        return Ok(DirectRule::Net(IpNet::from(ip.to_canonical())));
     }
     let lower = text.to_ascii_lowercase();
     let (suffix, name) = match lower.strip_prefix("*.") {
@@ -144,6 +160,14 @@ pub(super) fn direct_rule(text: &str) -> Result<DirectRule, String> {
         return Err(String::from("none of: a name, *.suffix, an address, a CIDR (all without a port)"));
     }
     Ok(if suffix { DirectRule::Suffix(name.to_owned()) } else { DirectRule::Name(name.to_owned()) })
+}
+
+/// IPv4 written as IPv6 (RFC 4291, 2.5.5.2), as IPv4: that is how a dial has it.
+fn unmapped(net: IpNet) -> IpNet {
+    match (net.addr().to_canonical(), net.prefix_len()) {
+        (IpAddr::V4(ip), length @ 96..) => Ipv4Net::new(ip, length - 96).map_or(net, IpNet::V4),
+        (IpAddr::V4(_) | IpAddr::V6(_), _) => net,
+    }
 }
 
 /// What `--log-level` takes: a level, or directives of the log filter.
@@ -213,8 +237,8 @@ mod tests {
 
     #[test]
     fn an_underlay_proxy_is_http_with_or_without_its_scheme() {
-        assert_eq!(http_proxy("proxy.corp:3128").unwrap().as_str(), "http://proxy.corp:3128/");
-        assert_eq!(http_proxy("http://u:p@proxy:1").unwrap().password(), Some("p"));
+        assert_eq!(http_proxy("proxy.corp:3128").unwrap().0.as_str(), "http://proxy.corp:3128/");
+        assert_eq!(http_proxy("http://u:p@proxy:1").unwrap().0.password(), Some("p"));
         assert!(http_proxy("socks5://proxy:1").is_err());
     }
 
@@ -225,6 +249,24 @@ mod tests {
         assert_eq!(direct_rule("*.Example.com."), Ok(DirectRule::Suffix("example.com".into())));
         assert_eq!(direct_rule("Example.com"), Ok(DirectRule::Name("example.com".into())));
         assert!(["", "*", "*.", "a..b", "a b", "host:80", "http://x"].iter().all(|text| direct_rule(text).is_err()));
+    }
+
+    #[test]
+    fn a_direct_rule_for_everything_is_refused() {
+        for text in ["0.0.0.0/0", "::/0", "10.0.0.0/0", "::ffff:0:0/96", "::ffff:10.0.0.0/96"] {
+            assert!(direct_rule(text).unwrap_err().contains("everything"), "{text}");
+        }
+    }
+
+    #[test]
+    fn ipv4_written_as_ipv6_is_ipv4_in_a_direct_rule() {
+        let net = |text: &str| Ok(DirectRule::Net(text.parse().unwrap()));
+        assert_eq!(direct_rule("::ffff:10.1.2.3/104"), net("10.0.0.0/8"));
+        assert_eq!(direct_rule("::ffff:10.1.2.3"), net("10.1.2.3/32"));
+        assert_eq!(direct_rule("[::ffff:a01:203]"), net("10.1.2.3/32"));
+        assert_eq!(direct_rule("2001:db8::/32"), net("2001:db8::/32"));
+        // Part of a wider prefix, not mapped itself.
+        assert_eq!(direct_rule("::/8"), net("::/8"));
     }
 
     #[test]

@@ -9,8 +9,9 @@ use tokio::time::{timeout, timeout_at};
 use tracing::info;
 
 use super::core::Shared;
+use super::error::ResolveError;
 pub use super::error::{DialError, DirectError, Exhausted, RouteError};
-use super::resolve::{ResolveError, Resolved};
+use super::resolve::Resolved;
 pub use super::target::{DirectRule, Host, Target};
 use super::tunnel::{ConnectFailure, TunnelStream};
 use super::{Inner, State, Stream, direct};

@@ -11,7 +11,7 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::timeout_at;
 
 use super::dial::{DialError, DirectError, Host, Target, is_public};
-use super::resolve::ResolveError;
+use super::error::ResolveError;
 use super::stream::Spliced;
 use crate::netmap::Netmap;
 

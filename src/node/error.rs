@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::NodeError;
-use super::resolve::ResolveError;
 use super::target::Host;
 
 /// Why a target was not reached.
@@ -156,5 +155,62 @@ pub enum RouteError {
         address: IpAddr,
         /// `IPv4` or `IPv6`.
         family: &'static str,
+    },
+}
+
+/// Why a name has no address to dial.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ResolveError {
+    /// The resolvers say that the name does not exist.
+    #[error("{name} does not exist, says {resolver}")]
+    NxDomain {
+        /// The name.
+        name: String,
+        /// Who said so.
+        resolver: String,
+    },
+    /// The name exists but has neither A nor AAAA.
+    #[error("{name} has no address, says {resolver}")]
+    NoAddress {
+        /// The name.
+        name: String,
+        /// Who said so.
+        resolver: String,
+    },
+    /// A resolver failed: SERVFAIL, REFUSED and the like.
+    #[error("{resolver} answered {rcode} for {name}")]
+    Failed {
+        /// The name.
+        name: String,
+        /// Who answered.
+        resolver: String,
+        /// The response code's name.
+        rcode: String,
+    },
+    /// No resolver answered in time.
+    #[error("no answer for {name} from {resolver} within {limit:?}")]
+    Silent {
+        /// The name.
+        name: String,
+        /// Who was asked, all of them.
+        resolver: String,
+        /// The limit.
+        limit: Duration,
+    },
+    /// A resolver cannot be reached through the tailnet.
+    #[error("resolver {resolver} for {name} cannot be reached: {detail}")]
+    Unreachable {
+        /// The name.
+        name: String,
+        /// The resolver.
+        resolver: String,
+        /// Why not.
+        detail: String,
+    },
+    /// The text cannot be a DNS name.
+    #[error("not a DNS name: {detail}")]
+    BadName {
+        /// What is wrong with it.
+        detail: String,
     },
 }

@@ -16,7 +16,7 @@ mod outbox;
 mod ping;
 mod regions;
 mod relays;
-pub mod resolve;
+mod resolve;
 pub mod stream;
 mod target;
 mod tunnel;
@@ -32,7 +32,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub use config::{Config, Transport};
 pub use dial::{DialError, DirectRule, Host, RouteError, Target};
-pub use resolve::ResolveError;
+pub use error::ResolveError;
 pub use stream::{Spliced, Stream};
 
 use self::core::{Core, Parts, Shared};

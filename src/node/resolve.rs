@@ -24,6 +24,7 @@ use super::bridge::Tunnel;
 use super::core::Shared;
 use super::dial::{DialError, Host};
 use super::doh;
+use super::error::ResolveError;
 use crate::dns::{Decision, ResolverAddr, Source, candidates, decide};
 use crate::netmap::Netmap;
 use crate::wire::tailcfg::dns::DnsConfig;
@@ -41,63 +42,6 @@ const PEER_LIMIT: Duration = Duration::from_secs(4);
 const UDP_ANSWER_MAX: u16 = 1232;
 /// Answers that each suffix's resolver remembers, for as long as their TTL says.
 const CACHED_ANSWERS: u64 = 512;
-
-/// Why a name has no address to dial.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ResolveError {
-    /// The resolvers say that the name does not exist.
-    #[error("{name} does not exist, says {resolver}")]
-    NxDomain {
-        /// The name.
-        name: String,
-        /// Who said so.
-        resolver: String,
-    },
-    /// The name exists but has neither A nor AAAA.
-    #[error("{name} has no address, says {resolver}")]
-    NoAddress {
-        /// The name.
-        name: String,
-        /// Who said so.
-        resolver: String,
-    },
-    /// A resolver failed: SERVFAIL, REFUSED and the like.
-    #[error("{resolver} answered {rcode} for {name}")]
-    Failed {
-        /// The name.
-        name: String,
-        /// Who answered.
-        resolver: String,
-        /// The response code's name.
-        rcode: String,
-    },
-    /// No resolver answered in time.
-    #[error("no answer for {name} from {resolver} within {limit:?}")]
-    Silent {
-        /// The name.
-        name: String,
-        /// Who was asked, all of them.
-        resolver: String,
-        /// The limit.
-        limit: Duration,
-    },
-    /// A resolver cannot be reached through the tailnet.
-    #[error("resolver {resolver} for {name} cannot be reached: {detail}")]
-    Unreachable {
-        /// The name.
-        name: String,
-        /// The resolver.
-        resolver: String,
-        /// Why not.
-        detail: String,
-    },
-    /// The text cannot be a DNS name.
-    #[error("not a DNS name: {detail}")]
-    BadName {
-        /// What is wrong with it.
-        detail: String,
-    },
-}
 
 /// What a name came to.
 #[derive(Debug, Clone, PartialEq, Eq)]

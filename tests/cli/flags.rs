@@ -30,6 +30,7 @@ fn bad_values_name_their_flag() {
         ("--hostname a.b", "--hostname"),
         ("--advertise-tags browser", "--advertise-tags"),
         ("--direct-allow host:80", "--direct-allow"),
+        ("--direct-allow 0.0.0.0/0", "--direct-allow"),
         ("--max-connections 0", "--max-connections"),
         ("--login-server headscale.example", "--login-server"),
         ("--login-server ftp://headscale.example", "--login-server"),
@@ -134,6 +135,21 @@ fn help_version_completions_and_manual_go_to_standard_output() {
         assert!(!ended.stdout.contains("__child"), "{words}");
     }
     assert_eq!(Program::new("").run().code(), 64);
+}
+
+#[test]
+fn help_names_only_exit_codes_that_a_run_has() {
+    let help = Program::new("run --help").run().stdout;
+    let (_, codes) = help.split_once("Exit codes:").unwrap();
+    assert!(codes.contains("75 try again") && codes.contains("80 "), "{codes}");
+    assert!(!codes.contains("69") && !codes.contains("78"), "{codes}");
+}
+
+#[test]
+fn a_proxy_password_and_a_command_do_not_go_together() {
+    let words = "exec -o json --proxy-auth file:/dev/null -- true";
+    let json = Program::new(words).env("TS_AUTHKEY", KEY).run().refused(64, "TC-2009");
+    assert!(json["cause"].as_str().unwrap().contains("--proxy-auth"), "{json}");
 }
 
 #[test]

@@ -1,9 +1,12 @@
 //! The auth key: every wrong one has its own code, and no output repeats it.
 
-use std::io::Write;
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::Command;
 
-use crate::fake::closed_port;
-use crate::program::{Ended, KEY, Program, SECRET, await_some};
+use crate::fake::{closed_port, serve};
+use crate::program::{Ended, KEY, Program, SECRET, await_some, binary};
 
 fn with_file(text: &str) -> Ended {
     let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -101,6 +104,56 @@ fn the_variable_is_gone_from_the_environment_while_we_run() {
     assert_eq!(String::from_utf8_lossy(&seen("comm")).trim(), "tailcar");
     running.signal("TERM");
     assert_eq!(running.end().code(), 0);
+}
+
+/// `O_NONBLOCK` of Linux: a pipe that somebody still writes to is not waited for.
+const NONBLOCK: i32 = 0o4000;
+
+/// What a child of this process would find in the descriptors that it inherits.
+fn left_in_descriptors(pid: u32) -> String {
+    let mut left = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
+        let number: u32 = entry.file_name().to_string_lossy().parse().unwrap();
+        // The three streams are pipes of this test; what is closed meanwhile or is a socket cannot be opened.
+        if number > 2
+            && let Ok(file) = OpenOptions::new().read(true).custom_flags(NONBLOCK).open(entry.path())
+        {
+            let _ = file.take(4096).read_to_end(&mut left);
+        }
+    }
+    String::from_utf8_lossy(&left).into_owned()
+}
+
+#[test]
+fn no_descriptor_holds_the_key_even_when_another_source_wins() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("other"), "hskey-auth-abcdefghijkl-anotheranotheranother").unwrap();
+    for source in ["", &format!("--auth-key file:{}", path("other").display())] {
+        let server = serve(|mut stream| drop(stream.read_to_end(&mut Vec::new())));
+        let words = format!("run --login-server http://{server} --pidfile {} {source}", path("pid").display());
+        let running = Program::new(&words).env("TS_AUTHKEY", KEY).start();
+        await_some("the pid file", || path("pid").exists().then_some(()));
+        let left = left_in_descriptors(running.child.id());
+        assert!(!left.contains(SECRET), "{left}");
+        running.signal("TERM");
+        assert_eq!(running.end().code(), 0);
+    }
+}
+
+#[test]
+fn a_command_inherits_no_file_that_holds_the_key() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    writeln!(file, "{KEY}").unwrap();
+    let server = format!("--join-timeout 300ms --login-server http://{}", closed_port());
+    for source in ["--auth-key - <", "--auth-key-fd 0 <", "--auth-key-fd 7 7<"] {
+        let script =
+            format!("exec {} exec -o json {server} {source}{} -- true", binary().display(), file.path().display());
+        let ended = Command::new("sh").args(["-c", &script]).env_remove("TS_AUTHKEY").output().unwrap();
+        assert_eq!(ended.status.code(), Some(64), "{ended:?}");
+        let json: serde_json::Value = serde_json::from_slice(&ended.stdout).unwrap();
+        assert!(json["cause"].as_str().unwrap().contains("is a file"), "{json}");
+    }
 }
 
 #[test]

@@ -81,6 +81,35 @@ fn sigterm_and_sigint_end_a_run_with_0() {
 }
 
 #[test]
+fn a_signal_while_the_key_is_awaited_ends_a_run_with_0() {
+    for words in ["--auth-key -", "--auth-key-fd 0"] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let files = format!("--pidfile {} --status-file {}", path("pid").display(), path("status").display());
+        let mut running = Program::new(&format!("run {words} {files}")).start();
+        let silent = running.child.stdin.take();
+        await_some("the pid file", || path("pid").exists().then_some(()));
+        running.signal("TERM");
+        let ended = running.end();
+        drop(silent);
+        assert_eq!(ended.code(), 0, "{ended:?}");
+        assert!(!path("pid").exists(), "the pid file stays");
+        let status = status(&path("status"));
+        assert_eq!((&status["state"], &status["logout"]), (&"ended".into(), &"not needed".into()));
+    }
+}
+
+#[test]
+fn the_keys_line_and_the_end_of_standard_input_do_not_meet() {
+    let words = format!("run --auth-key - --exit-on-stdin-eof --login-server http://{}", silent());
+    let mut running = Program::new(&words).stdin(&format!("{KEY}\n")).start();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(running.child.try_wait().unwrap().is_none(), "it ended while standard input is open");
+    drop(running.child.stdin.take());
+    assert_eq!(running.end().code(), 0);
+}
+
+#[test]
 fn the_end_of_standard_input_ends_a_run_that_was_asked_to() {
     let mut waiting = Waiting::start("--exit-on-stdin-eof");
     drop(waiting.running.child.stdin.take());
