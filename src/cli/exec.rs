@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep_until};
 use super::descendants::Descendants;
 use super::environment::NOT_FOR_CHILDREN;
 use super::report::{Report, complain};
-use super::stops::{Stop, Stops};
+use super::stops::{ENDING, Stop, Stops};
 use crate::fault::{self, Fault};
 
 /// The exit status when we failed before the command started.
@@ -52,7 +52,7 @@ pub(super) async fn run(
     let mut child = start(command, report.proxy_address())?;
     let mut failed = std::pin::pin!(failed);
     let mut idle = std::pin::pin!(idle);
-    let (mut lost, mut kill_at) = (false, None);
+    let (mut lost, mut kill_at, mut told_to_end) = (false, None, false);
     loop {
         let ending = tokio::select! {
             status = child.wait() => {
@@ -65,7 +65,13 @@ pub(super) async fn run(
             }
             stop = stops.next() => match stop {
                 Stop::Signal(signal) => {
-                    if !terminal_sends(signal) {
+                    let ending = ENDING.contains(&signal);
+                    let again = ending && told_to_end;
+                    told_to_end |= ending;
+                    if again {
+                        tracing::warn!("a second signal; the command is killed");
+                        tell(&child, Signal::KILL);
+                    } else if !terminal_sends(signal) {
                         tell(&child, signal);
                     }
                     continue;

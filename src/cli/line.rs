@@ -48,6 +48,9 @@ pub(super) struct End<'a> {
     pub(super) reason: &'a str,
     pub(super) logout: &'static str,
     pub(super) exit: u8,
+    /// What policy refused, and how often.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) refused: &'a BTreeMap<String, u64>,
 }
 
 /// What to give a client of ours; the first listener has the URLs.

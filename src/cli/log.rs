@@ -44,7 +44,8 @@ pub(super) fn coloured() -> bool {
 
 /// A bare level is for our own modules; libraries speak only when directives name them. The text was checked before.
 fn targets(text: &str) -> Targets {
-    let directives = if text.contains(['=', ',']) { text.to_owned() } else { format!("error,tailcar={text}") };
+    let directives =
+        if text.contains(['=', ',']) { text.to_owned() } else { format!("error,boringtun=off,tailcar={text}") };
     directives.parse().unwrap_or_default()
 }
 
@@ -172,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_bare_level_is_for_our_modules() {
-        assert_eq!(targets("debug").to_string(), "tailcar=debug,error");
+        assert_eq!(targets("debug").to_string(), "boringtun=off,tailcar=debug,error");
         assert_eq!(targets("tailcar::node=trace").to_string(), "tailcar::node=trace");
     }
 }

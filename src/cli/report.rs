@@ -2,6 +2,7 @@
 //!
 //! One [`Line`] is behind all of them. Nobody who stops reading stops the run: a closed pipe is ignored.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -121,9 +122,12 @@ impl Report {
     }
 
     /// The run is over without a failure.
-    pub(super) fn ended(&self, reason: &str, logout: Logout, exit: u8) {
+    pub(super) fn ended(&self, reason: &str, logout: Logout, exit: u8, refused: &BTreeMap<String, u64>) {
+        if !refused.is_empty() {
+            self.say("refused", &format!("refused  {}", listed(refused)));
+        }
         let line = self.line("ended");
-        let line = Line { end: Some(End { reason, logout: logout_word(logout), exit }), ..line }.text();
+        let line = Line { end: Some(End { reason, logout: logout_word(logout), exit, refused }), ..line }.text();
         if let Err(fault) = self.files.status(&line) {
             tracing::warn!(%fault, "the status file is out of date");
         }
@@ -238,6 +242,14 @@ fn awaited(stage: JoinStage) -> &'static str {
         JoinStage::Netmap => "the first netmap",
         JoinStage::Relay => "the home DERP",
     }
+}
+
+/// Destinations and how often each was asked for, the first ten of them.
+fn listed(refused: &BTreeMap<String, u64>) -> String {
+    let first: Vec<_> = refused.iter().take(10).map(|(place, times)| format!("{place} ({times})")).collect();
+    let more = refused.len().saturating_sub(first.len());
+    let rest = if more == 0 { String::new() } else { format!(" and {more} more") };
+    format!("{}{rest}", first.join(", "))
 }
 
 fn logout_word(logout: Logout) -> &'static str {

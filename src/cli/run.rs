@@ -1,5 +1,6 @@
 //! A run, from bind to logout: each step with one owner and one undo.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -160,7 +161,7 @@ async fn session(settings: Settings, job: &Job, report: &mut Report, control: Ha
         job,
         report,
         end,
-        Farewell { node, serving, stops, limit: life.logout_timeout, strict: life.strict_logout },
+        Farewell { node, serving, stops, stats, limit: life.logout_timeout, strict: life.strict_logout },
     )
     .await)
 }
@@ -171,6 +172,10 @@ async fn stopped_early(stops: &mut Stops, job: &Job) -> End {
         match (stops.next().await, job) {
             (Stop::Signal(signal), _) if !ENDING.contains(&signal) => {}
             (Stop::Signal(signal), Job::Command(_)) => return End::Child(exit_of(signal)),
+            (Stop::Lifetime, _) => {
+                let detail = "--max-lifetime has passed before the node was ready";
+                return End::Failed(Fault::new(&fault::JOIN_TIMEOUT, detail));
+            }
             (_, Job::Command(_)) => return End::Child(exec::FAILED_BEFORE),
             (stop, Job::Stay) => return End::Stopped(stop.reason()),
         }
@@ -247,11 +252,20 @@ async fn idle(stats: &proxy::Stats, limit: Option<Duration>) {
     }
 }
 
+/// What policy refused in this run, by destination.
+fn refused(stats: &proxy::Stats) -> BTreeMap<String, u64> {
+    let mut all = BTreeMap::new();
+    for (place, times) in stats.counters().refused.into_values().flat_map(|refused| refused.destinations) {
+        *all.entry(place).or_default() += times;
+    }
+    all
+}
+
 /// The run ends before there was a node.
 fn unjoined(job: &Job, report: &Report, end: End) -> u8 {
     let (reason, code, failed) = said(job, report, end);
     if !failed {
-        report.ended(&reason, Logout::NotNeeded, code);
+        report.ended(&reason, Logout::NotNeeded, code, &BTreeMap::new());
     }
     code
 }
@@ -275,6 +289,7 @@ struct Farewell {
     node: Node,
     serving: JoinHandle<io::Result<()>>,
     stops: Stops,
+    stats: Arc<proxy::Stats>,
     limit: Duration,
     strict: bool,
 }
@@ -294,7 +309,7 @@ async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> 
         logout = goodbye => logout,
         signal = farewell.stops.next_signal() => {
             let reason = format!("second signal {}", signal_name(signal));
-            report.ended(&reason, Logout::Unconfirmed, exit_of(signal));
+            report.ended(&reason, Logout::Unconfirmed, exit_of(signal), &refused(&farewell.stats));
             return exit_of(signal);
         }
     };
@@ -308,7 +323,7 @@ async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> 
         report.warn(&fault);
     }
     if !failed {
-        report.ended(&reason, logout, code);
+        report.ended(&reason, logout, code, &refused(&farewell.stats));
     }
     code
 }

@@ -8,7 +8,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::settings::Life;
 use crate::fault::{self, Fault};
@@ -45,6 +45,9 @@ pub(super) const ENDING: [Signal; 4] = [Signal::TERM, Signal::INT, Signal::HUP, 
 pub(super) const PASSED_ON: [Signal; 6] =
     [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT, Signal::USR1, Signal::USR2];
 
+/// The same signal within this time is the same wish: `timeout` and shells tell the process and then its group.
+const ECHO: Duration = Duration::from_millis(300);
+
 /// How often a parent without a pidfd is looked at.
 const PARENT_POLL: Duration = Duration::from_secs(1);
 
@@ -67,9 +70,16 @@ impl Stops {
             let kind = *kind;
             let mut stream = signal(SignalKind::from_raw(kind.as_raw())).map_err(|error| refused("signals", &error))?;
             let sender = sender.clone();
-            spawn_local(
-                async move { while stream.recv().await.is_some() && sender.send(Stop::Signal(kind)).is_ok() {} },
-            );
+            spawn_local(async move {
+                let mut last: Option<Instant> = None;
+                while stream.recv().await.is_some() {
+                    let echo = ENDING.contains(&kind) && last.is_some_and(|at| at.elapsed() < ECHO);
+                    if !echo && sender.send(Stop::Signal(kind)).is_err() {
+                        return;
+                    }
+                    last = Some(Instant::now());
+                }
+            });
         }
         if life.with_parent {
             match getppid() {
@@ -200,7 +210,7 @@ mod tests {
     async fn the_lifetime_ends_a_run() {
         let life = Life { max_lifetime: Some(Duration::from_secs(90)), ..NOTHING };
         let watched = async {
-            let started = tokio::time::Instant::now();
+            let started = Instant::now();
             let stop = Stops::watch(&life, &[]).unwrap().next().await;
             assert_eq!((stop, started.elapsed().as_secs()), (Stop::Lifetime, 90));
         };

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{timeout, timeout_at};
 use tracing::info;
@@ -141,8 +142,14 @@ async fn connect_any(
     let mut first_error = None;
     loop {
         if let Some(ip) = waiting.next() {
-            let (core, netmap) = (node.core.clone(), netmap.clone());
-            tries.spawn_local(async move { connect(&core, &netmap, SocketAddr::new(ip, port), deadline).await });
+            let (core, netmap, newest) = (node.core.clone(), netmap.clone(), node.netmap.clone());
+            let address = SocketAddr::new(ip, port);
+            tries.spawn_local(async move {
+                tokio::select! {
+                    connected = connect(&core, &netmap, address, deadline) => connected,
+                    error = withdrawal(newest, ip) => Err(error),
+                }
+            });
         } else if tries.is_empty() {
             return Err(first_error.expect("there is at least one address, and each one's failure is kept"));
         }
@@ -158,6 +165,16 @@ async fn connect_any(
             }
             Some(Err(_)) | None => {}
         }
+    }
+}
+
+/// Waits until no route covers `ip` any more: whoever dials it need not wait for its silence.
+async fn withdrawal(mut newest: watch::Receiver<Option<Arc<Netmap>>>, ip: IpAddr) -> DialError {
+    let gone = |netmap: &Option<Arc<Netmap>>| netmap.as_ref().is_some_and(|netmap| netmap.route(ip).is_none());
+    let found = newest.wait_for(gone).await.ok().and_then(|netmap| netmap.clone());
+    match found {
+        Some(netmap) => unrouted(&netmap, ip),
+        None => std::future::pending().await,
     }
 }
 

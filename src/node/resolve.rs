@@ -95,7 +95,10 @@ impl Resolvers {
         }
         // Search domains are for single labels. A longer name is whole: appending a domain to it would tell it to
         // resolvers that have nothing to do with it.
-        let names = if name.contains('.') { vec![name.to_owned()] } else { candidates(netmap, name).map_err(bad)? };
+        let mut names = candidates(netmap, name).map_err(bad)?;
+        if name.contains('.') {
+            names.truncate(1);
+        }
         let mut last = None;
         for candidate in &names {
             match self.resolve_one(core, netmap, candidate, name).await {

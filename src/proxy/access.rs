@@ -1,7 +1,7 @@
 //! Who may use the proxy, and what it will not be led into: credentials, loops, the number of connections.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -84,10 +84,10 @@ fn is_localhost(name: &str) -> bool {
 }
 
 /// Whether dialling `ip` on this machine reaches a listener bound to `own`. Any loopback address counts for any other:
-/// `127.0.0.1` and `::1` are told apart by the kernel, but whoever asks for one means this machine.
+/// `127.0.0.1` and `::1` are told apart by the kernel, but whoever asks for one means this machine. So does whoever
+/// asks for no address in particular, wherever we listen.
 fn reaches(ip: IpAddr, own: IpAddr) -> bool {
-    let here = ip.is_loopback() || ip == IpAddr::V4(Ipv4Addr::UNSPECIFIED) || ip == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
-    ip == own || here && (own.is_loopback() || own.is_unspecified())
+    ip == own || ip.is_unspecified() || ip.is_loopback() && (own.is_loopback() || own.is_unspecified())
 }
 
 #[cfg(test)]
@@ -128,6 +128,11 @@ mod tests {
             assert!(own.contains(&target(host, 8080)), "{host}");
             assert!(!own.contains(&target(host, 8081)), "{host}");
         }
+        let elsewhere = OwnListeners::new(vec!["[::ffff:10.0.0.1]:8080".parse().unwrap()]);
+        for host in ["0.0.0.0", "::", "::ffff:0.0.0.0", "10.0.0.1", "::ffff:10.0.0.1"] {
+            assert!(elsewhere.contains(&target(host, 8080)), "{host}");
+        }
+        assert!(!elsewhere.contains(&target("127.0.0.1", 8080)));
         assert!(!own.contains(&target("10.0.0.1", 8080)));
         assert!(!own.contains(&target("localhost.corp", 8080)));
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::{JoinHandle, LocalSet};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -65,6 +65,13 @@ impl Bed {
         String::from_utf8(self.ask(text.as_bytes()).await).unwrap()
     }
 
+    /// Waits until no connection is open.
+    pub(super) async fn until_closed(&self) {
+        while self.stats.counters().active > 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+
     /// Codes of all failures so far, oldest first.
     pub(super) fn codes(&self) -> Vec<u16> {
         self.stats.failures(None, None).into_iter().map(|failure| failure.code).collect()
@@ -90,6 +97,41 @@ pub(super) async fn echo() -> SocketAddr {
         let _ = tokio::io::copy(&mut from, &mut to).await;
     })
     .await
+}
+
+/// A target that answers no connection: its queue is full.
+pub(super) struct Silent {
+    pub(super) address: SocketAddr,
+    _listener: TcpListener,
+    _first: TcpStream,
+}
+
+impl Silent {
+    pub(super) async fn new() -> Self {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(0).unwrap();
+        let address = listener.local_addr().unwrap();
+        // With a backlog of 0, Linux queues one connection and lets the others wait.
+        let first = TcpStream::connect(address).await.unwrap();
+        Self { address, _listener: listener, _first: first }
+    }
+}
+
+/// Lets all tasks run until none has more to do. On loopback, what was sent has arrived.
+pub(super) async fn settle() {
+    for _ in 0..1_000 {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// What `future` gives if all tasks have run, if it gives anything by then.
+pub(super) async fn settled<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
+    tokio::select! {
+        biased;
+        output = future => Some(output),
+        () = settle() => None,
+    }
 }
 
 /// An address where nobody listens.

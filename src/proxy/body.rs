@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -12,6 +13,7 @@ use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::http::Session;
+use super::socket::Due;
 use super::upstream::Upstream;
 
 /// A request's body on its way to the target.
@@ -54,6 +56,41 @@ impl Body for RequestBody {
 
     fn size_hint(&self) -> SizeHint {
         self.incoming.as_ref().map_or(SizeHint::with_exact(0), Incoming::size_hint)
+    }
+}
+
+/// The body of an answer; when it is dropped, the HTTP library has all of it.
+pub(super) struct AnswerBody {
+    body: ReplyBody,
+    due: Arc<Due>,
+}
+
+impl AnswerBody {
+    pub(super) fn new(body: ReplyBody, due: Arc<Due>) -> Self {
+        Self { body, due }
+    }
+}
+
+impl Drop for AnswerBody {
+    fn drop(&mut self) {
+        self.due.told();
+    }
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

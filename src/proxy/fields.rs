@@ -1,17 +1,19 @@
 //! Header fields between two connections: what ends here and what goes on.
 //!
-//! Source: RFC 9110, 7.6.1 (fields of one connection), 10.1.4 (`TE`), 7.2 (`Host`); RFC 9112, 6.1.
+//! Source: RFC 9110, 7.6.1 (fields of one connection), 10.1.4 (`TE`), 7.2 (`Host`); RFC 9112, 6.1, 6.3 (a transfer coding and a length).
 
 use http::header::{
-    CONNECTION, HOST, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, HOST, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING,
+    UPGRADE,
 };
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue};
 
 /// Fields that concern one connection even where `Connection` does not list them. `Trailer` is not among them: it
 /// announces what the message itself carries.
-const ONE_CONNECTION: [HeaderName; 6] = [
+const ONE_CONNECTION: [HeaderName; 7] = [
     CONNECTION,
+    HeaderName::from_static("http2-settings"),
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
     TE,
@@ -54,9 +56,14 @@ pub(super) fn back(headers: &mut HeaderMap, upgraded: bool) {
     }
 }
 
-/// The protocol that a request wants to change to, if `Connection` says that it means it.
+/// The protocols that a request wants to change to, if `Connection` says that it means it. `h2c` is not among them: the
+/// settings that come with it are of one connection, and clients fall back to HTTP/1.1. Source: RFC 9113, 3.1.
 pub(super) fn wanted_upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
-    headers.get(UPGRADE).filter(|_| lists(headers, &CONNECTION, "upgrade")).cloned()
+    if !lists(headers, &CONNECTION, "upgrade") {
+        return None;
+    }
+    let wanted: Vec<&str> = members(headers, &UPGRADE).filter(|name| !name.eq_ignore_ascii_case("h2c")).collect();
+    HeaderValue::from_str(&wanted.join(", ")).ok().filter(|_| !wanted.is_empty())
 }
 
 /// Whether the message has a transfer coding besides chunked. It would have to be undone here, and is not.
@@ -65,6 +72,10 @@ pub(super) fn coded(headers: &HeaderMap) -> bool {
 }
 
 fn strip(headers: &mut HeaderMap) {
+    // The body was read by its coding; a length beside that is of something else, or an attack.
+    if headers.contains_key(TRANSFER_ENCODING) {
+        headers.remove(CONTENT_LENGTH);
+    }
     let listed: Vec<HeaderName> = members(headers, &CONNECTION).filter_map(|name| name.parse().ok()).collect();
     for name in listed.iter().chain(&ONE_CONNECTION) {
         headers.remove(name);
@@ -128,6 +139,23 @@ mod tests {
         let mut fields = headers(&[("connection", "close, Upgrade"), ("upgrade", "websocket")]);
         back(&mut fields, true);
         assert_eq!(fields, headers(&[("connection", "upgrade"), ("upgrade", "websocket")]));
+    }
+
+    #[test]
+    fn length_beside_a_transfer_coding_is_dropped_both_ways() {
+        let both = headers(&[("content-length", "3"), ("transfer-encoding", "chunked"), ("host", "site.corp:8080")]);
+        let (mut request, mut response) = (both.clone(), both);
+        onward(&mut request, &authority());
+        back(&mut response, false);
+        assert_eq!((&request, &response), (&headers(&[("host", "site.corp:8080")]), &request));
+    }
+
+    #[test]
+    fn h2c_is_not_upgraded_to() {
+        let wanted = |protocols| wanted_upgrade(&headers(&[("connection", "Upgrade"), ("upgrade", protocols)]));
+        assert_eq!(wanted("H2C"), None);
+        assert_eq!(wanted("h2c, websocket").unwrap(), "websocket");
+        assert_eq!(wanted_upgrade(&headers(&[("upgrade", "websocket")])), None);
     }
 
     #[test]

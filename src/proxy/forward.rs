@@ -178,6 +178,21 @@ mod tests {
         });
     }
 
+    #[test]
+    fn length_beside_chunks_does_not_cut_the_answer() {
+        bed::run(async {
+            let bed = bed::start(Config::default());
+            let (mut client, mut target) = asked(&bed, "GET http://TARGET/ HTTP/1.1\r\n\r\n").await;
+            read_head(&mut target).await;
+            let answer =
+                b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n";
+            target.write_all(answer).await.unwrap();
+            let head = read_head(&mut client).await;
+            assert!(head.contains("transfer-encoding: chunked") && !head.contains("content-length"), "{head}");
+            expect_bytes(&mut client, b"5\r\nhello\r\n0\r\n\r\n").await;
+        });
+    }
+
     const EXPECTING: &str = "POST http://TARGET/ HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n";
 
     #[test]

@@ -1,20 +1,16 @@
-//! The first request head of an HTTP connection, and the socket beneath the rest of it.
+//! The first request head of an HTTP connection, and what is wrong with heads that are none.
 //!
-//! The HTTP library answers a head that is too large or malformed with a bare status, and one that is too slow with
-//! nothing. So the first head is read here, where each of these gets a whole answer, and then handed on as if it had
-//! just arrived.
+//! The HTTP library calls every malformed line by one name, and answers a head that is too slow with nothing. So the
+//! first head is read here, where the answer can say what is wrong, and then handed on as if it had just arrived.
 
-use std::io::{self, IoSlice};
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::io;
+use std::time::Duration;
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use http::{Method, Uri};
-use rustix::net::Shutdown;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::Config;
 use crate::fault::{self, Fault, Row};
 
 /// Why there is no first head.
@@ -28,6 +24,9 @@ pub(super) enum HeadError {
 
 /// Bytes read at once while a head is not whole.
 const STEP: usize = 2 * 1024;
+
+/// Most fields of a head. The HTTP library takes 64 bytes of memory for each, whether they come or not.
+pub(super) const FIELDS: usize = 1024;
 
 /// Reads until a head of at most `limit` bytes is whole. Gives it, its request line checked, with what came after.
 pub(super) async fn first(client: &TcpStream, limit: usize) -> Result<Bytes, HeadError> {
@@ -60,6 +59,25 @@ pub(super) async fn first(client: &TcpStream, limit: usize) -> Result<Bytes, Hea
 
 fn refused(row: &'static Row, detail: &str) -> HeadError {
     HeadError::Refused(Fault { row, detail: detail.to_owned() })
+}
+
+/// What is wrong with a head that the HTTP library gave up. `begun` says whether any of it had arrived: a client that
+/// sent nothing has asked nothing, and is told nothing.
+pub(super) fn unreadable(error: &hyper::Error, config: &Config, begun: impl FnOnce() -> bool) -> Option<Fault> {
+    if error.is_timeout() {
+        return begun().then(|| late(config.head_timeout));
+    }
+    if error.is_parse_too_large() {
+        let detail = format!("the request head has more than {} bytes or {FIELDS} fields", config.head_limit);
+        return Some(Fault { row: &fault::HEAD_TOO_LARGE, detail });
+    }
+    (error.is_parse() || error.is_incomplete_message())
+        .then(|| Fault { row: &fault::BAD_REQUEST, detail: error.to_string() })
+}
+
+/// A head that was not whole within `limit`.
+pub(super) fn late(limit: Duration) -> Fault {
+    Fault { row: &fault::HEAD_TIMEOUT, detail: format!("no whole request head within {limit:?}") }
 }
 
 /// Where the empty line ends that ends a head, if it is there. The first `known` bytes were searched before.
@@ -96,86 +114,12 @@ fn check_request_line(line: &[u8]) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// A client's socket under an HTTP connection. Shared, so that a last answer can be written once the connection on top
-/// has given up; by `Arc`, because an upgrade wants what it carries to be `Send`.
-#[derive(Debug)]
-pub(super) struct SharedSocket {
-    client: Arc<TcpStream>,
-    /// Read before the HTTP connection was there.
-    prefix: Bytes,
-}
-
-impl SharedSocket {
-    pub(super) fn new(client: Arc<TcpStream>, prefix: Bytes) -> Self {
-        Self { client, prefix }
-    }
-
-    /// What was read ahead and not asked for.
-    pub(super) fn into_unread(self) -> Bytes {
-        self.prefix
-    }
-}
-
-impl AsyncRead for SharedSocket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if !self.prefix.is_empty() {
-            let length = self.prefix.len().min(buf.remaining());
-            buf.put_slice(&self.prefix[..length]);
-            self.prefix.advance(length);
-            return Poll::Ready(Ok(()));
-        }
-        loop {
-            ready!(self.client.poll_read_ready(cx))?;
-            match self.client.try_read_buf(buf) {
-                Ok(0) => return Poll::Ready(Ok(())),
-                Ok(_) => {
-                    return Poll::Ready(Ok(()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
-        }
-    }
-}
-
-impl AsyncWrite for SharedSocket {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.client.poll_write_ready(cx))?;
-            match self.client.try_write_vectored(slices) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                written => return Poll::Ready(written),
-            }
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(rustix::net::shutdown(&*self.client, Shutdown::Write).map_err(io::Error::from))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::proxy::{Config, bed};
+    use crate::proxy::bed;
 
     #[test]
     fn request_lines_are_told_from_noise() {
@@ -224,7 +168,7 @@ mod tests {
     #[test]
     fn slow_head_is_answered_whether_first_or_later() {
         bed::run(async {
-            let bed = bed::start(Config { head_timeout: std::time::Duration::from_millis(60), ..Config::default() });
+            let bed = bed::start(Config { head_timeout: Duration::from_millis(60), ..Config::default() });
             let answer = bed.ask_text("GET http://a.corp/ HTTP/1.1\r\nX").await;
             assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
             let answer = bed.ask_text("GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HT").await;

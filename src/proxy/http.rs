@@ -25,11 +25,12 @@ use tokio::time::timeout;
 
 use super::Proxy;
 use super::answer::{self, Audience};
-use super::body::ReplyBody;
+use super::body::{AnswerBody, ReplyBody};
 use super::forward;
-use super::head::{self, HeadError, SharedSocket};
+use super::head::{self, HeadError};
 use super::request::{connectable, forwardable};
-use super::splice::{Tunnel, farewell};
+use super::socket::{Due, SharedSocket, gone};
+use super::splice::{Opened, Tunnel, farewell};
 use super::stats::Stats;
 use super::upstream::Upstream;
 use crate::fault::{self, Fault, Row};
@@ -49,6 +50,7 @@ pub(super) struct Session {
     upgraded: RefCell<Option<(OnUpgrade, Tunnel)>>,
     /// Whether a target's reset is to be passed on.
     reset: Cell<bool>,
+    due: Arc<Due>,
 }
 
 /// Why a request is not served, and what it asked for if it came that far.
@@ -57,17 +59,23 @@ pub(super) struct Refusal {
     pub(super) target: Option<Target>,
 }
 
-/// One HTTP connection, from its first byte to its end.
-pub(super) async fn serve(proxy: Rc<Proxy>, client: TcpStream, peer: SocketAddr, refusal: Option<&'static Row>) {
+/// One HTTP connection, from its first byte until it ends or is a tunnel.
+pub(super) async fn serve(
+    proxy: &Rc<Proxy>,
+    client: TcpStream,
+    peer: SocketAddr,
+    refusal: Option<&'static Row>,
+) -> Option<Opened> {
     let audience = Audience::of(peer);
     let limit = proxy.config.head_timeout;
     let fault = match timeout(limit, head::first(&client, proxy.config.head_limit)).await {
         Ok(Ok(head)) => return exchange(proxy, client, head, audience, refusal).await,
-        Ok(Err(HeadError::Gone)) => return,
+        Ok(Err(HeadError::Gone)) => return None,
         Ok(Err(HeadError::Refused(fault))) => fault,
-        Err(_) => Fault { row: &fault::HEAD_TIMEOUT, detail: format!("no whole request head within {limit:?}") },
+        Err(_) => head::late(limit),
     };
-    refuse(&proxy, client, audience, &fault).await;
+    refuse(proxy, client, audience, &fault).await;
+    None
 }
 
 /// Answers what is neither SOCKS nor HTTP, in the words of HTTP, which most such clients show to their user.
@@ -88,54 +96,62 @@ async fn refuse(proxy: &Proxy, mut client: TcpStream, audience: Audience, fault:
 }
 
 /// Request after request, and the tunnel that the last one may have opened.
-async fn exchange(proxy: Rc<Proxy>, client: TcpStream, head: Bytes, audience: Audience, refusal: Option<&'static Row>) {
+async fn exchange(
+    proxy: &Rc<Proxy>,
+    client: TcpStream,
+    head: Bytes,
+    audience: Audience,
+    refusal: Option<&'static Row>,
+) -> Option<Opened> {
     let client = Arc::new(client);
     let session = Rc::new(Session {
-        proxy,
+        proxy: Rc::clone(proxy),
         audience,
         refusal,
         idle: RefCell::new(None),
         upgraded: RefCell::new(None),
         reset: Cell::new(false),
+        due: Arc::default(),
     });
-    let socket = SharedSocket::new(Arc::clone(&client), head);
-    let (ended, head_is_partial) = requests(&session, socket).await;
+    let socket = SharedSocket::new(Arc::clone(&client), Arc::clone(&session.due), head);
+    let ended = tokio::select! {
+        biased;
+        ended = requests(&session, socket) => ended,
+        () = gone(&client) => {
+            tracing::debug!("client gone");
+            return None;
+        }
+    };
     session.idle.take();
     let upgraded = session.upgraded.take();
 
     if ended.is_ok()
         && let Some((on_upgrade, tunnel)) = upgraded
     {
-        return carry(on_upgrade, tunnel, client, &session.proxy.stats).await;
+        return take_back(on_upgrade, tunnel, client).await;
     }
     // The HTTP connection is gone, and with it every other share of the socket.
-    let Some(client) = Arc::into_inner(client) else { return };
+    let client = Arc::into_inner(client)?;
     if session.reset.get() {
         let _ = client.set_zero_linger();
-        return;
+        return None;
     }
-    match ended {
-        Err(error) if error.is_timeout() && head_is_partial => {
-            let limit = session.proxy.config.head_timeout;
-            let fault = Fault { row: &fault::HEAD_TIMEOUT, detail: format!("no whole request head within {limit:?}") };
-            refuse(&session.proxy, client, audience, &fault).await;
-        }
-        Err(error) => {
-            if error.is_parse() {
-                session.proxy.note(&Fault { row: &fault::BAD_REQUEST, detail: error.to_string() }, None);
-            }
-            farewell(client).await;
-        }
-        Ok(()) => farewell(client).await,
+    match ended.err().flatten() {
+        Some(fault) if session.due.is_nothing() => refuse(proxy, client, audience, &fault).await,
+        Some(_) | None => farewell(client).await,
     }
+    None
 }
 
-/// Serves requests until the client has no more, the run drains, or one of them changes the protocol. Also says whether
-/// another head had begun to arrive: whoever sent it is owed an answer.
-async fn requests(session: &Rc<Session>, socket: SharedSocket) -> (hyper::Result<()>, bool) {
+/// Serves requests until the client has no more, the run drains, or one of them changes the protocol. An error is what
+/// is wrong with what the client sent, if it is that which ended it.
+async fn requests(session: &Rc<Session>, socket: SharedSocket) -> Result<(), Option<Fault>> {
     let service = service_fn(|request| {
-        let session = Rc::clone(session);
-        async move { Ok::<_, Infallible>(session.respond(request).await) }
+        let (session, due) = (Rc::clone(session), Arc::clone(&session.due));
+        async move {
+            due.asked();
+            Ok::<_, Infallible>(session.respond(request).await.map(|body| AnswerBody::new(body, due)))
+        }
     });
     let config = &session.proxy.config;
     let mut connection = http1::Builder::new()
@@ -143,6 +159,7 @@ async fn requests(session: &Rc<Session>, socket: SharedSocket) -> (hyper::Result
         .timer(TokioTimer::new())
         .header_read_timeout(config.head_timeout)
         .max_header_size(config.head_limit)
+        .max_headers(head::FIELDS)
         .max_buf_size(READ_AHEAD.max(config.head_limit))
         .serve_connection(TokioIo::new(socket), service)
         .with_upgrades();
@@ -159,18 +176,17 @@ async fn requests(session: &Rc<Session>, socket: SharedSocket) -> (hyper::Result
             (&mut connection).await
         }
     };
-    let head_is_partial = connection.into_parts().is_some_and(|parts| !parts.read_buf.trim_ascii().is_empty());
-    (ended, head_is_partial)
+    let begun = || connection.into_parts().is_some_and(|parts| !parts.read_buf.trim_ascii().is_empty());
+    ended.map_err(|error| head::unreadable(&error, config, begun))
 }
 
-/// Takes the client's socket back from the HTTP library and carries bytes.
-async fn carry(on_upgrade: OnUpgrade, tunnel: Tunnel, client: Arc<TcpStream>, stats: &Stats) {
-    let Ok(upgraded) = on_upgrade.await else { return };
-    let Ok(parts) = upgraded.downcast::<TokioIo<SharedSocket>>() else { return };
+/// Takes the client's socket back from the HTTP library.
+async fn take_back(on_upgrade: OnUpgrade, tunnel: Tunnel, client: Arc<TcpStream>) -> Option<Opened> {
+    let parts = on_upgrade.await.ok()?.downcast::<TokioIo<SharedSocket>>().ok()?;
     let mut early = parts.read_buf.to_vec();
     early.extend_from_slice(&parts.io.into_inner().into_unread());
-    let Some(client) = Arc::into_inner(client) else { return };
-    tunnel.carry(client, &early, stats).await;
+    let client = Arc::into_inner(client)?;
+    Some(Opened { tunnel, client, early })
 }
 
 impl Session {
@@ -294,10 +310,7 @@ mod tests {
     fn connect_takes_ipv6_literals() {
         bed::run(async {
             let bed = bed::start(Config::default());
-            let Ok(listener) = tokio::net::TcpListener::bind("[::1]:0").await else {
-                tracing::warn!("SKIP: no IPv6 on loopback");
-                return;
-            };
+            let listener = tokio::net::TcpListener::bind("[::1]:0").await.expect("loopback has IPv6");
             let mut client = bed.connect().await;
             let request = format!("CONNECT {} HTTP/1.1\r\n\r\n", listener.local_addr().unwrap());
             client.write_all(request.as_bytes()).await.unwrap();

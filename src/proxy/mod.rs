@@ -16,6 +16,7 @@ mod forward;
 mod head;
 mod http;
 mod request;
+mod socket;
 mod socks;
 mod splice;
 mod upstream;
@@ -39,6 +40,7 @@ pub use stats::Stats;
 use crate::fault::{self, Fault, Row};
 use crate::node::{Node, Stream, Target};
 use access::OwnListeners;
+use splice::Opened;
 use stats::Protocol;
 
 /// The proxy's settings.
@@ -155,11 +157,25 @@ async fn counted(proxy: Rc<Proxy>, client: TcpStream, peer: SocketAddr) {
     connection(proxy, client, peer, None).await;
 }
 
-/// One connection: its first byte tells what it speaks. With a `refusal`, whatever it asks is answered so.
+/// One connection. With a `refusal`, whatever it asks is answered so.
 async fn connection(proxy: Rc<Proxy>, client: TcpStream, peer: SocketAddr, refusal: Option<&'static Row>) {
+    // Apart, so that nothing of it is left in memory while bytes are carried, which may be for hours.
+    let opened = Box::pin(negotiation(&proxy, client, peer, refusal)).await;
+    if let Some(opened) = opened {
+        opened.carry(&proxy.stats).await;
+    }
+}
+
+/// A connection until it is a tunnel, if it becomes one: its first byte tells what it speaks.
+async fn negotiation(
+    proxy: &Rc<Proxy>,
+    client: TcpStream,
+    peer: SocketAddr,
+    refusal: Option<&'static Row>,
+) -> Option<Opened> {
     // A reply that waits for more bytes costs a round trip of the client's delayed acknowledgement.
     let _ = client.set_nodelay(true);
-    let Some(first) = first_byte(&proxy, &client, refusal).await else { return };
+    let first = first_byte(proxy, &client, refusal).await?;
     let protocol = match first {
         5 => Protocol::Socks5,
         4 => Protocol::Socks4,
@@ -168,11 +184,12 @@ async fn connection(proxy: Rc<Proxy>, client: TcpStream, peer: SocketAddr, refus
     };
     proxy.stats.protocol_known(protocol);
     match protocol {
-        Protocol::Socks5 => socks::serve(&proxy, client, refusal).await,
-        Protocol::Socks4 => socks::refuse_version_4(&proxy, client).await,
-        Protocol::Http => http::serve(proxy, client, peer, refusal).await,
-        Protocol::Unknown => http::refuse_unknown(&proxy, client, peer, first).await,
+        Protocol::Socks5 => return socks::serve(proxy, client, refusal).await,
+        Protocol::Http => return http::serve(proxy, client, peer, refusal).await,
+        Protocol::Socks4 => socks::refuse_version_4(proxy, client).await,
+        Protocol::Unknown => http::refuse_unknown(proxy, client, peer, first).await,
     }
+    None
 }
 
 /// The first byte, left in the socket; `None` when there is nobody to answer: the client closed or said nothing at
@@ -207,18 +224,19 @@ impl Proxy {
         (open >= self.config.max_connections).then_some(&fault::TOO_MANY_CONNECTIONS)
     }
 
-    /// Reaches `target`, unless it is ourselves or the connection is one to refuse.
+    /// Reaches `target`, unless it is ourselves or the connection is one to refuse, or the run ends meanwhile.
     async fn dial(&self, target: &Target, refusal: Option<&'static Row>) -> Result<Stream, Fault> {
         if let Some(row) = refusal {
             return Err(self.limit_fault(row));
         }
-        if self.drain.is_cancelled() {
-            return Err(self.limit_fault(&fault::DRAINING));
-        }
         if self.own.contains(target) {
             return Err(Fault { row: &fault::LOOP, detail: format!("{target} is this proxy itself") });
         }
-        self.node.dial(target).await.map_err(|error| Fault::from(&error))
+        tokio::select! {
+            biased;
+            () = self.drain.cancelled() => Err(self.limit_fault(&fault::DRAINING)),
+            dialled = self.node.dial(target) => dialled.map_err(|error| Fault::from(&error)),
+        }
     }
 
     fn limit_fault(&self, row: &'static Row) -> Fault {
@@ -292,6 +310,51 @@ mod tests {
             assert!(!bed.served.is_finished());
             drop(open);
             bed.served.await.unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn drain_answers_connections_that_wait_for_their_dial() {
+        bed::run(async {
+            let (bed, silent) = (bed::start(Config::default()), bed::Silent::new().await);
+            let port = silent.address.port().to_be_bytes();
+            let requests = [
+                vec![5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1, port[0], port[1]],
+                format!("CONNECT {} HTTP/1.1\r\n\r\n", silent.address).into_bytes(),
+                format!("GET http://{}/ HTTP/1.1\r\n\r\n", silent.address).into_bytes(),
+            ];
+            let asking = requests.iter().map(|request| bed.ask(request));
+            let drained = async {
+                bed::settle().await;
+                assert_eq!(bed.stats.counters().active, 3);
+                bed.drain.cancel();
+            };
+            let (answers, ()) = tokio::join!(futures_util::future::join_all(asking), drained);
+            assert_eq!(answers[0], [5, 0, 5, 1, 0, 1, 0, 0, 0, 0, 0, 0]);
+            for answer in &answers[1..] {
+                let answer = String::from_utf8_lossy(answer);
+                assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("TC-2010"), "{answer}");
+            }
+            bed.served.await.unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn little_of_a_connection_stays_in_memory_while_it_carries_bytes() {
+        bed::run(async {
+            let bed = bed::start(Config::default());
+            let node = Node::alone(crate::node::Config::default());
+            let proxy = Rc::new(Proxy {
+                node,
+                config: Config::default(),
+                stats: Arc::clone(&bed.stats),
+                own: OwnListeners::new(Vec::new()),
+                drain: CancellationToken::new(),
+                overflow: Arc::new(Semaphore::new(1)),
+            });
+            let client = bed.connect().await;
+            let size = size_of_val(&counted(proxy, client, bed.address));
+            assert!(size < 2_048, "{size} bytes");
         });
     }
 

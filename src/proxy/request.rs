@@ -28,7 +28,7 @@ pub(super) fn forwardable<B>(request: &Request<B>) -> Result<Target, Fault> {
         return Err(refused(&fault::METHOD, String::from("TRACE is not carried by this proxy")));
     }
     if fields::coded(request.headers()) {
-        return Err(refused(&fault::NOT_OFFERED, String::from("no transfer coding but chunked is understood")));
+        return Err(refused(&fault::TRANSFER_CODING, fault::TRANSFER_CODING.cause.to_owned()));
     }
     let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
         let path = shown_path(uri);
@@ -55,7 +55,8 @@ fn target(authority: &Authority, default: Option<u16>) -> Option<Target> {
     };
     let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
     let host = match bare.unwrap_or(host).parse::<IpAddr>() {
-        Ok(ip) => Host::Ip(ip),
+        // An IPv4 address in the clothes of IPv6 is routed, and permitted, as what it is.
+        Ok(ip) => Host::Ip(ip.to_canonical()),
         Err(_) if bare.is_some() || host.is_empty() => return None,
         Err(_) => Host::Name(host.to_owned()),
     };
@@ -68,8 +69,11 @@ fn refused(row: &'static Row, detail: String) -> Fault {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt as _;
+
     use super::*;
-    use crate::proxy::{Config, bed};
+    use crate::proxy::Config;
+    use crate::proxy::bed::{self, read_head};
 
     #[test]
     fn authorities_become_targets() {
@@ -78,6 +82,7 @@ mod tests {
             ("a.corp:443", None, Some("a.corp:443")),
             ("[fd7a::1]:443", None, Some("[fd7a::1]:443")),
             ("10.0.0.1", Some(80), Some("10.0.0.1:80")),
+            ("[::ffff:10.0.0.1]:443", None, Some("10.0.0.1:443")),
             ("a.corp:", Some(80), Some("a.corp:80")),
             ("a.corp", None, None),
             ("a.corp:0", None, None),
@@ -86,6 +91,18 @@ mod tests {
         ] {
             assert_eq!(parsed(text, default).as_deref(), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn body_in_another_transfer_coding_has_a_row_of_its_own() {
+        bed::run(async {
+            let bed = bed::start(Config::default());
+            let request = "POST http://127.0.0.1:9/ HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n";
+            let mut client = bed.connect().await;
+            client.write_all(request.as_bytes()).await.unwrap();
+            assert!(read_head(&mut client).await.starts_with("HTTP/1.1 501 "));
+            assert_eq!(bed.codes(), [fault::TRANSFER_CODING.code]);
+        });
     }
 
     #[test]

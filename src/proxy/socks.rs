@@ -13,7 +13,8 @@ use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use super::Proxy;
-use super::splice::{Tunnel, farewell};
+use super::socket::gone;
+use super::splice::{Opened, Tunnel, farewell};
 use crate::fault::{self, Fault, Row};
 use crate::node::{Host, Target};
 
@@ -41,8 +42,8 @@ enum Refusal {
     Answer(Vec<u8>, Fault),
 }
 
-/// One SOCKS5 connection, from its first byte to its end.
-pub(super) async fn serve(proxy: &Proxy, client: TcpStream, refusal: Option<&'static Row>) {
+/// One SOCKS5 connection, from its first byte until it is a tunnel.
+pub(super) async fn serve(proxy: &Proxy, client: TcpStream, refusal: Option<&'static Row>) -> Option<Opened> {
     let mut dialogue = Dialogue { client, unread: Vec::new() };
     let negotiated = timeout(proxy.config.head_timeout, negotiate(proxy, &mut dialogue)).await.unwrap_or_else(|_| {
         let detail = format!("no whole SOCKS request within {:?}", proxy.config.head_timeout);
@@ -50,24 +51,32 @@ pub(super) async fn serve(proxy: &Proxy, client: TcpStream, refusal: Option<&'st
     });
     let target = match negotiated {
         Ok(target) => target,
-        Err(Refusal::Gone) => return,
+        Err(Refusal::Gone) => return None,
         Err(Refusal::Answer(bytes, fault)) => {
             proxy.note(&fault, None);
-            return dialogue.end(&bytes).await;
+            dialogue.end(&bytes).await;
+            return None;
         }
     };
-    match proxy.dial(&target, refusal).await {
+    let dialled = tokio::select! {
+        biased;
+        dialled = proxy.dial(&target, refusal) => dialled,
+        () = gone(&dialogue.client) => {
+            tracing::debug!(%target, "client gone");
+            return None;
+        }
+    };
+    match dialled {
         Err(fault) => {
             proxy.note(&fault, Some(&target));
             dialogue.end(&reply(fault.row.socks)).await;
+            None
         }
         Ok(stream) => {
             proxy.stats.target_answered();
-            if dialogue.client.write_all(&reply(0)).await.is_err() {
-                return;
-            }
+            dialogue.client.write_all(&reply(0)).await.ok()?;
             let tunnel = Tunnel { target, stream, received: Bytes::new() };
-            tunnel.carry(dialogue.client, &dialogue.unread, &proxy.stats).await;
+            Some(Opened { tunnel, client: dialogue.client, early: dialogue.unread })
         }
     }
 }
@@ -134,7 +143,8 @@ async fn negotiate(proxy: &Proxy, dialogue: &mut Dialogue) -> Result<Target, Ref
     }
     let host = match address_type {
         IPV4 => Host::Ip(IpAddr::V4(Ipv4Addr::from(dialogue.take::<4>().await?))),
-        IPV6 => Host::Ip(IpAddr::V6(Ipv6Addr::from(dialogue.take::<16>().await?))),
+        // An IPv4 address in the clothes of IPv6 is routed, and permitted, as what it is.
+        IPV6 => Host::Ip(Ipv6Addr::from(dialogue.take::<16>().await?).to_canonical()),
         DOMAIN => {
             let [length] = dialogue.take().await?;
             domain(dialogue.take_vec(length.into()).await?)?
@@ -177,8 +187,8 @@ fn domain(bytes: Vec<u8>) -> Result<Host, Refusal> {
     let malformed = || refused(&fault::BAD_REQUEST, String::from("the SOCKS5 domain name is not a host name"));
     let name = String::from_utf8(bytes).map_err(|_| malformed())?;
     let bare = name.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(&name);
-    if let Ok(ip) = bare.parse() {
-        return Ok(Host::Ip(ip));
+    if let Ok(ip) = bare.parse::<IpAddr>() {
+        return Ok(Host::Ip(ip.to_canonical()));
     }
     let printable = name.chars().all(|c| !c.is_control() && !c.is_whitespace());
     if name.is_empty() || !printable {
@@ -263,7 +273,6 @@ mod tests {
                 let length = u8::try_from(name.len()).unwrap();
                 [&[5, 1, 0, 3, length][..], name.as_bytes(), &port.to_be_bytes()].concat()
             };
-            let refused = connect_to(bed::nobody().await);
             for (what, request, expected) in [
                 ("a public address", vec![5, 1, 0, 1, 8, 8, 8, 8, 0, 80], 2),
                 ("a public name", domain("example.com", 443), 2),
@@ -277,14 +286,25 @@ mod tests {
                 ("port 0", connect_to("127.0.0.1:0".parse().unwrap()), 1),
                 ("an empty name", domain("", 80), 1),
                 ("a name with a space", domain("a b", 80), 1),
+                ("a port where nobody listens", connect_to(bed::nobody().await), 5),
+                ("this proxy by no address", connect_to((Ipv4Addr::UNSPECIFIED, bed.address.port()).into()), 2),
             ] {
                 assert_eq!(code(&bed, &request).await, reply(expected), "{what}");
             }
-            // The skeleton of a node calls every failed direct dial a refusal.
-            let answered = code(&bed, &refused).await;
-            assert_eq!(answered.len(), 10);
-            assert_ne!(answered[1], 0, "nobody answered");
-            assert_eq!(bed.codes().len(), 13);
+            assert_eq!(bed.codes().len(), 14);
+        });
+    }
+
+    #[test]
+    fn mapped_ipv4_address_is_the_ipv4_address() {
+        bed::run(async {
+            let (bed, echo) = (bed::start(Config::default()), bed::echo().await);
+            let mapped = Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets();
+            let request = |port: u16| [&[5, 1, 0, 4][..], &mapped, &port.to_be_bytes()].concat();
+            assert_eq!(code(&bed, &request(bed.address.port())).await, reply(2));
+            let mut client = bed.connect().await;
+            client.write_all(&whole(&request(echo.port()))).await.unwrap();
+            expect_bytes(&mut client, &[&[5, 0][..], &reply(0)].concat()).await;
         });
     }
 
@@ -293,6 +313,7 @@ mod tests {
         for text in ["127.0.0.1", "::1", "[::1]"] {
             assert!(matches!(domain(text.into()), Ok(Host::Ip(_))), "{text}");
         }
+        assert!(matches!(domain(b"::ffff:10.0.0.1".to_vec()), Ok(Host::Ip(IpAddr::V4(_)))));
         assert!(matches!(domain(b"a.corp".to_vec()), Ok(Host::Name(_))));
         assert!(domain(vec![0xff]).is_err());
     }

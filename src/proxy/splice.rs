@@ -23,14 +23,25 @@ pub(super) struct Tunnel {
     pub(super) received: Bytes,
 }
 
-impl Tunnel {
-    /// Carries bytes until both directions have ended. `early` is what the client sent before our reply.
-    pub(super) async fn carry(self, mut client: TcpStream, early: &[u8], stats: &Stats) {
-        let before = self.received.len() as u64;
-        if client.write_all(&self.received).await.is_err() {
+/// A tunnel with both its ends.
+pub(super) struct Opened {
+    pub(super) tunnel: Tunnel,
+    pub(super) client: TcpStream,
+    /// What the client sent before our reply.
+    pub(super) early: Vec<u8>,
+}
+
+impl Opened {
+    /// Carries bytes until both directions have ended.
+    pub(super) async fn carry(self, stats: &Stats) {
+        let Self { tunnel: Tunnel { target, stream, received }, mut client, early } = self;
+        let before = received.len() as u64;
+        if client.write_all(&received).await.is_err() {
             return;
         }
-        let spliced = match self.stream.splice(client, early).await {
+        // It may share a whole read buffer.
+        drop(received);
+        let spliced = match stream.splice(client, &early).await {
             Ok(spliced) => spliced,
             Err(error) => {
                 tracing::debug!(%error, "client gone");
@@ -40,8 +51,8 @@ impl Tunnel {
         stats.bytes_carried(spliced.sent, spliced.received + before);
         tracing::debug!(sent = spliced.sent, received = spliced.received, reset = spliced.reset, "tunnel closed");
         if spliced.reset {
-            let fault = Fault { row: &fault::UPSTREAM_CLOSED, detail: format!("{} reset the connection", self.target) };
-            stats.failed(&fault, Some((self.target.host.to_string(), self.target.port)));
+            let fault = Fault { row: &fault::UPSTREAM_CLOSED, detail: format!("{target} reset the connection") };
+            stats.failed(&fault, Some((target.host.to_string(), target.port)));
         }
     }
 }

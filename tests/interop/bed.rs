@@ -1,8 +1,10 @@
 //! The bed: hosts in network namespaces without an uplink, and the real programs on them.
 //!
 //! ```text
-//! wan     bridge 10.99.0.0/24: .1 headscale, DERP 999, STUN; .2 derper, region 998; .254 the trap
+//! wan     bridge 10.99.0.0/24: .1 headscale, DERP 999, STUN; .2 derper, region 998; .2 and .3 tbcontrol; .254 the trap
 //! client  10.99.0.21  the sidecar, and who uses it
+//! silent  10.99.0.22  the sidecar of a scenario that runs beside the others for long
+//! killed  10.99.0.23  likewise
 //! web     10.99.0.31  tailscaled (userspace), a site
 //! router  10.99.0.13  tailscaled (kernel TUN), 10.20.0.1 and fd20::1 on the LAN
 //! corp    the LAN: .53 dnsmasq, .54 a silent resolver, .55 a failing one, .80 a site, .99 a silent host
@@ -24,7 +26,7 @@ use crate::derper::Derper;
 use crate::headscale::{BROWSER, Headscale, Key, KeyKind};
 use crate::leak;
 use crate::namespace::{Namespace, cable};
-use crate::process::{Process, until};
+use crate::process::{Process, queries, until};
 use crate::tailscaled::{Places, Role, Tailscaled};
 
 /// What the bed's folder is called, up to the owner's pid.
@@ -40,7 +42,7 @@ pub(crate) struct Bed {
     pub(crate) corp: Corp,
     _derper: Derper,
     _sites: Vec<Process>,
-    _trap: Process,
+    trap: Process,
     /// The authority that signed headscale's certificate.
     pub(crate) authority: PathBuf,
     /// Where the peers' programs are.
@@ -58,6 +60,8 @@ pub(crate) struct Bed {
 pub(crate) struct Hosts {
     pub(crate) wan: Namespace,
     pub(crate) client: Namespace,
+    pub(crate) silent: Namespace,
+    pub(crate) killed: Namespace,
     pub(crate) web: Namespace,
     pub(crate) router: Namespace,
     pub(crate) corp: Namespace,
@@ -97,7 +101,7 @@ impl Bed {
             corp,
             _derper: derper,
             _sites: sites,
-            _trap: trap,
+            trap,
             authority: authority.certificate,
             peers: peers.to_owned(),
             folder,
@@ -120,6 +124,11 @@ impl Bed {
     /// The subnet router's daemon.
     pub(crate) fn router(&self) -> MutexGuard<'_, Tailscaled> {
         self.router.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often the trap was asked for a name: what should have been asked in the tailnet, or not at all.
+    pub(crate) fn strayed(&self, name: &str) -> usize {
+        queries(&self.trap, name)
     }
 
     /// The web peer's IPv4 address in the tailnet.
@@ -145,17 +154,23 @@ impl Hosts {
         let hosts = Self {
             wan: make("wan")?,
             client: make("client")?,
+            silent: make("silent")?,
+            killed: make("killed")?,
             web: make("web")?,
             router: make("router")?,
             corp: make("corp")?,
         };
         hosts.wan.ip(&format!(
             "link add br0 type bridge\naddr add 10.99.0.1/24 dev br0\naddr add 10.99.0.2/24 dev br0\n\
-             addr add {TRAP}/24 dev br0\nlink set br0 up"
+             addr add 10.99.0.3/24 dev br0\naddr add {TRAP}/24 dev br0\nlink set br0 up"
         ))?;
-        for (host, address) in
-            [(&hosts.client, "10.99.0.21"), (&hosts.web, "10.99.0.31"), (&hosts.router, "10.99.0.13")]
-        {
+        for (host, address) in [
+            (&hosts.client, "10.99.0.21"),
+            (&hosts.silent, "10.99.0.22"),
+            (&hosts.killed, "10.99.0.23"),
+            (&hosts.web, "10.99.0.31"),
+            (&hosts.router, "10.99.0.13"),
+        ] {
             let port = format!("p{}", address.rsplit('.').next().unwrap_or(address));
             cable((host, "eth0"), (&hosts.wan, &port))?;
             hosts.wan.ip(&format!("link set {port} master br0"))?;

@@ -32,10 +32,11 @@ const FLAGS: [&str; 16] = [
     "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
 ];
 
-/// Loads `url` through `proxy` in a fresh profile; the document as it is once everything has loaded.
+/// Loads `url` through `proxy` in a fresh profile; the document as it is once everything has loaded, or
+/// Chromium's own name for why it has none (`ERR_…`).
 ///
 /// # Errors
-/// When the browser does not end by itself in time.
+/// When the browser fails, is not there, or does not end by itself in time.
 pub(crate) fn dom(bed: &Bed, proxy: &str, url: &str) -> Result<String, Failed> {
     static COUNT: AtomicUsize = AtomicUsize::new(1);
     let name = format!("chromium-{}", COUNT.fetch_add(1, Ordering::Relaxed));
@@ -48,10 +49,17 @@ pub(crate) fn dom(bed: &Bed, proxy: &str, url: &str) -> Result<String, Failed> {
     command.arg(format!("--user-data-dir={}", profile.display())).arg(format!("--proxy-server={proxy}"));
     command.args(["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", "--virtual-time-budget=15000"]);
     command.args(["--dump-dom", url]);
-    let mut browser = Process::start(command, &name, &bed.folder, false)?.transient();
+    let mut browser = Process::start(command, &name, &bed.folder, false)?.transient(&bed.hosts.client);
     let ended = browser.wait(LIMIT);
     let log = browser.log();
     drop(browser);
-    ended.map_err(|why| format!("{}\n{}", why.message().unwrap_or(""), tail(&log)))?;
-    Ok(fs::read_to_string(page)?)
+    let status = ended.map_err(|why| format!("{}\n{}", why.message().unwrap_or(""), tail(&log)))?;
+    let document = fs::read_to_string(page)?;
+    if status.success() && document.contains("</html>") {
+        return Ok(document);
+    }
+    if let Some((_, why)) = log.split_once("Page load failed: net::") {
+        return Ok(why.lines().next().unwrap_or(why).to_owned());
+    }
+    Err(format!("chromium ended with {status} and {} bytes\n{}", document.len(), tail(&log)).into())
 }

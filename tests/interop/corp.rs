@@ -12,7 +12,7 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 
 use crate::namespace::Namespace;
-use crate::process::Process;
+use crate::process::{Process, queries};
 
 /// The LAN's resolver and what answers there.
 pub(crate) struct Corp {
@@ -56,8 +56,7 @@ impl Corp {
 
     /// The queries that dnsmasq has logged for a name.
     pub(crate) fn queries(&self, name: &str) -> usize {
-        let wanted = format!("] {name} from");
-        self.resolver.log().lines().filter(|line| line.contains("query[") && line.contains(&wanted)).count()
+        queries(&self.resolver, name)
     }
 }
 

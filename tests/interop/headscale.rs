@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use libtest_mimic::Failed;
 use serde_json::Value;
@@ -87,14 +87,20 @@ impl Headscale {
         self.process.end();
     }
 
-    /// Starts it again after [`Headscale::stop`].
+    /// Starts it again after [`Headscale::stop`], and waits until the bed's peers are back: a router
+    /// that is not has no routes.
     ///
     /// # Errors
-    /// When it does not listen within ten seconds.
+    /// When it does not listen soon, or a peer does not come back.
     pub(crate) fn resume(&mut self, wan: &Namespace) -> Result<(), Failed> {
         let command = serve(&self.program, &self.config, wan);
         self.process = Process::start(command, "headscale", &self.folder, false)?;
-        await_listener(wan, &mut self.process)
+        await_listener(wan, &mut self.process)?;
+        until(Duration::from_secs(30), "the bed's peers to come back", || {
+            let nodes = self.nodes()?;
+            let online = |name| nodes.iter().any(|node| node["given_name"] == name && node["online"] == true);
+            Ok((online("web") && online("router")).then_some(()))
+        })
     }
 
     /// Runs `headscale ARGS` against the server; its JSON answer.
@@ -131,6 +137,19 @@ impl Headscale {
     /// What the command complained of.
     pub(crate) fn revoke(&self, key: &Key) -> Result<(), Failed> {
         self.cli(&["preauthkeys", "expire", "-i", &key.id]).map(drop)
+    }
+
+    /// Whether a key's expiry, as the server lists it, has passed.
+    ///
+    /// # Errors
+    /// What the command complained of, or when the key is not listed.
+    pub(crate) fn has_expired(&self, key: &Key) -> Result<bool, Failed> {
+        let listed = self.cli(&["preauthkeys", "list"])?;
+        let id = |entry: &Value| entry["id"].as_str().map_or_else(|| entry["id"].to_string(), str::to_owned);
+        let entry = listed.as_array().into_iter().flatten().find(|entry| id(entry) == key.id);
+        let seconds = entry.and_then(|entry| entry["expiration"]["seconds"].as_u64());
+        let seconds = seconds.ok_or_else(|| format!("no expiry of key {} at headscale", key.id))?;
+        Ok(UNIX_EPOCH.elapsed()?.as_secs() > seconds)
     }
 
     /// Puts a policy in force.
@@ -225,6 +244,8 @@ fn configuration(folder: &Path, tls: &Identity, regions: &Path) -> Value {
             "urls": [], "paths": [regions], "auto_update_enabled": false,
         },
         "disable_check_updates": true,
+        // Its half a second would be waited for at each of a hundred joins, and says nothing about us.
+        "tuning": {"node_store_batch_timeout": "20ms"},
         "node": {
             "expiry": 0,
             "ephemeral": {"inactivity_timeout": "66s"},

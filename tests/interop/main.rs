@@ -1,8 +1,9 @@
 //! tailcar against programs that nobody here wrote: headscale, tailscaled, derper, dnsmasq, Chromium.
 //!
 //! One bed of network namespaces serves all scenarios, one after the other: they change what is
-//! shared (policy, routes, outages) and count every packet that leaves. Without root or without the
-//! peers' programs nothing runs, and the summary says so; with `CI=true` that is a failure.
+//! shared (policy, routes, outages) and count every packet that leaves. A few that mostly wait run
+//! beside them, each on a host of its own. Without root or without the peers' programs nothing runs,
+//! and the summary says so; with `CI=true` that is a failure.
 
 mod authority;
 mod bed;
@@ -24,7 +25,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
@@ -38,6 +39,9 @@ type SharedBed = OnceLock<Result<Arc<Bed>, String>>;
 
 /// The bed, for the end: nothing may be left behind on any way out.
 static BED: SharedBed = OnceLock::new();
+
+/// The hosts that a scenario is running on.
+static BUSY: (Mutex<Vec<String>>, Condvar) = (Mutex::new(Vec::new()), Condvar::new());
 
 fn main() -> ExitCode {
     let mut arguments: Vec<_> = std::env::args_os().collect();
@@ -55,9 +59,9 @@ fn main() -> ExitCode {
         return demo::run(&peers, arguments.split_off(2));
     }
     let mut arguments = Arguments::from_iter(arguments);
-    arguments.test_threads = Some(1);
+    arguments.test_threads = Some(scenarios::AT_ONCE);
     let failures = Arc::new(Mutex::new(0_u32));
-    let trials = scenarios::all().into_iter().map(|scenario| trial(scenario, &peers, &failures)).collect();
+    let trials = scenarios::all().map(|scenario| trial(scenario, &peers, &failures)).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     let failed = *failures.lock().unwrap_or_else(PoisonError::into_inner);
     take_down(failed > 0);
@@ -82,9 +86,8 @@ fn missing(peers: &Path) -> Option<String> {
     if let Some(program) = programs.iter().find(|program| !peers.join(program).exists()) {
         return Some(format!("{program} is not built; tests/run builds it"));
     }
-    let tools = ["ip", "nft", "dnsmasq", "curl"];
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = |tool: &&str| std::env::split_paths(&path).any(|folder| folder.join(tool).exists());
+    let tools = ["ip", "tc", "ss", "nft", "dnsmasq", "curl", "chromium", "getent"];
+    let found = |tool: &&str| std::env::split_paths(namespace::PATH).any(|folder| folder.join(tool).exists());
     tools.iter().find(|tool| !found(tool)).map(|tool| format!("{tool} is not installed"))
 }
 
@@ -98,20 +101,51 @@ fn trial(scenario: Scenario, peers: &Path, failures: &Arc<Mutex<u32>>) -> Trial 
             say(&format!("bed up in {:.1} s", start.elapsed().as_secs_f32()));
             bed.map(Arc::new)
         });
-        let start = Instant::now();
-        let result = bed.clone().map_err(Failed::from).and_then(|bed| bounded(&scenario, &bed));
-        say(&format!("{:>6.1} s  {}", start.elapsed().as_secs_f32(), scenario.name));
+        let result = bed.clone().map_err(Failed::from).and_then(|bed| in_turn(&scenario, &bed));
         if let Err(why) = &result {
-            say(&format!("         {}", why.message().unwrap_or("failed").replace('\n', "\n         ")));
+            say(&format!("{}: {}", scenario.name, why.message().unwrap_or("failed").replace('\n', "\n         ")));
             *failures.lock().unwrap_or_else(PoisonError::into_inner) += 1;
         }
         result
     })
 }
 
+/// Runs a scenario when its host is free, and tells how long it took.
+fn in_turn(scenario: &Scenario, bed: &Arc<Bed>) -> Result<(), Failed> {
+    let _turn = Turn::take((scenario.host)(&bed.hosts).name());
+    let start = Instant::now();
+    let result = bounded(scenario, bed);
+    say(&format!("{:>6.1} s  {}", start.elapsed().as_secs_f32(), scenario.name));
+    result
+}
+
+/// The right to be the only scenario on a host. Given back when dropped.
+struct Turn(String);
+
+impl Turn {
+    /// Waits for the scenario on the host to end. Every scenario has a limit, and so has this.
+    fn take(host: &str) -> Self {
+        let (busy, given_back) = &BUSY;
+        let busy = busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = |busy: &mut Vec<String>| busy.iter().any(|other| other == host);
+        let mut busy = given_back.wait_while(busy, taken).unwrap_or_else(PoisonError::into_inner);
+        busy.push(host.to_owned());
+        Self(host.to_owned())
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let (busy, given_back) = &BUSY;
+        busy.lock().unwrap_or_else(PoisonError::into_inner).retain(|host| *host != self.0);
+        given_back.notify_all();
+    }
+}
+
 /// Runs a scenario within its deadline, and its leak check after it.
 fn bounded(scenario: &Scenario, bed: &Arc<Bed>) -> Result<(), Failed> {
-    leak::reset(&bed.hosts.client)?;
+    let host = (scenario.host)(&bed.hosts);
+    leak::reset(host)?;
     let (sender, receiver) = channel();
     let worker = thread::Builder::new().name(scenario.name.to_owned()).spawn({
         let (bed, run) = (Arc::clone(bed), scenario.run);
@@ -121,7 +155,7 @@ fn bounded(scenario: &Scenario, bed: &Arc<Bed>) -> Result<(), Failed> {
         Ok(result) => result,
         Err(RecvTimeoutError::Disconnected) => Err("it panicked".into()),
         Err(RecvTimeoutError::Timeout) => {
-            process::end_transient();
+            process::end_transient(host);
             let last = receiver.recv_timeout(RESTORE);
             let stuck = if last.is_err() { "; it has not ended since" } else { "" };
             return Err(format!("not done within {:?}{stuck}", scenario.limit).into());
@@ -130,7 +164,7 @@ fn bounded(scenario: &Scenario, bed: &Arc<Bed>) -> Result<(), Failed> {
     drop(worker.join());
     result?;
     match scenario.leaks {
-        Leaks::None => leak::check(&bed.hosts.client),
+        Leaks::None => leak::check(host),
         Leaks::Unchecked => Ok(()),
     }
 }

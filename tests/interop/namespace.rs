@@ -18,6 +18,9 @@ const PREFIX: &str = "tcbed";
 const NETNS: &str = "/run/netns";
 const ETC: &str = "/etc/netns";
 
+/// Where programs inside are looked for.
+pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// One host of the bed. Dropping it removes it; its processes must be gone by then.
 #[derive(Debug)]
 pub(crate) struct Namespace {
@@ -59,7 +62,7 @@ impl Namespace {
     pub(crate) fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.name]).arg(program.as_ref());
-        command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        command.env_clear().env("PATH", PATH);
         command.stdin(Stdio::null());
         command
     }

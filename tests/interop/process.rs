@@ -1,7 +1,8 @@
 //! The bed's processes: started with a log file each, awaited with a deadline, ended by pid.
 //!
 //! Every process leads its own group, so that a browser's children go with it and a Ctrl-C at the
-//! terminal reaches only the test process, which then ends them itself in order.
+//! terminal reaches only the test process, which then ends them itself in order. An end is first only
+//! looked at: until `Process::end` reaps the leader, its id is nobody else's and may be signalled.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,16 +13,23 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
 
-/// Group leaders that are alive, for the exits that skip `Drop`.
-static ALIVE: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+use crate::namespace::Namespace;
 
-/// Those among them that belong to one scenario.
-static TRANSIENT: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+/// Group leaders that are not reaped, for the exits that skip `Drop`.
+static UNREAPED: Mutex<Vec<Leader>> = Mutex::new(Vec::new());
 
 /// How often an awaited condition is looked at.
 const LOOK: Duration = Duration::from_millis(20);
+
+/// The first process of a group, which has its id.
+#[derive(Debug)]
+struct Leader {
+    id: u32,
+    /// The namespace of the scenario that it ends with; empty when it outlives scenarios.
+    host: String,
+}
 
 /// A running program and where its output goes. Dropping it kills its group.
 #[derive(Debug)]
@@ -30,6 +38,7 @@ pub(crate) struct Process {
     name: String,
     log: PathBuf,
     ended: Option<ExitStatus>,
+    reaped: bool,
 }
 
 impl Process {
@@ -48,13 +57,15 @@ impl Process {
         }
         command.stderr(file).process_group(0);
         let child = command.spawn().map_err(|error| io::Error::other(format!("{name}: {error}")))?;
-        locked(&ALIVE).push(child.id());
-        Ok(Self { child, name: name.to_owned(), log, ended: None })
+        locked(&UNREAPED).push(Leader { id: child.id(), host: String::new() });
+        Ok(Self { child, name: name.to_owned(), log, ended: None, reaped: false })
     }
 
-    /// Marks it as one that ends with its scenario, in time or not.
-    pub(crate) fn transient(self) -> Self {
-        locked(&TRANSIENT).push(self.child.id());
+    /// Marks it as one that ends with the scenario of `host`, in time or not.
+    pub(crate) fn transient(self, host: &Namespace) -> Self {
+        if let Some(leader) = locked(&UNREAPED).iter_mut().find(|leader| leader.id == self.child.id()) {
+            host.name().clone_into(&mut leader.host);
+        }
         self
     }
 
@@ -75,20 +86,29 @@ impl Process {
 
     /// Sends it a signal; one that is gone already is no error.
     pub(crate) fn signal(&self, signal: Signal) {
-        if self.ended.is_none()
+        if !self.reaped
             && let Some(pid) = pid(self.child.id())
         {
             let _ = kill_process(pid, signal);
         }
     }
 
-    /// Its exit status, once it has ended by itself.
+    /// Its exit status, once it has ended by itself. It stays unreaped.
     ///
     /// # Errors
     /// Those of waiting for a child.
     pub(crate) fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
-        if self.ended.is_none() {
-            self.ended = self.child.try_wait()?;
+        use std::os::unix::process::ExitStatusExt as _;
+        if self.ended.is_none()
+            && let Some(pid) = pid(self.child.id())
+        {
+            let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+            let status = waitid(WaitId::Pid(pid), look)?;
+            // Source: wait(2) as Linux encodes it: the code in the second octet, a signal in the first.
+            let code = |status: rustix::process::WaitIdStatus| {
+                status.exit_status().map(|code| code << 8).or(status.terminating_signal())
+            };
+            self.ended = status.and_then(code).map(ExitStatus::from_raw);
         }
         Ok(self.ended)
     }
@@ -121,14 +141,15 @@ impl Process {
 
     /// Kills it with its group and reaps it.
     pub(crate) fn end(&mut self) {
+        if self.reaped {
+            return;
+        }
         let id = self.child.id();
-        if let Some(group) = pid(id) {
-            let _ = kill_process_group(group, Signal::KILL);
-        }
+        // Before it is reaped: what is in the list may be signalled at any time.
+        locked(&UNREAPED).retain(|leader| leader.id != id);
+        kill_group(id);
         drop(self.child.wait());
-        for list in [&ALIVE, &TRANSIENT] {
-            locked(list).retain(|other| *other != id);
-        }
+        self.reaped = true;
     }
 }
 
@@ -138,21 +159,19 @@ impl Drop for Process {
     }
 }
 
-/// Kills every group that is still alive.
+/// Kills every group that is still there.
 pub(crate) fn end_all() {
-    end_listed(&ALIVE);
+    locked(&UNREAPED).iter().for_each(|leader| kill_group(leader.id));
 }
 
-/// Kills the groups of the scenario that has run out of time, so that what waits for them goes on.
-pub(crate) fn end_transient() {
-    end_listed(&TRANSIENT);
+/// Kills the groups of a host's scenario that has run out of time, so that what waits for them goes on.
+pub(crate) fn end_transient(host: &Namespace) {
+    locked(&UNREAPED).iter().filter(|leader| leader.host == host.name()).for_each(|leader| kill_group(leader.id));
 }
 
-fn end_listed(list: &Mutex<Vec<u32>>) {
-    for id in locked(list).drain(..) {
-        if let Some(group) = pid(id) {
-            let _ = kill_process_group(group, Signal::KILL);
-        }
+fn kill_group(id: u32) {
+    if let Some(group) = pid(id) {
+        let _ = kill_process_group(group, Signal::KILL);
     }
 }
 
@@ -175,6 +194,12 @@ pub(crate) fn until<T>(
         }
         thread::sleep(LOOK);
     }
+}
+
+/// How often dnsmasq's log has it that a name was asked for, whatever the type.
+pub(crate) fn queries(dnsmasq: &Process, name: &str) -> usize {
+    let wanted = format!("] {name} from");
+    dnsmasq.log().lines().filter(|line| line.contains("query[") && line.contains(&wanted)).count()
 }
 
 /// Runs a short command to its end; its stdout.
@@ -201,6 +226,6 @@ fn pid(id: u32) -> Option<Pid> {
     i32::try_from(id).ok().and_then(Pid::from_raw)
 }
 
-fn locked(list: &Mutex<Vec<u32>>) -> MutexGuard<'_, Vec<u32>> {
+fn locked(list: &Mutex<Vec<Leader>>) -> MutexGuard<'_, Vec<Leader>> {
     list.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -19,6 +19,7 @@ use serde_json::Value;
 use crate::bed::Bed;
 use crate::client::{self, Response};
 use crate::headscale::CONTROL;
+use crate::namespace::Namespace;
 use crate::process::{Process, tail};
 
 /// How long a join may take on a loaded machine.
@@ -32,8 +33,9 @@ pub(crate) fn program() -> PathBuf {
 /// A start that is being put together.
 pub(crate) struct Launch<'a> {
     bed: &'a Bed,
+    host: &'a Namespace,
     hostname: String,
-    command: Command,
+    environment: Vec<(String, String)>,
     control: String,
     secret: Option<String>,
     trust: bool,
@@ -44,7 +46,7 @@ pub(crate) struct Launch<'a> {
 
 /// A tailcar that was started.
 pub(crate) struct Sidecar<'a> {
-    bed: &'a Bed,
+    host: &'a Namespace,
     /// The hostname that it asked for, unique in the bed.
     pub(crate) hostname: String,
     pub(crate) process: Process,
@@ -66,12 +68,11 @@ impl<'a> Launch<'a> {
     pub(crate) fn new(bed: &'a Bed) -> Self {
         static COUNT: AtomicUsize = AtomicUsize::new(1);
         let hostname = format!("tailcar-{}", COUNT.fetch_add(1, Ordering::Relaxed));
-        let mut command = bed.hosts.client.command(program());
-        command.env("HOME", &bed.folder);
         Self {
             bed,
+            host: &bed.hosts.client,
             hostname,
-            command,
+            environment: Vec::new(),
             control: format!("https://{CONTROL}"),
             secret: Some(bed.key.secret.clone()),
             trust: true,
@@ -79,6 +80,12 @@ impl<'a> Launch<'a> {
             verb: "run",
             extra: Vec::new(),
         }
+    }
+
+    /// On another host than `client`.
+    pub(crate) fn on(mut self, host: &'a Namespace) -> Self {
+        self.host = host;
+        self
     }
 
     /// Another key; it goes in by a file.
@@ -119,7 +126,7 @@ impl<'a> Launch<'a> {
 
     /// A variable of its environment.
     pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
-        self.command.env(name, value);
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -139,26 +146,9 @@ impl<'a> Launch<'a> {
     ///
     /// # Errors
     /// Those of writing the key and of starting.
-    pub(crate) fn start(mut self) -> Result<Sidecar<'a>, Failed> {
-        self.command.arg(self.verb).args(["--login-server", &self.control, "--hostname", &self.hostname]);
-        self.command.args(["--output", "json", "--log-level", "debug"]);
-        if !self.extra.iter().any(|arg| arg.starts_with("--listen") || arg.starts_with("--socks5-server")) {
-            self.command.args(["--listen", "127.0.0.1:0"]);
-        }
-        if self.trust {
-            self.command.arg("--ca-file").arg(&self.bed.authority);
-        }
-        if let Some(secret) = &self.secret {
-            let file = self.bed.folder.join(format!("{}.key", self.hostname));
-            fs::write(&file, secret)?;
-            fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
-            self.command.arg("--auth-key").arg(format!("file:{}", file.display()));
-        }
-        self.command.args(&self.extra);
-        if self.stdin {
-            self.command.stdin(Stdio::piped());
-        }
-        let mut process = Process::start(self.command, &self.hostname, &self.bed.folder, true)?.transient();
+    pub(crate) fn start(self) -> Result<Sidecar<'a>, Failed> {
+        let command = self.command()?;
+        let mut process = Process::start(command, &self.hostname, &self.bed.folder, true)?.transient(self.host);
         let (sender, lines) = channel();
         let stdout = process.child().stdout.take().ok_or("stdout was not piped")?;
         thread::spawn(move || {
@@ -168,7 +158,32 @@ impl<'a> Launch<'a> {
                 }
             }
         });
-        Ok(Sidecar { bed: self.bed, hostname: self.hostname, process, lines: Mutex::new(lines), ready: Value::Null })
+        Ok(Sidecar { host: self.host, hostname: self.hostname, process, lines: Mutex::new(lines), ready: Value::Null })
+    }
+
+    /// What was put together, as a command inside the host.
+    fn command(&self) -> Result<Command, Failed> {
+        let mut command = self.host.command(program());
+        command.env("HOME", &self.bed.folder).envs(self.environment.iter().cloned());
+        command.arg(self.verb).args(["--login-server", &self.control, "--hostname", &self.hostname]);
+        command.args(["--output", "json", "--log-level", "debug"]);
+        if !self.extra.iter().any(|arg| arg.starts_with("--listen") || arg.starts_with("--socks5-server")) {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
+        if self.trust {
+            command.arg("--ca-file").arg(&self.bed.authority);
+        }
+        if let Some(secret) = &self.secret {
+            let file = self.bed.folder.join(format!("{}.key", self.hostname));
+            fs::write(&file, secret)?;
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
+            command.arg("--auth-key").arg(format!("file:{}", file.display()));
+        }
+        command.args(&self.extra);
+        if self.stdin {
+            command.stdin(Stdio::piped());
+        }
+        Ok(command)
     }
 
     /// Starts it and waits until it is ready.
@@ -246,7 +261,7 @@ impl Sidecar<'_> {
     /// # Errors
     /// When it does not accept.
     pub(crate) fn connect(&self) -> Result<std::net::TcpStream, Failed> {
-        client::connect(&self.bed.hosts.client, self.listener()?)
+        client::connect(self.host, self.listener()?)
     }
 
     /// Asks for `host:port` by SOCKS5: the reply code and the stream.

@@ -22,14 +22,22 @@ pub(crate) fn chromium_loads_a_page_with_everything_on_it(bed: &Bed) -> Result<(
     Ok(())
 }
 
-/// A page that is not in the tailnet shows nothing but the browser's own error.
+/// A page that is not in the tailnet is asked of the sidecar, which refuses it as public: an error, or our page.
 pub(crate) fn chromium_gets_no_page_that_is_public(bed: &Bed) -> Result<(), Failed> {
     let sidecar = Launch::new(bed).ready()?;
     let listener = sidecar.listener()?;
-    for scheme in ["socks5", "http"] {
+    let refusals = || {
+        let log = sidecar.process.log();
+        log.lines().filter(|line| line.contains("code=1901") && line.contains("public.example")).count()
+    };
+    for (scheme, expected) in [("socks5", "ERR_SOCKS_CONNECTION_FAILED"), ("http", "TC-1901")] {
+        let before = refusals();
         let dom = chromium::dom(bed, &format!("{scheme}://{listener}"), "http://public.example/")?;
-        if dom.contains("tailcar site") {
-            return Err(format!("the trap's page by {scheme}: {dom}").into());
+        if !dom.contains(expected) {
+            return Err(format!("by {scheme} came {dom}").into());
+        }
+        if refusals() == before {
+            return Err(format!("by {scheme} the sidecar was not asked: {dom}").into());
         }
     }
     Ok(())

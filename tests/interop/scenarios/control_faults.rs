@@ -190,9 +190,11 @@ pub(crate) fn constant_resets_do_not_make_a_busy_loop(bed: &Bed) -> Result<(), F
 /// A server that is there and says nothing: the stream is given up after two minutes, not before
 /// the server's next keep-alive could have come.
 pub(crate) fn a_silent_map_stream_is_given_up(bed: &Bed) -> Result<(), Failed> {
-    let mut control = TestControl::start(bed)?;
+    const PEER: &str = "tb-patient";
+    let host = &bed.hosts.silent;
+    let mut control = TestControl::start_for(bed, host, "10.99.0.3")?;
     let _peer = control.peer(bed, PEER)?;
-    let sidecar = control.launch(bed).ready()?;
+    let sidecar = control.launch(bed).on(host).ready()?;
     let since = control.now()?;
     control.arm(json!({ "kind": "silent", "node": sidecar.hostname }))?;
     control.cut(&sidecar.hostname)?;
@@ -203,6 +205,29 @@ pub(crate) fn a_silent_map_stream_is_given_up(bed: &Bed) -> Result<(), Failed> {
         return Err(format!("given up after {seconds:.0} s ({:?})", silent.fault).into());
     }
     sidecar.page(PEER, "web")
+}
+
+/// A DERP server is who its pin says, or nobody: with another pin the only region cannot be home.
+pub(crate) fn a_relay_with_another_pin_is_refused(bed: &Bed) -> Result<(), Failed> {
+    let mut control = TestControl::start(bed)?;
+    let mut map = control.ask("derp_map", json!({}))?;
+    let regions = map["Regions"].as_object_mut().ok_or("no regions")?;
+    regions.remove("1");
+    let pin = map["Regions"]["2"]["Nodes"][0]["CertName"].as_str().unwrap_or("").to_owned();
+    let hash = pin.strip_prefix("sha256-raw:").ok_or_else(|| format!("region 2 has the pin {pin:?}"))?;
+    let other: String = hash.chars().map(|digit| if digit == '0' { '1' } else { '0' }).collect();
+
+    map["Regions"]["2"]["Nodes"][0]["CertName"] = format!("sha256-raw:{other}").into();
+    control.ask("derp_map", json!({ "map": map }))?;
+    let outcome = control.launch(bed).args(&["--join-timeout", "4s"]).outcome(Duration::from_secs(15))?;
+    outcome.expect(75, "TC-1301")?;
+    if outcome.log.contains("derp connected") {
+        return Err(format!("connected in spite of the pin\n{}", outcome.log).into());
+    }
+    map["Regions"]["2"]["Nodes"][0]["CertName"] = pin.into();
+    control.ask("derp_map", json!({ "map": map }))?;
+    let mut sidecar = control.launch(bed).ready()?;
+    sidecar.process.says("derp connected region=2", SOON).map(drop)
 }
 
 /// Registered, but never told who is there: the join ends in time and says why.

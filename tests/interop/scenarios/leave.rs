@@ -1,5 +1,7 @@
 //! Leaving: whatever ends the run, the node is gone at once, and no outage can hold the exit up.
 
+use std::ops::Range;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
@@ -11,6 +13,9 @@ use crate::sidecar::{Launch, Sidecar};
 
 /// How long headscale may list a node after its process has ended.
 const GONE: Duration = Duration::from_secs(2);
+
+/// How long headscale may list one that was killed: thrice its own 66 seconds.
+const FORGOTTEN: Duration = Duration::from_secs(200);
 
 fn ends_clean(bed: &Bed, mut sidecar: Sidecar<'_>, how: &str) -> Result<(), Failed> {
     let status = sidecar.process.wait(Duration::from_secs(10))?;
@@ -90,41 +95,71 @@ pub(crate) fn exec_tells_a_missing_command_from_a_wrong_one(bed: &Bed) -> Result
     Ok(())
 }
 
-/// With control down the exit is prompt, says that the logout is unconfirmed, and is 80 only when asked.
+/// Without control the end is unconfirmed, says so, and is 80 only when asked; at once when control refuses.
 pub(crate) fn an_unreachable_control_bounds_the_logout(bed: &Bed) -> Result<(), Failed> {
-    let lenient = Launch::new(bed).args(&["--logout-timeout", "1s"]).ready()?;
-    let strict = Launch::new(bed).args(&["--logout-timeout", "1s", "--strict-logout"]).ready()?;
+    let launch = |flags: &[&str]| Launch::new(bed).args(&["--logout-timeout", "1s"]).args(flags).ready();
+    let (frozen, strict, refused) = (launch(&[])?, launch(&["--strict-logout"])?, launch(&[])?);
+    let (second, seconds) = (Duration::from_secs(1), Duration::from_secs(3));
+    {
+        let headscale = bed.headscale();
+        headscale.process.signal(Signal::STOP);
+        let result = unconfirmed(frozen, 0, second..seconds).and_then(|()| unconfirmed(strict, 80, second..seconds));
+        headscale.process.signal(Signal::CONT);
+        result?;
+    }
     bed.headscale().stop();
-    let result = [(lenient, 0), (strict, 80)].into_iter().try_for_each(|(mut sidecar, code)| {
-        let start = Instant::now();
-        let status = sidecar.terminate()?;
-        let took = start.elapsed();
-        let log = sidecar.process.log();
-        if status.code() != Some(code) || took > Duration::from_secs(3) {
-            return Err(Failed::from(format!("ended with {status} after {took:?}\n{}", tail(&log))));
-        }
-        match log.to_lowercase().contains("logout") {
-            true => Ok(()),
-            false => Err("nothing said about the logout".into()),
-        }
-    });
+    let result = unconfirmed(refused, 0, Duration::ZERO..seconds);
     bed.headscale().resume(&bed.hosts.wan)?;
     result
 }
 
-/// A second signal ends it at once, whatever it was waiting for.
+/// Holds a SIGTERM to an exit status, to how long that takes, and to a word about the logout.
+fn unconfirmed(mut sidecar: Sidecar<'_>, code: i32, bounds: Range<Duration>) -> Result<(), Failed> {
+    let start = Instant::now();
+    let status = sidecar.terminate()?;
+    let took = start.elapsed();
+    let log = sidecar.process.log();
+    if status.code() == Some(code) && bounds.contains(&took) && log.contains("TC-2006") {
+        return Ok(());
+    }
+    Err(format!("ended with {status} after {took:?}\n{}", tail(&log)).into())
+}
+
+/// A second signal ends it at once, in the middle of a logout that control does not answer.
 pub(crate) fn a_second_signal_ends_it_at_once(bed: &Bed) -> Result<(), Failed> {
-    let mut sidecar = Launch::new(bed).args(&["--logout-timeout", "20s"]).ready()?;
-    bed.headscale().stop();
+    let marker = bed.folder.join("second.ready");
+    let flags = ["--logout-timeout", "20s", "--ready-file", &marker.to_string_lossy()];
+    let mut sidecar = Launch::new(bed).args(&flags).ready()?;
+    let headscale = bed.headscale();
+    headscale.process.signal(Signal::STOP);
     sidecar.process.signal(Signal::TERM);
-    std::thread::sleep(Duration::from_millis(500));
+    // The ready file is gone as soon as the run is leaving.
+    let leaving = until(Duration::from_secs(5), "the end to begin", || Ok((!marker.exists()).then_some(())));
+    let lasts = sidecar.process.ended()?.is_none();
     let start = Instant::now();
     sidecar.process.signal(Signal::TERM);
     let status = sidecar.process.wait(Duration::from_secs(5));
-    bed.headscale().resume(&bed.hosts.wan)?;
-    status?;
-    match start.elapsed() < Duration::from_secs(1) {
-        true => Ok(()),
-        false => Err(format!("the second signal took {:?}", start.elapsed()).into()),
+    let took = start.elapsed();
+    headscale.process.signal(Signal::CONT);
+    leaving?;
+    match (lasts, status?.code(), took < Duration::from_secs(1)) {
+        (true, Some(143), true) => Ok(()),
+        (_, code, _) => Err(format!("lasted: {lasts}; the second signal took {took:?}, exit {code:?}").into()),
     }
+}
+
+/// Killed, nothing can log out: the server forgets the node by itself.
+pub(crate) fn a_killed_run_is_forgotten_by_the_server(bed: &Bed) -> Result<(), Failed> {
+    let mut sidecar = Launch::new(bed).on(&bed.hosts.killed).ready()?;
+    sidecar.page("web", "web")?;
+    sidecar.process.signal(Signal::KILL);
+    sidecar.process.wait(Duration::from_secs(5))?;
+    if bed.headscale().node(&sidecar.hostname)?.is_none() {
+        return Err("forgotten at once: it was no kill, or the key not ephemeral".into());
+    }
+    // Other scenarios stop the server for a while, which begins the node's time anew.
+    until(FORGOTTEN, "headscale to forget the node", || {
+        thread::sleep(Duration::from_secs(1));
+        Ok(bed.headscale().node(&sidecar.hostname).ok().filter(Option::is_none).map(drop))
+    })
 }

@@ -20,7 +20,8 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 
 use crate::LIMIT;
-use crate::bed::Bed;
+use crate::bed::{Bed, Hosts};
+use crate::namespace::Namespace;
 
 /// What a scenario's end says about packets that left the sidecar's namespace.
 #[derive(Debug, Clone, Copy)]
@@ -38,12 +39,14 @@ pub(crate) struct Scenario {
     /// When it has failed for taking too long.
     pub(crate) limit: Duration,
     pub(crate) leaks: Leaks,
+    /// The host whose packets are watched. The scenarios of one host run one after the other.
+    pub(crate) host: fn(&Hosts) -> &Namespace,
 }
 
 impl Scenario {
     /// A scenario with the usual limit, that may leak nothing.
     const fn new(name: &'static str, run: fn(&Bed) -> Result<(), Failed>) -> Self {
-        Self { name, run, limit: LIMIT, leaks: Leaks::None }
+        Self { name, run, limit: LIMIT, leaks: Leaks::None, host: |hosts| &hosts.client }
     }
 
     /// The same, with another limit.
@@ -57,6 +60,12 @@ impl Scenario {
         self.leaks = Leaks::Unchecked;
         self
     }
+
+    /// The same, on a host where no other scenario runs, beside those on `client`.
+    const fn beside(mut self, host: fn(&Hosts) -> &Namespace) -> Self {
+        self.host = host;
+        self
+    }
 }
 
 /// Names a function's scenario by its path: `subject::sentence`.
@@ -66,85 +75,135 @@ macro_rules! scenario {
     };
 }
 
-/// All of them, in the order in which they run.
-pub(crate) fn all() -> Vec<Scenario> {
-    vec![
-        scenario!(control_group::a_real_client_reaches_the_web_peer_and_the_lan).leaking(),
-        scenario!(join::an_ephemeral_key_becomes_an_online_tagged_node),
-        scenario!(join::a_page_comes_by_socks_by_connect_and_as_a_plain_request),
-        scenario!(join::ready_status_and_pid_files_say_what_stdout_says),
-        scenario!(join::a_taken_hostname_is_renamed_by_the_server_and_both_work),
-        scenario!(join::ten_sidecars_join_with_one_key_at_once),
-        scenario!(leave::signals_log_out),
-        scenario!(leave::the_end_of_stdin_logs_out_when_asked_for),
-        scenario!(leave::exec_passes_the_code_on_and_logs_out),
-        scenario!(leave::exec_passes_signals_both_ways),
-        scenario!(leave::exec_tells_a_missing_command_from_a_wrong_one),
-        scenario!(leave::an_unreachable_control_bounds_the_logout),
-        scenario!(leave::a_second_signal_ends_it_at_once),
-        scenario!(routes::a_lan_behind_the_router_is_reached_by_address),
-        scenario!(routes::a_withdrawn_route_ends_new_connections_with_its_code),
-        scenario!(routes::a_route_whose_router_is_offline_says_so).within(100),
-        scenario!(routes::a_peer_that_never_handshakes_is_told_from_a_silent_host).within(90),
-        scenario!(names::split_dns_names_lead_to_the_lan),
-        scenario!(names::magic_dns_names_lead_to_peers),
-        scenario!(names::a_renamed_peer_is_found_by_its_new_name),
-        scenario!(names::each_failure_to_resolve_has_its_own_answer).within(90),
-        scenario!(keys::keys_that_the_server_refuses_end_the_run),
-        scenario!(keys::a_tag_that_is_not_permitted_ends_the_run),
-        scenario!(keys::a_control_server_that_is_not_there_is_temporary).leaking(),
-        scenario!(keys::an_untrusted_certificate_ends_the_run),
-        scenario!(keys::an_authority_by_the_environment_is_trusted),
-        scenario!(keys::plain_http_to_a_public_name_is_refused),
-        scenario!(keys::a_node_that_is_expired_mid_run_ends_with_that_reason),
-        scenario!(closed::what_would_be_public_is_refused),
-        scenario!(closed::direct_allow_opens_what_it_names_and_no_more).leaking(),
-        scenario!(closed::early_connections_are_held_until_ready_or_answered),
-        scenario!(closed::a_connection_during_the_join_gets_its_page),
-        scenario!(closed::a_control_outage_leaves_connections_alone),
-        scenario!(closed::a_policy_change_closes_what_it_closes),
-        scenario!(closed::nothing_inbound_is_answered),
-        scenario!(conformance::socks_requests_beyond_connect_get_their_reply),
-        scenario!(conformance::what_is_neither_protocol_is_turned_away),
-        scenario!(conformance::socks_does_not_mind_how_bytes_arrive),
-        scenario!(conformance::a_server_that_speaks_first_is_heard),
-        scenario!(conformance::a_connection_carries_many_plain_requests),
-        scenario!(conformance::hop_by_hop_fields_end_at_the_proxy),
-        scenario!(conformance::expect_continue_is_answered_before_the_body),
-        scenario!(conformance::a_websocket_echoes_both_ways_in),
-        scenario!(conformance::bad_heads_are_answered),
-        scenario!(conformance::a_slow_head_is_bounded).within(90),
-        scenario!(conformance::curl_gets_pages_by_every_proxy_scheme),
-        scenario!(conformance::credentials_are_asked_for_when_configured),
-        scenario!(paths::on_one_lan_bytes_go_directly),
-        scenario!(paths::a_relayed_connection_becomes_direct_without_breaking).within(120),
-        scenario!(paths::a_direct_connection_survives_the_loss_of_udp),
-        scenario!(paths::a_peer_homed_in_another_region_is_reached_there),
-        scenario!(ping::headscale_pings_the_node_and_is_answered),
-        scenario!(control_faults::a_map_in_pieces_and_with_unknown_fields_is_understood),
-        scenario!(control_faults::a_map_is_understood_compressed_or_not),
-        scenario!(control_faults::an_early_payload_is_read_over),
-        scenario!(control_faults::a_broken_map_stream_is_opened_again).within(180),
-        scenario!(control_faults::an_oversize_message_is_refused_at_its_length),
-        scenario!(control_faults::constant_resets_do_not_make_a_busy_loop),
-        scenario!(control_faults::a_map_that_never_comes_ends_the_join),
-        scenario!(control_faults::deltas_do_what_whole_maps_would),
-        scenario!(control_faults::patches_change_a_peers_key_and_endpoints),
-        scenario!(control_faults::pings_and_echo_of_control_are_answered),
-        scenario!(control_faults::ping_requests_lead_nowhere_but_to_control),
-        scenario!(control_faults::the_end_is_a_logout_that_control_sees),
-        scenario!(control_faults::a_silent_map_stream_is_given_up).within(200),
-        scenario!(browser::chromium_loads_a_page_with_everything_on_it).within(180),
-        scenario!(browser::chromium_gets_no_page_that_is_public).within(90),
-        scenario!(crowd::two_hundred_connections_at_once_keep_apart),
-        scenario!(crowd::two_thousand_short_connections_leave_room_for_more),
-        scenario!(transfer::the_end_of_one_side_leaves_the_other_open),
-        scenario!(transfer::a_reset_from_afar_is_a_reset_here),
-        scenario!(transfer::a_reset_from_here_is_a_reset_there),
-        scenario!(transfer::a_closed_port_is_refused_by_its_code),
-        scenario!(transfer::a_reader_that_stops_is_waited_for),
-        scenario!(transfer::a_thin_line_is_slow_and_whole),
-        scenario!(transfer::a_gibibyte_arrives_whole).within(180),
-        scenario!(transfer::a_gibibyte_leaves_whole).within(180),
-    ]
+/// Long and quiet; first, so that they are done when the others are.
+const BESIDE: [Scenario; 2] = [
+    scenario!(control_faults::a_silent_map_stream_is_given_up).within(200).beside(|hosts| &hosts.silent),
+    scenario!(leave::a_killed_run_is_forgotten_by_the_server).within(260).beside(|hosts| &hosts.killed),
+];
+
+const CONTROL_GROUP: [Scenario; 1] =
+    [scenario!(control_group::a_real_client_reaches_the_web_peer_and_the_lan).leaking()];
+
+const JOIN: [Scenario; 5] = [
+    scenario!(join::an_ephemeral_key_becomes_an_online_tagged_node),
+    scenario!(join::a_page_comes_by_socks_by_connect_and_as_a_plain_request),
+    scenario!(join::ready_status_and_pid_files_say_what_stdout_says),
+    scenario!(join::a_taken_hostname_is_renamed_by_the_server_and_both_work),
+    scenario!(join::ten_sidecars_join_with_one_key_at_once),
+];
+
+const LEAVE: [Scenario; 7] = [
+    scenario!(leave::signals_log_out),
+    scenario!(leave::the_end_of_stdin_logs_out_when_asked_for),
+    scenario!(leave::exec_passes_the_code_on_and_logs_out),
+    scenario!(leave::exec_passes_signals_both_ways),
+    scenario!(leave::exec_tells_a_missing_command_from_a_wrong_one),
+    scenario!(leave::an_unreachable_control_bounds_the_logout),
+    scenario!(leave::a_second_signal_ends_it_at_once),
+];
+
+const ROUTES: [Scenario; 4] = [
+    scenario!(routes::a_lan_behind_the_router_is_reached_by_address),
+    scenario!(routes::a_withdrawn_route_ends_new_connections_with_its_code),
+    scenario!(routes::a_route_whose_router_is_offline_says_so).within(100),
+    scenario!(routes::a_peer_that_never_handshakes_is_told_from_a_silent_host).within(90),
+];
+
+const NAMES: [Scenario; 5] = [
+    scenario!(names::split_dns_names_lead_to_the_lan),
+    scenario!(names::magic_dns_names_lead_to_peers),
+    scenario!(names::a_renamed_peer_is_found_by_its_new_name),
+    scenario!(names::each_failure_to_resolve_has_its_own_answer).within(90),
+    scenario!(names::a_name_under_a_split_suffix_is_asked_nowhere_else),
+];
+
+const KEYS: [Scenario; 7] = [
+    scenario!(keys::keys_that_the_server_refuses_end_the_run),
+    scenario!(keys::a_tag_that_is_not_permitted_ends_the_run),
+    scenario!(keys::a_control_server_that_is_not_there_is_temporary).leaking(),
+    scenario!(keys::an_untrusted_certificate_ends_the_run),
+    scenario!(keys::an_authority_by_the_environment_is_trusted),
+    scenario!(keys::plain_http_to_a_public_name_is_refused),
+    scenario!(keys::a_node_that_is_expired_mid_run_ends_with_that_reason),
+];
+
+const CLOSED: [Scenario; 7] = [
+    scenario!(closed::what_would_be_public_is_refused),
+    scenario!(closed::direct_allow_opens_what_it_names_and_no_more).leaking(),
+    scenario!(closed::early_connections_are_held_until_ready_or_answered),
+    scenario!(closed::a_connection_during_the_join_gets_its_page),
+    scenario!(closed::a_control_outage_leaves_connections_alone),
+    scenario!(closed::a_policy_change_closes_what_it_closes),
+    scenario!(closed::nothing_inbound_is_answered),
+];
+
+const CONFORMANCE: [Scenario; 12] = [
+    scenario!(conformance::socks_requests_beyond_connect_get_their_reply),
+    scenario!(conformance::what_is_neither_protocol_is_turned_away),
+    scenario!(conformance::socks_does_not_mind_how_bytes_arrive),
+    scenario!(conformance::a_server_that_speaks_first_is_heard),
+    scenario!(conformance::a_connection_carries_many_plain_requests),
+    scenario!(conformance::hop_by_hop_fields_end_at_the_proxy),
+    scenario!(conformance::expect_continue_is_answered_before_the_body),
+    scenario!(conformance::a_websocket_echoes_both_ways_in),
+    scenario!(conformance::bad_heads_are_answered),
+    scenario!(conformance::a_slow_head_is_bounded).within(90),
+    scenario!(conformance::curl_gets_pages_by_every_proxy_scheme),
+    scenario!(conformance::credentials_are_asked_for_when_configured),
+];
+
+const PATHS: [Scenario; 4] = [
+    scenario!(paths::on_one_lan_bytes_go_directly),
+    scenario!(paths::a_relayed_connection_becomes_direct_without_breaking).within(120),
+    scenario!(paths::a_direct_connection_survives_the_loss_of_udp),
+    scenario!(paths::a_peer_homed_in_another_region_is_reached_there),
+];
+
+const PING: [Scenario; 1] = [scenario!(ping::headscale_pings_the_node_and_is_answered)];
+
+const CONTROL_FAULTS: [Scenario; 13] = [
+    scenario!(control_faults::a_map_in_pieces_and_with_unknown_fields_is_understood),
+    scenario!(control_faults::a_map_is_understood_compressed_or_not),
+    scenario!(control_faults::an_early_payload_is_read_over),
+    scenario!(control_faults::a_broken_map_stream_is_opened_again).within(180),
+    scenario!(control_faults::an_oversize_message_is_refused_at_its_length),
+    scenario!(control_faults::constant_resets_do_not_make_a_busy_loop),
+    scenario!(control_faults::a_map_that_never_comes_ends_the_join),
+    scenario!(control_faults::deltas_do_what_whole_maps_would),
+    scenario!(control_faults::patches_change_a_peers_key_and_endpoints),
+    scenario!(control_faults::pings_and_echo_of_control_are_answered),
+    scenario!(control_faults::ping_requests_lead_nowhere_but_to_control),
+    scenario!(control_faults::the_end_is_a_logout_that_control_sees),
+    scenario!(control_faults::a_relay_with_another_pin_is_refused),
+];
+
+const BROWSER: [Scenario; 2] = [
+    scenario!(browser::chromium_loads_a_page_with_everything_on_it).within(180),
+    scenario!(browser::chromium_gets_no_page_that_is_public).within(90),
+];
+
+const CROWD: [Scenario; 2] = [
+    scenario!(crowd::two_hundred_connections_at_once_keep_apart),
+    scenario!(crowd::two_thousand_short_connections_leave_room_for_more),
+];
+
+const TRANSFER: [Scenario; 8] = [
+    scenario!(transfer::the_end_of_one_side_leaves_the_other_open),
+    scenario!(transfer::a_reset_from_afar_is_a_reset_here),
+    scenario!(transfer::a_reset_from_here_is_a_reset_there),
+    scenario!(transfer::a_closed_port_is_refused_by_its_code),
+    scenario!(transfer::a_reader_that_stops_is_waited_for),
+    scenario!(transfer::a_thin_line_is_slow_and_whole),
+    scenario!(transfer::a_gibibyte_arrives_whole).within(180),
+    scenario!(transfer::a_gibibyte_leaves_whole).within(180),
+];
+
+/// How many run at once: one on `client`, and those beside it.
+pub(crate) const AT_ONCE: usize = 1 + BESIDE.len();
+
+/// All of them, in the order in which they begin.
+pub(crate) fn all() -> impl Iterator<Item = Scenario> {
+    let control = CONTROL_GROUP.into_iter().chain(JOIN).chain(LEAVE).chain(ROUTES).chain(NAMES).chain(KEYS);
+    let proxy = CLOSED.into_iter().chain(CONFORMANCE).chain(PATHS).chain(PING).chain(CONTROL_FAULTS);
+    BESIDE.into_iter().chain(control).chain(proxy).chain(BROWSER).chain(CROWD).chain(TRANSFER)
 }

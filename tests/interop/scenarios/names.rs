@@ -1,11 +1,12 @@
 //! Names: each is asked of its own resolver through the tailnet, and each failure has its own answer.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 
 use crate::bed::Bed;
-use crate::process::until;
+use crate::process::{output, until};
 use crate::sidecar::Launch;
 
 /// Split DNS through the router: addresses of one family and of both, aliases, too much for a datagram, a spare resolver.
@@ -73,8 +74,12 @@ pub(crate) fn each_failure_to_resolve_has_its_own_answer(bed: &Bed) -> Result<()
         ("any.silent.test", 4, 504, "dns_timeout"),
     ] {
         let start = Instant::now();
-        let (code, _) = sidecar.socks(name, 80)?;
-        let (response, _) = sidecar.tunnel(&format!("{name}:80"))?;
+        let (code, response) = thread::scope(|scope| {
+            let code = scope.spawn(|| sidecar.socks(name, 80));
+            let (response, _) = sidecar.tunnel(&format!("{name}:80"))?;
+            let (code, _) = code.join().map_err(|_| "a thread panicked")??;
+            Ok::<_, Failed>((code, response))
+        })?;
         response.expect(http, "TC-14").map_err(|why| format!("{name}: {}", why.message().unwrap_or("")))?;
         let status = response.header("proxy-status").unwrap_or("");
         if code != socks || !status.contains(error) {
@@ -88,6 +93,41 @@ pub(crate) fn each_failure_to_resolve_has_its_own_answer(bed: &Bed) -> Result<()
         let (code, _) = sidecar.socks(name, 80)?;
         if !matches!(code, 2..=4) {
             return Err(format!("{name}: SOCKS {code:02}").into());
+        }
+    }
+    Ok(())
+}
+
+/// Whatever its own resolver does, a name under a split suffix is never asked of another.
+pub(crate) fn a_name_under_a_split_suffix_is_asked_nowhere_else(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    let names = ["nowhere.corp.test", "nowhere.failing.test", "nowhere.silent.test", "nowhere.away.test"];
+    thread::scope(|scope| {
+        let asked: Vec<_> = names.iter().map(|name| scope.spawn(|| sidecar.socks(name, 80))).collect();
+        for (name, asked) in names.iter().zip(asked) {
+            let (code, _) = asked.join().map_err(|_| "a thread panicked")??;
+            if code == 0 {
+                return Err(Failed::from(format!("{name} was reached")));
+            }
+        }
+        Ok(())
+    })?;
+    // The trap's log is not blind: a count of none means something.
+    let mut lookup = bed.hosts.web.command("getent");
+    lookup.args(["ahostsv4", "nowhere.example"]);
+    output(lookup)?;
+    until(Duration::from_secs(5), "the trap to say what it was asked", || {
+        Ok((bed.strayed("nowhere.example") > 0).then_some(()))
+    })?;
+    if bed.corp.queries("nowhere.corp.test") == 0 {
+        return Err("the LAN's resolver was not asked for its own name".into());
+    }
+    for name in names {
+        let elsewhere = if name.ends_with(".corp.test") { 0 } else { bed.corp.queries(name) };
+        if bed.strayed(name) + elsewhere > 0 {
+            return Err(
+                format!("{name} was asked {} times of the trap, {elsewhere} of the LAN", bed.strayed(name)).into()
+            );
         }
     }
     Ok(())

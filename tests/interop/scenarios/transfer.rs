@@ -12,7 +12,7 @@ use libtest_mimic::Failed;
 use ring::digest::{Context, SHA256};
 
 use crate::bed::Bed;
-use crate::process::output;
+use crate::process::{output, until};
 use crate::sidecar::{Launch, Sidecar};
 
 const GIBIBYTE: u64 = 1 << 30;
@@ -70,7 +70,7 @@ pub(crate) fn a_reader_that_stops_is_waited_for(bed: &Bed) -> Result<(), Failed>
     let before = resident(&sidecar)?;
     let mut slow = sidecar.dial(LAN, 19)?;
     slow.write_all(format!("{SIZE}\n").as_bytes())?;
-    thread::sleep(Duration::from_secs(4));
+    held_up(bed, 19)?;
     sidecar.page(LAN, "corp")?;
     let grown = resident(&sidecar)?.saturating_sub(before);
     if grown > 32 << 10 {
@@ -81,6 +81,22 @@ pub(crate) fn a_reader_that_stops_is_waited_for(bed: &Bed) -> Result<(), Failed>
         true => Ok(()),
         false => Err(format!("{read} bytes of {SIZE}").into()),
     }
+}
+
+/// Waits until the LAN's site has sent from `port` and for a second has had nothing more acknowledged.
+fn held_up(bed: &Bed, port: u16) -> Result<(), Failed> {
+    let mut last = (0, Instant::now());
+    until(Duration::from_secs(30), "the sender to be held up", || {
+        let mut command = bed.hosts.corp.command("ss");
+        command.args(["-Htni", "sport", "=", &format!(":{port}")]);
+        let listed = output(command)?;
+        let sent = listed.split_whitespace().find_map(|word| word.strip_prefix("bytes_acked:"));
+        let sent: u64 = sent.map_or(Ok(0), str::parse)?;
+        if sent != last.0 {
+            last = (sent, Instant::now());
+        }
+        Ok((sent > 0 && last.1.elapsed() > Duration::from_secs(1)).then_some(()))
+    })
 }
 
 /// The end of our side leaves the other open: all that was sent is echoed, then comes the end.
@@ -138,7 +154,7 @@ pub(crate) fn a_reset_from_here_is_a_reset_there(bed: &Bed) -> Result<(), Failed
     }
     rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO))?;
     drop(stream);
-    crate::process::until(Duration::from_secs(5), "the far end's reset", || Ok((established()? == 0).then_some(())))
+    until(Duration::from_secs(5), "the far end's reset", || Ok((established()? == 0).then_some(())))
 }
 
 /// A closed port refuses at once, by its own code.
