@@ -102,6 +102,9 @@ pub enum Failure {
     /// Our node key's time is over.
     #[error("the node key has expired")]
     KeyExpired,
+    /// The tailnet lock is on, and our key carries no signature.
+    #[error("the tailnet lock is on and this node's key is not signed")]
+    LockedOut,
     /// It does not know this node any more.
     #[error("control no longer knows this node")]
     Deleted,

@@ -194,6 +194,9 @@ impl Task {
                 if netmap.self_node.expired {
                     return Ended::Over(Failure::KeyExpired);
                 }
+                if netmap.locked_out {
+                    return Ended::Over(Failure::LockedOut);
+                }
                 backoff.reset();
                 self.publish(netmap);
             }

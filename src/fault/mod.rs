@@ -203,6 +203,7 @@ impl From<&NodeError> for Fault {
                 JoinStage::Relay => &HOME_DERP,
             },
             NodeError::KeyExpired => &NODE_EXPIRED,
+            NodeError::LockedOut => &LOCKED_OUT,
             NodeError::Deleted => &NODE_DELETED,
             NodeError::Roots(_) => &SETTING_FILE,
             NodeError::Os { .. } => &UNDERLAY_SOCKET,
@@ -254,8 +255,9 @@ impl From<&DialError> for Fault {
             DialError::Refused { .. } => &TCP_REFUSED,
             DialError::Exhausted(Exhausted::Ports { .. }) => &TCP_PORTS,
             DialError::Exhausted(Exhausted::Memory) => &OS_REFUSED,
-            DialError::Direct(DirectError::Silent { .. }) => &TARGET_SILENT,
-            DialError::Direct(DirectError::Refused { .. } | DirectError::Failed { .. }) => &TCP_REFUSED,
+            DialError::Direct(DirectError::Silent { .. }) => &DIRECT_SILENT,
+            DialError::Direct(DirectError::Refused { .. }) => &TCP_REFUSED,
+            DialError::Direct(DirectError::Failed { .. }) => &DIRECT_FAILED,
         };
         Self::new(row, error.to_string())
     }

@@ -161,5 +161,6 @@ fn failed(failure: &Failure) -> NodeError {
         Failure::Register(error) => NodeError::Register(error.clone()),
         Failure::KeyExpired => NodeError::KeyExpired,
         Failure::Deleted => NodeError::Deleted,
+        Failure::LockedOut => NodeError::LockedOut,
     }
 }

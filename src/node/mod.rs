@@ -120,6 +120,9 @@ pub enum NodeError {
     /// The node key's time ended in mid-run.
     #[error("the node's key has expired")]
     KeyExpired,
+    /// The tailnet is locked, and nobody has signed our key: peers will not talk to us.
+    #[error("the tailnet lock is on and this node's key is not signed")]
+    LockedOut,
     /// An administrator, or the server, deleted the node in mid-run.
     #[error("control no longer knows this node")]
     Deleted,

@@ -38,7 +38,8 @@ impl Stream {
     pub async fn splice(self, client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
         match self {
             Self::Tunnel(tunnel) => tunnel.splice(client, early).await,
-            Self::Direct(tcp) => direct::splice(tcp, client, early).await,
+            // Boxed: few go this way, and all others would carry its buffers.
+            Self::Direct(tcp) => Box::pin(direct::splice(tcp, client, early)).await,
         }
     }
 }
