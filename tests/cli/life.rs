@@ -118,11 +118,12 @@ fn the_end_of_standard_input_ends_a_run_that_was_asked_to() {
 }
 
 #[test]
-fn the_lifetime_ends_a_run() {
+fn a_lifetime_that_ends_before_the_node_is_ready_is_a_failure() {
     let waiting = Waiting::start("--max-lifetime 200ms");
     let folder = waiting.folder;
-    assert_eq!(waiting.running.end().code(), 0);
-    assert_eq!(status(&folder.path().join("status"))["reason"], "max-lifetime");
+    assert_eq!(waiting.running.end().code(), 75);
+    let status = status(&folder.path().join("status"));
+    assert_eq!((&status["state"], &status["code"]), (&"failed".into(), &"TC-2001".into()));
 }
 
 #[test]
