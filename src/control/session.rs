@@ -118,7 +118,7 @@ impl Task {
     /// Polls the map until the stream ends, reporting beside it.
     async fn poll_map(&mut self, session: &Session, backoff: &mut Backoff) -> Result<std::convert::Infallible, Ended> {
         let report = self.report.borrow().clone();
-        let response = timeout(WATCHDOG, self.post_map(session, &report, true)).await;
+        let response = timeout(WATCHDOG, self.open_stream(session, &report)).await;
         let silent = |_| ConnectError::Noise { detail: "the map stream did not open".to_owned() };
         let response = response.map_err(silent)??;
         let status = response.status();
@@ -129,11 +129,7 @@ impl Task {
         }
         let updates = Updates {
             session: session.clone(),
-            config: MapRequester {
-                node: self.config.node,
-                disco: self.config.disco,
-                hostinfo: self.config.hostinfo.clone(),
-            },
+            requester: self.requester(),
             report: self.report.clone(),
             accepted: self.out.accepted.clone(),
         };
@@ -221,15 +217,16 @@ impl Task {
         self.out.phase.send_replace(Phase::Online);
     }
 
-    async fn post_map(
+    async fn open_stream(
         &self,
         session: &Session,
         report: &HostReport,
-        stream: bool,
     ) -> Result<hyper::Response<hyper::body::Incoming>, ConnectError> {
-        let requester =
-            MapRequester { node: self.config.node, disco: self.config.disco, hostinfo: self.config.hostinfo.clone() };
-        session.request(Method::POST, "/machine/map", requester.body(report, stream)).await
+        session.request(Method::POST, "/machine/map", self.requester().body(report, true)).await
+    }
+
+    fn requester(&self) -> MapRequester {
+        MapRequester { node: self.config.node, disco: self.config.disco, hostinfo: self.config.hostinfo.clone() }
     }
 }
 
@@ -270,7 +267,7 @@ impl MapRequester {
 /// Tells control of our network: at once, then whenever it changed. One update is under way at a time, the newest wins.
 struct Updates {
     session: Session,
-    config: MapRequester,
+    requester: MapRequester,
     report: watch::Receiver<HostReport>,
     accepted: watch::Sender<HostReport>,
 }
@@ -306,7 +303,7 @@ impl Updates {
     }
 
     async fn send(&self, report: &HostReport) -> Result<(), ConnectError> {
-        let body = self.config.body(report, false);
+        let body = self.requester.body(report, false);
         let response = self.session.request(Method::POST, "/machine/map", body).await?;
         let status = response.status();
         let body = Limited::new(response.into_body(), ERROR_BODY_MAX).collect().await;

@@ -194,8 +194,8 @@ impl Core {
         let (engine, netstack, region) = (&mut self.parts.engine, &mut self.parts.netstack, id.region);
         match event {
             Event::Connected => {
-                self.parts.relays.set_admitted(region, true);
                 engine.handle_derp_connected(region, now);
+                self.parts.relays.set_admitted(region, true, engine.host_state().home);
             }
             Event::Packets(packets) => {
                 for packet in packets {
@@ -207,11 +207,10 @@ impl Core {
             }
             Event::PeerGone(peer, _) => engine.handle_derp_peer_gone(region, peer),
             Event::Lost(_) => {
-                self.parts.relays.set_admitted(region, false);
                 engine.handle_derp_lost(region, now);
+                self.parts.relays.set_admitted(region, false, engine.host_state().home);
             }
         }
-        self.parts.relays.set_home(self.parts.engine.host_state().home);
         self.pump(now);
     }
 
@@ -318,7 +317,7 @@ impl Core {
                 Output::Derp { region, to, packet } => self.send_derp(region, to, packet),
                 Output::ConnectDerp { region, home } => self.connect_region(region, home),
                 Output::CloseDerp { region } => self.parts.relays.close(region),
-                Output::ProbeHttps { region } => self.probe(region, regions::probe_https),
+                Output::ProbeHttps { region } => self.probe(region),
                 Output::ResolveStun { region, host, port } => {
                     let probes = self.parts.probes.clone();
                     self.parts.control.spawn(regions::resolve_stun(region, host, port, probes));
@@ -365,12 +364,9 @@ impl Core {
         Some(regions::relays(self.newest.as_ref()?.derp.regions.get(&region)?))
     }
 
-    fn probe<F: Future<Output = ()> + Send + 'static>(
-        &self,
-        region: RegionId,
-        probe: fn(RegionId, crate::transport::derp::Relay, Underlay, mpsc::Sender<regions::Probed>) -> F,
-    ) {
+    fn probe(&self, region: RegionId) {
         let Some(relay) = self.relays(region).and_then(|relays| relays.into_iter().next()) else { return };
-        self.parts.control.spawn(probe(region, relay, self.parts.underlay.clone(), self.parts.probes.clone()));
+        let (underlay, probes) = (self.parts.underlay.clone(), self.parts.probes.clone());
+        self.parts.control.spawn(regions::probe_https(region, relay, underlay, probes));
     }
 }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tokio::time::{timeout, timeout_at};
 use tracing::info;
 
@@ -18,6 +17,7 @@ use super::tunnel::{ConnectFailure, TunnelStream};
 use super::{Inner, State, Stream, direct};
 use crate::key::NodePublic;
 use crate::netmap::{Netmap, tailnet_range};
+use crate::transport::race::race;
 
 /// How long a peer has to answer that control calls offline: control may be late, but seldom is.
 const OFFLINE_LIMIT: Duration = Duration::from_secs(5);
@@ -137,35 +137,16 @@ async fn connect_any(
     addresses: Vec<IpAddr>,
     deadline: Instant,
 ) -> Result<TunnelStream, DialError> {
-    let mut tries = JoinSet::new();
-    let mut waiting = addresses.into_iter();
-    let mut first_error = None;
-    loop {
-        if let Some(ip) = waiting.next() {
-            let (core, netmap, newest) = (node.core.clone(), netmap.clone(), node.netmap.clone());
-            let address = SocketAddr::new(ip, port);
-            tries.spawn_local(async move {
-                tokio::select! {
-                    connected = connect(&core, &netmap, address, deadline) => connected,
-                    error = withdrawal(newest, ip) => Err(error),
-                }
-            });
-        } else if tries.is_empty() {
-            return Err(first_error.expect("there is at least one address, and each one's failure is kept"));
+    let attempts = addresses.into_iter().map(|ip| async move {
+        tokio::select! {
+            connected = connect(&node.core, netmap, SocketAddr::new(ip, port), deadline) => connected,
+            error = withdrawal(node.netmap.clone(), ip) => Err(error),
         }
-        let ended = if waiting.len() > 0 {
-            timeout(NEXT_ADDRESS, tries.join_next()).await.ok().flatten()
-        } else {
-            tries.join_next().await
-        };
-        match ended {
-            Some(Ok(Ok(stream))) => return Ok(stream),
-            Some(Ok(Err(error))) => {
-                first_error.get_or_insert(error);
-            }
-            Some(Err(_)) | None => {}
-        }
-    }
+    });
+    let first = |failures: Vec<DialError>| {
+        failures.into_iter().next().expect("there is at least one address, and each one's failure is kept")
+    };
+    race(attempts, NEXT_ADDRESS).await.map_err(first)
 }
 
 /// Waits until no route covers `ip` any more: whoever dials it need not wait for its silence.

@@ -23,15 +23,15 @@ pub(super) struct Batch {
 pub(super) struct Outbox {
     udp: Option<Rc<Udp>>,
     waiting: VecDeque<Batch>,
-    /// Whether the driver has been told that batches wait.
-    told: bool,
+    /// For which socket the driver has been told to wait: IPv4's or IPv6's.
+    told: Option<bool>,
     /// Batches that were lost: the operating system refused their destination, or too many waited.
     pub(super) lost: u64,
 }
 
 impl Outbox {
     pub(super) fn new(udp: Option<Rc<Udp>>) -> Self {
-        Self { udp, waiting: VecDeque::new(), told: false, lost: 0 }
+        Self { udp, waiting: VecDeque::new(), told: None, lost: 0 }
     }
 
     /// The sockets.
@@ -44,10 +44,11 @@ impl Outbox {
         self.waiting.front().map(|batch| batch.destination)
     }
 
-    /// Whether batches began to wait since the last call: somebody has to wait for the socket then.
+    /// Whether batches wait for another socket than at the last call: somebody has to wait for that one then.
     pub(super) fn is_newly_blocked(&mut self) -> bool {
-        let blocked = !self.waiting.is_empty();
-        blocked && !std::mem::replace(&mut self.told, blocked)
+        let socket = self.blocked().map(|destination| destination.is_ipv4());
+        let told = std::mem::replace(&mut self.told, socket);
+        socket.is_some() && socket != told
     }
 
     /// Sends a batch, or lets it wait behind those that do. A buffer that is no longer needed comes back.
@@ -81,6 +82,5 @@ impl Outbox {
         for batch in std::mem::take(&mut self.waiting) {
             self.send(batch).into_iter().for_each(&mut recycle);
         }
-        self.told &= !self.waiting.is_empty();
     }
 }

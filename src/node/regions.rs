@@ -77,13 +77,7 @@ pub(super) async fn probe_https(region: RegionId, relay: Relay, underlay: Underl
 /// The time of one request on a connection that is open already, as [`PROBE_LIMIT`] allows.
 async fn https_latency(relay: &Relay, underlay: &Underlay) -> Result<Duration, String> {
     let measured = timeout(PROBE_LIMIT, async {
-        let name = match &relay.check {
-            Check::Name(name) => name,
-            Check::Pin(_) | Check::Insecure => &relay.host,
-        };
-        let host = (relay.host.as_str(), relay.addresses.as_slice());
-        let config = underlay.tls.checked(&relay.check);
-        let io = underlay.connect_tls(host, relay.port, name, config).await.map_err(|error| error.to_string())?;
+        let io = relay.dial(underlay).await.map_err(|error| error.to_string())?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await.map_err(|error| error.to_string())?;
         tokio::spawn(connection);
         let request = Request::head("/derp/latency-check").header(header::HOST, authority(&relay.host, relay.port));

@@ -67,13 +67,14 @@ impl Relays {
         self.open.get(&region).is_some_and(|(_, connection)| connection.send(packet))
     }
 
-    /// Notes whether a region's relay has admitted us.
-    pub(super) fn set_admitted(&mut self, region: RegionId, admitted: bool) {
+    /// Notes whether a region's relay has admitted us, and what that means for `home`.
+    pub(super) fn set_admitted(&mut self, region: RegionId, admitted: bool, home: Option<RegionId>) {
         if admitted {
             self.admitted.insert(region);
         } else {
             self.admitted.remove(&region);
         }
+        self.set_home(home);
     }
 
     /// Tells the relays which of them is home, and everybody else whether it has admitted us.

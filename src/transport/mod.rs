@@ -4,6 +4,7 @@ pub mod backoff;
 pub mod derp;
 pub mod interfaces;
 mod queue;
+pub mod race;
 pub mod tls;
 pub mod udp;
 pub mod underlay;

@@ -15,10 +15,10 @@ use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use url::Url;
 
+use super::race::race;
 use super::tls::Tls;
 
 /// A byte stream of any make.
@@ -201,28 +201,16 @@ async fn connect_tcp(host: &str, known: &[IpAddr], port: u16) -> Result<TcpStrea
         Err(_) if !known.is_empty() => known.iter().map(|ip| SocketAddr::new(*ip, port)).collect(),
         Err(_) => tokio::net::lookup_host((bare, port)).await.map_err(resolve)?.collect(),
     };
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    let mut tries = JoinSet::new();
-    let mut waiting = addresses.into_iter();
-    loop {
-        if let Some(address) = waiting.next() {
-            tries.spawn(TcpStream::connect(address));
-        } else if tries.is_empty() {
-            return Err(UnderlayError::Connect { host: authority(bare, port), source: last });
+    match race(addresses.into_iter().map(TcpStream::connect), NEXT_ADDRESS).await {
+        Ok(stream) => {
+            // A record of control or a frame of DERP must not wait for an ACK; without the option it is only later.
+            let _ = stream.set_nodelay(true);
+            Ok(stream)
         }
-        let ended = if waiting.len() > 0 {
-            tokio::time::timeout(NEXT_ADDRESS, tries.join_next()).await.ok().flatten()
-        } else {
-            tries.join_next().await
-        };
-        match ended {
-            Some(Ok(Ok(stream))) => {
-                // A record of control or a frame of DERP must not wait for an ACK; without the option it is only later.
-                let _ = stream.set_nodelay(true);
-                return Ok(stream);
-            }
-            Some(Ok(Err(error))) => last = error,
-            Some(Err(_)) | None => {}
+        Err(failures) => {
+            let none = || io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+            let source = failures.into_iter().next_back().unwrap_or_else(none);
+            Err(UnderlayError::Connect { host: authority(bare, port), source })
         }
     }
 }

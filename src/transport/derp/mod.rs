@@ -58,6 +58,21 @@ pub struct Relay {
     pub check: Check,
 }
 
+impl Relay {
+    /// Opens a TLS stream to the relay, its certificate checked as the netmap says.
+    ///
+    /// # Errors
+    /// [`UnderlayError`]; the caller bounds the time.
+    pub async fn dial(&self, underlay: &Underlay) -> Result<BoxIo, UnderlayError> {
+        let name = match &self.check {
+            Check::Name(name) => name,
+            Check::Pin(_) | Check::Insecure => &self.host,
+        };
+        let config = underlay.tls.checked(&self.check);
+        underlay.connect_tls((&self.host, &self.addresses), self.port, name, config).await
+    }
+}
+
 /// One connection to a region: a region that is closed and opened again has another number, so that what the old
 /// connection still says is not taken for the new one's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -228,25 +243,16 @@ impl Task {
 
     /// The plain upgrade first; where something between us lets only WebSockets pass, a WebSocket.
     async fn connect_relay(&self, relay: &Relay) -> Result<BoxIo, DerpError> {
-        let io = self.dial(relay).await?;
+        let io = relay.dial(&self.underlay).await?;
         let upgraded = timeout(UPGRADE_LIMIT, upgrade::plain(io, relay)).await;
         let detail = "no answer".to_owned();
         match upgraded.unwrap_or(Err(DerpError::Upgrade { host: relay.host.clone(), detail })) {
             Err(DerpError::Upgrade { detail, .. }) => {
                 debug!(region = self.id.region, detail, "plain upgrade refused, trying a websocket");
-                upgrade::websocket(self.dial(relay).await?, relay).await
+                upgrade::websocket(relay.dial(&self.underlay).await?, relay).await
             }
             other => other,
         }
-    }
-
-    async fn dial(&self, relay: &Relay) -> Result<BoxIo, UnderlayError> {
-        let config = self.underlay.tls.checked(&relay.check);
-        let name = match &relay.check {
-            Check::Name(name) => name,
-            Check::Pin(_) | Check::Insecure => &relay.host,
-        };
-        self.underlay.connect_tls((&relay.host, &relay.addresses), relay.port, name, config).await
     }
 
     /// Speaks with the relay until the connection ends (an error) or nobody needs it any more.
