@@ -11,7 +11,7 @@ use tracing::info;
 use super::core::Shared;
 use super::error::ResolveError;
 pub use super::error::{DialError, DirectError, Exhausted, RouteError};
-use super::resolve::Resolved;
+use super::resolve::{By, Resolved};
 pub use super::target::{DirectRule, Host, Target};
 use super::tunnel::{ConnectFailure, TunnelStream};
 use super::{Inner, State, Stream, direct};
@@ -25,23 +25,46 @@ const OFFLINE_LIMIT: Duration = Duration::from_secs(5);
 /// Source: RFC 8305, 8 (connection attempt delay); Tailscale uses 300 ms too.
 const NEXT_ADDRESS: Duration = Duration::from_millis(300);
 
+/// Where a target is.
+pub(super) enum Place {
+    /// At these addresses, which routes cover; at least one.
+    Tunnel(Arc<Netmap>, Vec<IpAddr>),
+    /// Outside the tailnet, where the user allowed it.
+    Outside(Arc<Netmap>),
+}
+
 /// See [`Node::dial`](super::Node::dial).
 pub(super) async fn dial(node: &Inner, target: &Target) -> Result<Stream, DialError> {
     let netmap = joined(node).await?;
     let deadline = Instant::now() + node.config.dial_timeout;
+    match locate(node, netmap, target, deadline).await? {
+        Place::Tunnel(netmap, addresses) => {
+            connect_any(node, &netmap, target.port, addresses, deadline).await.map(Stream::Tunnel)
+        }
+        Place::Outside(netmap) => direct::connect(&netmap, target, deadline).await.map(Stream::Direct),
+    }
+}
+
+/// Says where `target` is: for TCP and UDP alike, and the only place where anything is let out of the tailnet.
+pub(super) async fn locate(
+    node: &Inner,
+    netmap: Arc<Netmap>,
+    target: &Target,
+    deadline: Instant,
+) -> Result<Place, DialError> {
     if node.config.direct_allow.iter().any(|rule| rule.allows(&target.host)) && is_outside(node, &netmap, &target.host)?
     {
         info!(port = target.port, "dialled outside the tailnet, as --direct-allow permits");
-        return direct::connect(&netmap, target, deadline).await.map(Stream::Direct);
+        return Ok(Place::Outside(netmap));
     }
     let resolved = match &target.host {
-        Host::Ip(ip) => Resolved { addresses: vec![ip.to_canonical()], by_default: false },
+        Host::Ip(ip) => Resolved { addresses: vec![ip.to_canonical()], by: By::Tailnet },
         Host::Name(name) => resolve(node, &netmap, name, deadline).await?,
     };
     // The newest netmap counts: a route may have come or gone while the name was asked.
     let netmap = node.netmap.borrow().clone().unwrap_or(netmap);
     let routed = routed(&netmap, node, target, &resolved)?;
-    connect_any(node, &netmap, target.port, routed, deadline).await.map(Stream::Tunnel)
+    Ok(Place::Tunnel(netmap, routed))
 }
 
 /// Whether nobody in the tailnet knows `host`: only then may a rule let it out. What the tailnet names, routes or has
@@ -71,7 +94,7 @@ async fn resolve(node: &Inner, netmap: &Arc<Netmap>, name: &str, deadline: Insta
 }
 
 /// Waits until the node is in, at most `hold_timeout`.
-async fn joined(node: &Inner) -> Result<Arc<Netmap>, DialError> {
+pub(super) async fn joined(node: &Inner) -> Result<Arc<Netmap>, DialError> {
     let limit = node.config.hold_timeout;
     let mut state = node.state.clone();
     let waited = timeout(limit, state.wait_for(|state| !matches!(state, State::Joining { .. }))).await;
@@ -104,7 +127,7 @@ fn routed(netmap: &Netmap, node: &Inner, target: &Target, resolved: &Resolved) -
     let Some(&address) = resolved.addresses.first() else { return Err(public()) };
     let why = unrouted(netmap, address.to_canonical());
     Err(match &target.host {
-        Host::Name(_) if resolved.by_default && matches!(why, DialError::Public { .. }) => public(),
+        Host::Name(_) if resolved.by == By::Default && matches!(why, DialError::Public { .. }) => public(),
         Host::Name(name) if matches!(why, DialError::Public { .. }) => {
             RouteError::Answer { name: name.clone(), address }.into()
         }

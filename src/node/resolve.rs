@@ -48,8 +48,24 @@ const CACHED_ANSWERS: u64 = 512;
 pub(super) struct Resolved {
     /// At least one.
     pub(super) addresses: Vec<IpAddr>,
-    /// Whether a resolver for everything else said so: the name is then no more the tailnet's than its address is.
-    pub(super) by_default: bool,
+    /// Whose word that is.
+    pub(super) by: By,
+}
+
+/// Who said what a name's addresses are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum By {
+    /// The tailnet itself, or the resolvers of a suffix that it claims.
+    Tailnet,
+    /// An app connector: routes to the addresses follow its answer.
+    Connector {
+        /// The suffix that connectors serve.
+        suffix: String,
+        /// The addresses of the suffix's connectors.
+        connectors: Vec<IpAddr>,
+    },
+    /// A resolver for everything else: the name is no more the tailnet's than its address is.
+    Default,
 }
 
 /// The resolvers of this run, each with its cache. A change of the tailnet's DNS settings begins anew.
@@ -118,18 +134,23 @@ impl Resolvers {
         given: &str,
     ) -> Result<Resolved, DialError> {
         let public = || DialError::Public { host: Host::Name(given.to_owned()) };
-        let by_tailnet = |addresses| Resolved { addresses, by_default: false };
+        let by_tailnet = |addresses| Resolved { addresses, by: By::Tailnet };
         match self.decide(netmap, name)? {
             Decision::Addresses { addresses, .. } => Ok(by_tailnet(addresses)),
             Decision::Nonexistent { zone } => {
                 let resolver = if zone.is_empty() { "the tailnet".to_owned() } else { format!("the tailnet ({zone})") };
                 Err(ResolveError::NxDomain { name: name.to_owned(), resolver }.into())
             }
-            Decision::Resolvers { resolvers, .. } => Ok(by_tailnet(self.ask(core, netmap, name, &resolvers).await?)),
+            Decision::Resolvers { suffix, resolvers, connector } => {
+                let addresses = self.ask(core, netmap, name, &resolvers).await?;
+                let connectors = resolvers.iter().filter_map(address_of).collect();
+                let by = if connector { By::Connector { suffix, connectors } } else { By::Tailnet };
+                Ok(Resolved { addresses, by })
+            }
             // A default resolver outside the tailnet would only tell a public address, which is refused anyway.
             Decision::Default { resolvers } if resolvers.iter().any(|resolver| is_routed(netmap, resolver)) => {
                 let addresses = self.ask(core, netmap, name, &resolvers).await?;
-                Ok(Resolved { addresses, by_default: true })
+                Ok(Resolved { addresses, by: By::Default })
             }
             Decision::Default { .. } | Decision::Nobody => Err(public()),
         }
