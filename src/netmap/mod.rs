@@ -11,7 +11,7 @@ pub mod session;
 mod state;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -20,7 +20,7 @@ pub use self::routes::tailnet_range;
 use self::routes::{Prefixes, Routes};
 use crate::key::{DiscoPublic, NodePublic};
 use crate::wire::tailcfg::derp::DerpMap;
-use crate::wire::tailcfg::dns::DnsConfig;
+use crate::wire::tailcfg::dns::{DnsConfig, Resolver};
 
 /// Control's number for a node; stable inside a tailnet.
 pub type NodeId = i64;
@@ -51,6 +51,16 @@ pub struct SelfNode {
     pub attributes: BTreeMap<String, Vec<serde_json::Value>>,
 }
 
+/// Our addresses as one peer knows us, where they are not our own: in its tailnet somebody else may have those.
+/// Source: Tailscale, tailcfg, `Node.SelfNodeV4MasqAddrForThisPeer` and `SelfNodeV6MasqAddrForThisPeer`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Masquerade {
+    /// For IPv4; `None` for our own.
+    pub v4: Option<Ipv4Addr>,
+    /// For IPv6; `None` for our own.
+    pub v6: Option<Ipv6Addr>,
+}
+
 /// Another node that policy lets us know of.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Peer {
@@ -68,6 +78,8 @@ pub struct Peer {
     pub addresses: Vec<IpAddr>,
     /// Everything it may send from and serves: its addresses, subnet routes, exit routes.
     pub allowed_ips: Vec<IpNet>,
+    /// The subnet routes for which control has chosen it among all who serve them.
+    pub primary_routes: Vec<IpNet>,
     /// Where it says that it can be reached.
     pub endpoints: Vec<SocketAddr>,
     /// Its home DERP region.
@@ -78,8 +90,16 @@ pub struct Peer {
     pub expired: bool,
     /// Plain WireGuard, no disco and no DERP.
     pub wireguard_only: bool,
+    /// It may answer us but open nothing to us. Nobody may open anything to us, so nothing follows from it.
+    pub jailed: bool,
+    /// Our addresses as it knows us.
+    pub masquerade: Masquerade,
     /// PeerAPI ports for IPv4 and IPv6; 0 for none.
     pub peerapi: (u16, u16),
+    /// Whether its PeerAPI answers DNS questions for whoever uses it as exit node.
+    pub peerapi_dns_proxy: bool,
+    /// Whom to ask for names while it is our exit node, if it is plain WireGuard.
+    pub exit_dns: Vec<Resolver>,
     /// Whether it serves as an app connector.
     pub app_connector: bool,
     /// Its tags.
@@ -125,6 +145,9 @@ pub struct Netmap {
     pub locked_out: bool,
     /// Names of nodes whose subdomains resolve to them too, in the form of [`Peer::name`].
     pub subdomain_hosts: BTreeSet<String>,
+    /// The peer that the exit node setting names, if it offers to be one and can be used: everything that has no
+    /// other route goes through it.
+    pub exit_node: Option<NodeId>,
     by_key: HashMap<NodePublic, NodeId>,
     by_ip: HashMap<IpAddr, NodeId>,
     by_name: HashMap<String, NodeId>,

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use jiff::Timestamp;
 
-use super::{Peer, SelfNode};
+use super::{Masquerade, Peer, SelfNode};
 use crate::wire::tailcfg::node::Node;
 
 /// A clock before this is not set: no key expires by it.
@@ -49,12 +49,17 @@ pub(super) fn peer(node: &Node, clock: Timestamp) -> Peer {
         disco: Some(node.disco_key).filter(|key| !key.is_zero()),
         addresses: addresses(&node.addresses),
         allowed_ips,
+        primary_routes: node.primary_routes.clone(),
         endpoints: if expired { Vec::new() } else { node.endpoints.clone() },
         home_derp: node.derp_region().filter(|_| !expired),
         online: node.online,
         expired,
         wireguard_only: node.is_wireguard_only,
+        jailed: node.is_jailed,
+        masquerade: Masquerade { v4: node.masquerade_v4, v6: node.masquerade_v6 },
         peerapi: node.hostinfo.peerapi(),
+        peerapi_dns_proxy: node.hostinfo.peerapi_dns_proxy(),
+        exit_dns: node.exit_node_dns_resolvers.clone(),
         app_connector: node.hostinfo.app_connector.unwrap_or_default(),
         tags: node.tags.clone(),
     }

@@ -38,9 +38,17 @@ pub(super) struct Accept {
 }
 
 impl Accept {
+    /// The peer whose routes to everything are used. `suffix` is what names of our tailnet end with. Of several peers
+    /// that the setting fits, the most exact counts: a node shared in from elsewhere never takes the place of ours.
+    pub(super) fn exit_node<'a>(&self, peers: impl Iterator<Item = &'a Arc<Peer>>, suffix: &str) -> Option<NodeId> {
+        let wanted = self.exit_node.as_ref()?;
+        let offers = |peer: &Peer| usable(peer) && peer.allowed_ips.iter().any(|net| net.prefix_len() == 0);
+        let fits = peers.filter(|peer| offers(peer)).filter_map(|peer| Some((fit(peer, wanted, suffix)?, peer.id)));
+        fits.min().map(|(_, id)| id)
+    }
+
     /// What `peer` serves to us, each prefix once.
-    pub(super) fn served<'a>(&'a self, peer: &'a Peer) -> impl Iterator<Item = (IpNet, RouteKind)> + 'a {
-        let exit = self.exit_node.as_ref().is_some_and(|wanted| is_called(peer, wanted));
+    pub(super) fn served(&self, peer: &Peer, exit_node: Option<NodeId>) -> impl Iterator<Item = (IpNet, RouteKind)> {
         let own = usable(peer).then(|| peer.addresses.iter().map(|ip| IpNet::from(*ip))).into_iter().flatten();
         let served = usable(peer).then_some(&peer.allowed_ips).into_iter().flatten().copied();
         let mut served: BTreeMap<IpNet, RouteKind> =
@@ -48,7 +56,7 @@ impl Accept {
         served.retain(|_, kind| match kind {
             RouteKind::Address => true,
             RouteKind::Subnet => self.subnets,
-            RouteKind::Exit => exit,
+            RouteKind::Exit => exit_node == Some(peer.id),
         });
         served.into_iter()
     }
@@ -70,12 +78,17 @@ fn usable(peer: &Peer) -> bool {
     !peer.expired && (peer.disco.is_some() || peer.home_derp.is_some() || peer.wireguard_only)
 }
 
-fn is_called(peer: &Peer, wanted: &str) -> bool {
+/// How exactly `wanted` means the peer; less is more exact. `None` if it does not.
+fn fit(peer: &Peer, wanted: &str, suffix: &str) -> Option<u8> {
     let name = wanted.trim_end_matches('.').to_ascii_lowercase();
-    let short = peer.name.split('.').next();
-    peer.stable_id == wanted
-        || (!name.is_empty() && (peer.name == name || short == Some(name.as_str())))
-        || wanted.parse().is_ok_and(|ip: IpAddr| peer.addresses.contains(&ip))
+    let short = peer.name.split_once('.').filter(|(_, rest)| *rest == suffix).map_or("", |(short, _)| short);
+    let fits = [
+        peer.stable_id == wanted,
+        wanted.parse().is_ok_and(|ip: IpAddr| peer.addresses.contains(&ip.to_canonical())),
+        peer.name == name,
+        short == name,
+    ];
+    fits.iter().position(|fits| *fits).filter(|_| !name.is_empty()).map(|at| at as u8)
 }
 
 /// One peer's claim to a prefix; the best claim comes first in its list.
@@ -106,10 +119,14 @@ pub(super) struct Routes {
 
 impl Routes {
     /// The routes to `peers`.
-    pub(super) fn new<'a>(peers: impl Iterator<Item = &'a Arc<Peer>>, accept: &Accept) -> Self {
+    pub(super) fn new<'a>(
+        peers: impl Iterator<Item = &'a Arc<Peer>>,
+        accept: &Accept,
+        exit_node: Option<NodeId>,
+    ) -> Self {
         let mut routes = Self::default();
         for peer in peers {
-            for (prefix, kind) in accept.served(peer) {
+            for (prefix, kind) in accept.served(peer, exit_node) {
                 let claim = Claim { peer: Arc::clone(peer), kind };
                 let claims = routes.claims(prefix);
                 let place = claims.partition_point(|other| other.rank() < claim.rank());
@@ -169,6 +186,7 @@ mod tests {
 
     use super::*;
     use crate::key::{DiscoPublic, NodePublic};
+    use crate::netmap::Masquerade;
 
     fn peer(id: NodeId, prefixes: &[&str]) -> Peer {
         Peer {
@@ -179,12 +197,17 @@ mod tests {
             disco: Some(DiscoPublic::from_bytes([1; 32])),
             addresses: vec![IpAddr::from([100, 64, 0, id as u8])],
             allowed_ips: prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect(),
+            primary_routes: Vec::new(),
             endpoints: Vec::new(),
             home_derp: None,
             online: None,
             expired: false,
             wireguard_only: false,
+            jailed: false,
+            masquerade: Masquerade::default(),
             peerapi: (0, 0),
+            peerapi_dns_proxy: false,
+            exit_dns: Vec::new(),
             app_connector: false,
             tags: Vec::new(),
         }
@@ -192,7 +215,7 @@ mod tests {
 
     fn routes(peers: Vec<Peer>, accept: &Accept) -> Routes {
         let peers: Vec<_> = peers.into_iter().map(Arc::new).collect();
-        Routes::new(peers.iter(), accept)
+        Routes::new(peers.iter(), accept, accept.exit_node(peers.iter(), "tail.test"))
     }
 
     const SUBNETS: Accept = Accept { subnets: true, exit_node: None };

@@ -191,8 +191,9 @@ impl Session {
                 tracked.peer = Arc::new(peer(&tracked.node, clock));
             }
         }
+        let exit_node = state.exit_node(&self.accept);
         for tracked in state.peers.values() {
-            for (prefix, _) in self.accept.served(&tracked.peer) {
+            for (prefix, _) in self.accept.served(&tracked.peer, exit_node) {
                 Prefixes::add(&mut self.routed, prefix);
             }
         }

@@ -136,6 +136,13 @@ impl State {
         Some(self.health.iter().cloned().chain(shown).collect())
     }
 
+    /// The peer whose routes to everything are used.
+    pub(super) fn exit_node(&self, accept: &Accept) -> Option<NodeId> {
+        let ours = name(&self.node.name);
+        let suffix = ours.split_once('.').map_or("", |(_, suffix)| suffix);
+        accept.exit_node(self.peers.values().map(|tracked| &tracked.peer), suffix)
+    }
+
     /// All of it as one netmap.
     pub(super) fn netmap(&self, accept: &Accept, routed: Arc<Prefixes>, clock: Timestamp) -> Netmap {
         let peers: BTreeMap<_, _> = self.peers.iter().map(|(id, tracked)| (*id, Arc::clone(&tracked.peer))).collect();
@@ -148,13 +155,15 @@ impl State {
             }
         }
         let nodes = self.peers.values().map(|tracked| &tracked.node).chain([&self.node]);
+        let exit_node = self.exit_node(accept);
         let locked = !self.lock.head.is_empty() && !self.lock.disabled;
         Netmap {
             self_node: self_node(&self.node, clock),
             by_key: peers.values().map(|peer| (peer.key, peer.id)).collect(),
             by_ip,
             by_name,
-            routes: Routes::new(peers.values(), accept),
+            routes: Routes::new(peers.values(), accept, exit_node),
+            exit_node,
             routed,
             peers,
             domain: self.domain.clone(),

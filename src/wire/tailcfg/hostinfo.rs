@@ -93,6 +93,11 @@ impl Hostinfo {
             |proto| self.services.iter().find(|service| service.proto == proto).map_or(0, |service| service.port);
         (port("peerapi4"), port("peerapi6"))
     }
+
+    /// Whether its PeerAPI answers DNS questions. Source: Tailscale, tailcfg, `PeerAPIDNS`.
+    pub fn peerapi_dns_proxy(&self) -> bool {
+        self.services.iter().any(|service| service.proto == "peerapi-dns-proxy" && service.port > 0)
+    }
 }
 
 /// A port that a host serves. Source: Tailscale, tailcfg, `Service`.
@@ -196,6 +201,9 @@ mod tests {
     #[test]
     fn peerapi_ports_come_from_the_services() {
         let json = r#"{"Services":[{"Proto":"peerapi4","Port":39697},{"Proto":"tcp","Port":-1},{"Proto":"peerapi6","Port":1}]}"#;
-        assert_eq!(serde_json::from_str::<Hostinfo>(json).unwrap().peerapi(), (39697, 1));
+        let hostinfo: Hostinfo = serde_json::from_str(json).unwrap();
+        assert_eq!((hostinfo.peerapi(), hostinfo.peerapi_dns_proxy()), ((39697, 1), false));
+        let json = r#"{"Services":[{"Proto":"peerapi-dns-proxy","Port":1}]}"#;
+        assert!(serde_json::from_str::<Hostinfo>(json).unwrap().peerapi_dns_proxy());
     }
 }

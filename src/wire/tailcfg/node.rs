@@ -1,13 +1,14 @@
 //! A node as control describes it, to itself and to its peers, and the patches that change one.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::dns::Resolver;
 use super::hostinfo::Hostinfo;
 use crate::key::{DiscoPublic, NodePublic};
 
@@ -47,6 +48,9 @@ pub struct Node {
     /// What it may send from and serves; `None` means the same as `addresses`.
     #[serde(rename = "AllowedIPs", default, deserialize_with = "super::optional_prefixes")]
     pub allowed_ips: Option<Vec<IpNet>>,
+    /// The subnet routes for which control has chosen it among all who serve them.
+    #[serde(default, deserialize_with = "super::prefixes")]
+    pub primary_routes: Vec<IpNet>,
     /// Where it says that it can be reached.
     #[serde(default, deserialize_with = "super::list")]
     pub endpoints: Vec<SocketAddr>,
@@ -83,6 +87,18 @@ pub struct Node {
     /// Plain WireGuard, no disco and no DERP.
     #[serde(rename = "IsWireGuardOnly", default, deserialize_with = "super::nullable")]
     pub is_wireguard_only: bool,
+    /// It may answer us but open nothing to us.
+    #[serde(default, deserialize_with = "super::nullable")]
+    pub is_jailed: bool,
+    /// Our IPv4 address as it knows us, where that is not our own.
+    #[serde(rename = "SelfNodeV4MasqAddrForThisPeer", default, deserialize_with = "super::lenient")]
+    pub masquerade_v4: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    #[serde(rename = "SelfNodeV6MasqAddrForThisPeer", default, deserialize_with = "super::lenient")]
+    pub masquerade_v6: Option<Ipv6Addr>,
+    /// Whom to ask for names while it is our exit node, if it is plain WireGuard.
+    #[serde(rename = "ExitNodeDNSResolvers", default, deserialize_with = "super::list")]
+    pub exit_node_dns_resolvers: Vec<Resolver>,
 }
 
 impl Node {
@@ -169,7 +185,8 @@ mod tests {
         let node = node(
             r#""Addresses":null,"AllowedIPs":null,"Endpoints":null,"Hostinfo":null,"Tags":null,"CapMap":null,"Name":null,
                "KeyExpiry":null,"DiscoKey":null,"Online":null,"Expired":null,"KeySignature":null,"Capabilities":null,
-               "IsWireGuardOnly":null,"UnsignedPeerAPIOnly":null,"MachineAuthorized":null,"HomeDERP":null,"StableID":null"#,
+               "IsWireGuardOnly":null,"UnsignedPeerAPIOnly":null,"IsJailed":null,"PrimaryRoutes":null,
+               "SelfNodeV4MasqAddrForThisPeer":null,"SelfNodeV6MasqAddrForThisPeer":null,"ExitNodeDNSResolvers":null,"MachineAuthorized":null,"HomeDERP":null,"StableID":null"#,
         )
         .unwrap();
         let bare = Node { id: 7, key: KEY.parse().unwrap(), ..Node::default() };
@@ -200,6 +217,18 @@ mod tests {
         assert_eq!(node.allowed_ips, Some(vec!["10.0.0.0/8".parse().unwrap(), "100.64.0.1/32".parse().unwrap()]));
         assert!(serde_json::from_str::<Node>(r#"{"ID":7,"Key":"mkey:00"}"#).is_err());
         assert!(serde_json::from_str::<Node>(r#"{"ID":7}"#).is_err());
+    }
+
+    #[test]
+    fn a_masquerade_address_of_the_wrong_family_is_none() {
+        let node = node(
+            r#""SelfNodeV4MasqAddrForThisPeer":"100.64.9.1","SelfNodeV6MasqAddrForThisPeer":"100.64.9.1","IsJailed":true,
+               "PrimaryRoutes":["10.1.2.3/8"],"ExitNodeDNSResolvers":[{"Addr":"10.64.0.1"},7]"#,
+        );
+        let node = node.unwrap();
+        assert_eq!((node.masquerade_v4, node.masquerade_v6), (Some(Ipv4Addr::new(100, 64, 9, 1)), None));
+        assert_eq!((node.is_jailed, node.primary_routes), (true, vec!["10.0.0.0/8".parse().unwrap()]));
+        assert_eq!(node.exit_node_dns_resolvers.len(), 1);
     }
 
     #[test]
