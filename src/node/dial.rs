@@ -11,7 +11,7 @@ use tracing::info;
 use super::core::Shared;
 use super::error::ResolveError;
 pub use super::error::{DialError, DirectError, Exhausted, RouteError};
-use super::resolve::{By, Resolved};
+use super::resolve::{Ask, By, Resolved};
 pub use super::target::{DirectRule, Host, Target};
 use super::tunnel::{ConnectFailure, TunnelStream};
 use super::{Inner, State, Stream, direct};
@@ -58,7 +58,7 @@ pub(super) async fn locate(
         return Ok(Place::Outside(netmap));
     }
     let resolved = match &target.host {
-        Host::Ip(ip) => Resolved { addresses: vec![ip.to_canonical()], by: By::Tailnet },
+        Host::Ip(ip) => Resolved { addresses: vec![ip.to_canonical()], by: By::Tailnet, remembered: false },
         Host::Name(name) => resolve(node, &netmap, name, deadline).await?,
     };
     // The newest netmap counts: a route may have come or gone while the name was asked.
@@ -83,7 +83,7 @@ pub(super) fn is_public(netmap: &Netmap, ip: IpAddr) -> bool {
 
 /// Asks for a name, no longer than the dial may take.
 async fn resolve(node: &Inner, netmap: &Arc<Netmap>, name: &str, deadline: Instant) -> Result<Resolved, DialError> {
-    let asked = node.resolvers.resolve(&node.core, netmap, name);
+    let asked = node.resolvers.resolve(&node.core, netmap, name, Ask::Remembered);
     match timeout_at(deadline.into(), asked).await {
         Ok(resolved) => resolved,
         Err(_) => {

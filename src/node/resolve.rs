@@ -50,6 +50,18 @@ pub(super) struct Resolved {
     pub(super) addresses: Vec<IpAddr>,
     /// Whose word that is.
     pub(super) by: By,
+    /// Whether it is an earlier question's answer: what follows an answer, as a connector's routes do, may be gone.
+    pub(super) remembered: bool,
+}
+
+/// Which answers count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ask {
+    /// Also those that are remembered.
+    Remembered,
+    /// Only new ones: what is remembered of the name is forgotten first.
+    #[expect(dead_code, reason = "dial asks anew where a remembered answer leads nowhere, once it waits for routes")]
+    Anew,
 }
 
 /// Who said what a name's addresses are.
@@ -104,7 +116,16 @@ impl Resolvers {
     }
 
     /// The addresses of `name`, in no order that matters; at least one.
-    pub(super) async fn resolve(&self, core: &Shared, netmap: &Arc<Netmap>, name: &str) -> Result<Resolved, DialError> {
+    pub(super) async fn resolve(
+        &self,
+        core: &Shared,
+        netmap: &Arc<Netmap>,
+        name: &str,
+        ask: Ask,
+    ) -> Result<Resolved, DialError> {
+        if ask == Ask::Anew {
+            *self.cache.borrow_mut() = Cache::default();
+        }
         let bad = |error: crate::dns::BadName| ResolveError::BadName { detail: error.to_string() };
         if is_local(name) {
             return Err(DialError::Public { host: Host::Name(name.to_owned()) });
@@ -134,7 +155,7 @@ impl Resolvers {
         given: &str,
     ) -> Result<Resolved, DialError> {
         let public = || DialError::Public { host: Host::Name(given.to_owned()) };
-        let by_tailnet = |addresses| Resolved { addresses, by: By::Tailnet };
+        let by_tailnet = |addresses| Resolved { addresses, by: By::Tailnet, remembered: false };
         match self.decide(netmap, name)? {
             Decision::Addresses { addresses, .. } => Ok(by_tailnet(addresses)),
             Decision::Nonexistent { zone } => {
@@ -145,12 +166,12 @@ impl Resolvers {
                 let addresses = self.ask(core, netmap, name, &resolvers).await?;
                 let connectors = resolvers.iter().filter_map(address_of).collect();
                 let by = if connector { By::Connector { suffix, connectors } } else { By::Tailnet };
-                Ok(Resolved { addresses, by })
+                Ok(Resolved { addresses, by, remembered: false })
             }
             // A default resolver outside the tailnet would only tell a public address, which is refused anyway.
             Decision::Default { resolvers } if resolvers.iter().any(|resolver| is_routed(netmap, resolver)) => {
                 let addresses = self.ask(core, netmap, name, &resolvers).await?;
-                Ok(Resolved { addresses, by: By::Default })
+                Ok(Resolved { addresses, by: By::Default, remembered: false })
             }
             Decision::Default { .. } | Decision::Nobody => Err(public()),
         }
