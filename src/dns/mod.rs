@@ -7,6 +7,7 @@
 
 mod resolver;
 mod suffix;
+mod via;
 
 use std::net::IpAddr;
 
@@ -26,6 +27,8 @@ pub enum Source {
     Host,
     /// The tailnet's owner wrote it down.
     ExtraRecord,
+    /// The name spells out its address: an IPv4 address at one of the tailnet's sites.
+    Site,
 }
 
 /// Who decides what a name means.
@@ -71,6 +74,9 @@ pub fn decide(netmap: &Netmap, name: &str) -> Result<Decision, BadName> {
     if is_under(&name, ONION) {
         return Ok(Decision::Nonexistent { zone: ONION.to_owned() });
     }
+    if let Some(address) = via::address(&name) {
+        return Ok(Decision::Addresses { addresses: vec![address.into()], source: Source::Site });
+    }
     let known = extra_record(netmap, &name).or_else(|| host(netmap, &name));
     if let Some((mut addresses, source)) = known {
         addresses.sort_by_key(IpAddr::is_ipv6);
@@ -88,24 +94,28 @@ pub fn decide(netmap: &Netmap, name: &str) -> Result<Decision, BadName> {
     Ok(if resolvers.is_empty() { Decision::Nobody } else { Decision::Default { resolvers } })
 }
 
-/// The full names that a client may mean by `name`, to be decided and asked in this order until one exists:
-/// the name itself, then under each search domain, unless a trailing dot says that it is full already.
-/// When none exists, a single label failed as the last of them, any other name as the first.
+/// The full names that a client may mean by `name`, to be decided and asked in this order until one exists.
+///
+/// A name of several labels is whole: with a search domain appended it would be told to resolvers that have nothing to do
+/// with it. A single label that the tailnet knows is that; any other is looked for under each search domain first, and
+/// alone at last (resolv.conf(5), `ndots`).
 ///
 /// # Errors
 /// [`BadName`] if the text cannot be a name.
 pub fn candidates(netmap: &Netmap, name: &str) -> Result<Vec<String>, BadName> {
     let given = canonical(name)?;
-    let mut candidates = vec![given.clone()];
-    if name.ends_with('.') {
-        return Ok(candidates);
+    let whole = name.ends_with('.') || given.contains('.');
+    if whole || matches!(decide(netmap, &given)?, Decision::Addresses { .. }) {
+        return Ok(vec![given]);
     }
+    let mut candidates = Vec::new();
     for domain in netmap.dns.domains.iter().filter_map(|domain| canonical(domain).ok()) {
         let Ok(full) = canonical(&format!("{given}.{domain}")) else { continue };
-        if !is_under(&given, &domain) && !candidates.contains(&full) {
+        if !candidates.contains(&full) {
             candidates.push(full);
         }
     }
+    candidates.push(given);
     Ok(candidates)
 }
 
@@ -252,6 +262,10 @@ mod tests {
             ("txt.example", "default 1"),
             ("www.example.org", "default 1"),
             ("hidden.onion", "none in onion"),
+            ("b\u{fc}cher.corp.example", "corp.example 1"),
+            ("10-1-1-16-via-7", "Site fd7a:115c:a1e0:b1a:0:7:a01:110"),
+            ("10-1-1-16-via-7.tail1.ts.net", "Site fd7a:115c:a1e0:b1a:0:7:a01:110"),
+            ("10-1-1-16-via-7.corp.example", "corp.example 1"),
         ];
         for (name, expected) in table {
             assert_eq!(brief(decide(&netmap, name).unwrap()), expected, "{name}");
@@ -285,12 +299,13 @@ mod tests {
     }
 
     #[test]
-    fn search_domains_follow_the_name_as_given_in_their_order() {
+    fn a_single_label_is_looked_for_under_the_search_domains_in_their_order() {
         let of = |name| candidates(&full(), name).unwrap();
-        assert_eq!(of("Git"), ["git", "git.tail1.ts.net", "git.corp.example"]);
-        assert_eq!(of("a.b"), ["a.b", "a.b.tail1.ts.net", "a.b.corp.example"]);
-        assert_eq!(of("a.corp.example"), ["a.corp.example", "a.corp.example.tail1.ts.net"]);
-        assert_eq!(of("git."), ["git"]);
+        assert_eq!(of("Git"), ["git"]);
+        assert_eq!(of("Wiki"), ["wiki.tail1.ts.net", "wiki.corp.example", "wiki"]);
+        assert_eq!(of("wiki."), ["wiki"]);
+        assert_eq!(of("a.b"), ["a.b"]);
+        assert_eq!(of("b\u{fc}cher").last().unwrap(), "xn--bcher-kva");
         assert_eq!(candidates(&full(), "10.0.0.1"), Err(BadName::Address));
     }
 }

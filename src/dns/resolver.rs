@@ -1,5 +1,6 @@
 //! A resolver's address in the forms in which control writes it.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use url::{Host, Url};
@@ -10,7 +11,7 @@ use crate::wire::tailcfg::dns::Resolver;
 const DNS_PORT: u16 = 53;
 
 /// How a resolver is asked. Source: Tailscale, types/dnstype, `Resolver.Addr`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum ResolverAddr {
     /// By UDP and TCP.
     Plain {
@@ -68,6 +69,18 @@ impl ResolverAddr {
     }
 }
 
+/// As control wrote it, or nearly: for people, who look for it in their settings.
+impl fmt::Display for ResolverAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain { addr } => write!(f, "{addr}"),
+            Self::PeerApi { ip, port, .. } => write!(f, "http://{}", SocketAddr::new(*ip, *port)),
+            Self::Https { url, .. } => write!(f, "{url}"),
+            Self::Unsupported(text) => f.write_str(text),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -75,7 +88,8 @@ mod tests {
     use super::*;
 
     fn parse(addr: &str) -> ResolverAddr {
-        ResolverAddr::parse(&Resolver { addr: addr.to_owned(), bootstrap_resolution: vec![IpAddr::from([9, 9, 9, 9])] })
+        let bootstrap_resolution = vec![IpAddr::from([9, 9, 9, 9])];
+        ResolverAddr::parse(&Resolver { addr: addr.to_owned(), bootstrap_resolution, use_with_exit_node: false })
     }
 
     fn plain(addr: &str) -> ResolverAddr {

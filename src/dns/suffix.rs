@@ -1,5 +1,7 @@
 //! Names and the suffixes they are under, label by label: `badexample.com` is not under `example.com`.
 
+use url::Host;
+
 /// The most characters of a name, without trailing dot (RFC 1035, 2.3.4; one octet is the first length).
 const NAME_MAX: usize = 253;
 
@@ -26,7 +28,7 @@ pub enum BadName {
         /// Characters in it.
         length: usize,
     },
-    /// Neither letter, digit, hyphen, underscore nor dot. International names have an `xn--` form.
+    /// Neither letter, digit, hyphen, underscore nor dot, nor part of an international name.
     #[error("the name holds an impossible character at position {position}")]
     Character {
         /// Its place in bytes, counted from 0.
@@ -38,11 +40,23 @@ pub enum BadName {
     Address,
 }
 
-/// The one form in which names are compared: lower case, without trailing dot.
+/// The one form in which names are compared: lower case, without trailing dot, an international name by its A-labels
+/// (UTS 46, as browsers make them).
 ///
 /// # Errors
 /// [`BadName`] if the text cannot be a name.
 pub(super) fn canonical(text: &str) -> Result<String, BadName> {
+    let Some(position) = text.find(|c: char| !c.is_ascii()) else { return ascii(text) };
+    // The URL's parser would take `%` for an escape.
+    let bad = BadName::Character { position };
+    match Host::parse(text) {
+        Ok(Host::Domain(name)) if !text.contains('%') => ascii(&name),
+        Ok(Host::Ipv4(_) | Host::Ipv6(_)) => Err(BadName::Address),
+        Ok(Host::Domain(_)) | Err(_) => Err(bad),
+    }
+}
+
+fn ascii(text: &str) -> Result<String, BadName> {
     let name = text.strip_suffix('.').unwrap_or(text);
     if name.is_empty() {
         return Err(BadName::Empty);
@@ -96,6 +110,28 @@ mod tests {
     }
 
     #[test]
+    fn international_names_have_their_ascii_form() {
+        for (typed, name) in [
+            ("B\u{dc}cher.Example.", "xn--bcher-kva.example"),
+            ("xn--bcher-kva.example", "xn--bcher-kva.example"),
+            ("_a.b\u{fc}cher.example", "_a.xn--bcher-kva.example"),
+            ("b\u{fc}cher\u{3002}example", "xn--bcher-kva.example"),
+        ] {
+            assert_eq!(canonical(typed), Ok(name.to_owned()), "{typed}");
+        }
+    }
+
+    #[test]
+    fn the_longest_names_and_labels_are_names() {
+        let label = "a".repeat(63);
+        let name = format!("{label}.{label}.{label}.{}", "b".repeat(61));
+        assert_eq!(name.len(), 253);
+        assert_eq!(canonical(&name), Ok(name.clone()));
+        assert_eq!(canonical(&format!("{name}.")), Ok(name.clone()));
+        assert_eq!(canonical(&format!("{name}c")), Err(BadName::Long { length: 254 }));
+    }
+
+    #[test]
     fn what_is_no_name_says_why() {
         assert_eq!(canonical(""), Err(BadName::Empty));
         assert_eq!(canonical("."), Err(BadName::Empty));
@@ -104,7 +140,9 @@ mod tests {
         assert_eq!(canonical(&"a".repeat(64)), Err(BadName::Label { index: 1, length: 64 }));
         assert_eq!(canonical(&"a.".repeat(200)), Err(BadName::Long { length: 399 }));
         assert_eq!(canonical("a b"), Err(BadName::Character { position: 1 }));
-        assert_eq!(canonical("bücher.example"), Err(BadName::Character { position: 1 }));
+        assert_eq!(canonical("b\u{fc} cher.example"), Err(BadName::Character { position: 1 }));
+        assert_eq!(canonical("b%41\u{fc}.example"), Err(BadName::Character { position: 4 }));
+        assert_eq!(canonical("\u{ff11}\u{ff10}.0.0.1"), Err(BadName::Address));
         assert_eq!(canonical("10.0.0.1"), Err(BadName::Address));
         assert_eq!(canonical("[::1]"), Err(BadName::Character { position: 0 }));
     }

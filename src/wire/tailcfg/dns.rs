@@ -18,6 +18,9 @@ pub struct DnsConfig {
     /// garbled is empty, so that its names never leak to another resolver.
     #[serde(default, deserialize_with = "routes")]
     pub routes: BTreeMap<String, Vec<Resolver>>,
+    /// Whom to ask for every other name where an exit node is used that answers no names itself.
+    #[serde(default, deserialize_with = "super::list")]
+    pub fallback_resolvers: Vec<Resolver>,
     /// Search domains, in order.
     #[serde(default, deserialize_with = "super::list")]
     pub domains: Vec<String>,
@@ -38,6 +41,9 @@ pub struct Resolver {
     /// Where the host of an `https` URL is.
     #[serde(default, deserialize_with = "super::list")]
     pub bootstrap_resolution: Vec<IpAddr>,
+    /// Whether it is asked also where an exit node is used.
+    #[serde(default, deserialize_with = "super::nullable")]
+    pub use_with_exit_node: bool,
 }
 
 /// A name's value. Source: Tailscale, tailcfg, `DNSRecord`.
