@@ -221,6 +221,7 @@ impl From<&ResolveError> for Fault {
             ResolveError::Silent { .. } => &DNS_SILENT,
             ResolveError::Unreachable { .. } => &DNS_UNREACHABLE,
             ResolveError::BadName { .. } => &DNS_BAD_NAME,
+            ResolveError::ConnectorRefused { .. } => &CONNECTOR_REFUSED,
         };
         Self::new(row, error.to_string())
     }

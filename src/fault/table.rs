@@ -181,6 +181,9 @@ rows! {
     DNS_BAD_NAME: 1406 Dns, exit 68, again NO, DNS_ERROR
         "this is not a DNS name"
         "check the spelling: labels of at most 63 characters, 253 in all";
+    CONNECTOR_REFUSED: 1407 Dns, exit 68, again NO, DNS_ERROR
+        "the app connector does not let this node ask for names"
+        "let the policy give this node the connector's use: the same owner or tags, or a grant that covers 0.0.0.0 and :: port 53 there";
 
     ROUTE_NONE: 1501 Route, exit 78, again NO, UNROUTABLE
         "no peer routes the address"

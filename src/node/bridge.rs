@@ -1,17 +1,15 @@
-//! The way from the control thread into the tunnel: hickory's resolvers run there, the netstack does not.
+//! The way from the control thread into the tunnel: resolvers are asked from there, the netstack is not there.
 //!
 //! A resolver asks by [`Tunnel`] for a TCP connection or a UDP flow; a task on the data thread opens it and carries the
 //! octets. Questions are few and small, so a copy between the threads costs nothing that matters.
 
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Mutex;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use hickory_resolver::net::runtime::iocompat::AsyncIoTokioAsStd;
-use hickory_resolver::net::runtime::{DnsUdpSocket, RuntimeProvider, TokioHandle, TokioTime};
+use hickory_resolver::net::runtime::{DnsUdpSocket, TokioTime};
 use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, oneshot};
 
@@ -22,8 +20,6 @@ use super::tunnel::{ConnectFailure, TunnelDatagrams, TunnelStream};
 const PIPE: usize = 64 << 10;
 /// Datagrams that wait on either side of a bridged flow.
 const DATAGRAMS: usize = 16;
-/// The longest that a connection to a resolver may take.
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the control thread asks of the data thread.
 enum Request {
@@ -35,7 +31,6 @@ enum Request {
 #[derive(Clone)]
 pub(super) struct Tunnel {
     requests: mpsc::Sender<Request>,
-    handle: TokioHandle,
 }
 
 impl Tunnel {
@@ -47,7 +42,7 @@ impl Tunnel {
                 tokio::task::spawn_local(serve(core.clone(), request));
             }
         });
-        Self { requests, handle: TokioHandle::default() }
+        Self { requests }
     }
 
     /// Connects to `remote` through the tunnel.
@@ -57,7 +52,8 @@ impl Tunnel {
         answer.await.map_err(stopped)?.map_err(|failure| failed(remote, failure))
     }
 
-    async fn open_udp(&self, remote: SocketAddr) -> io::Result<Datagrams> {
+    /// Opens a UDP flow to `remote` through the tunnel.
+    pub(super) async fn open_udp(&self, remote: SocketAddr) -> io::Result<Datagrams> {
         let (reply, answer) = oneshot::channel();
         self.ask(Request::Udp(remote, reply)).await?;
         answer.await.map_err(stopped)?.map_err(|failure| failed(remote, failure))
@@ -162,36 +158,5 @@ impl DnsUdpSocket for Datagrams {
         // A datagram that finds the channel full is lost, as datagrams are; the resolver asks again.
         let _ = self.outgoing.try_send(buf.to_vec());
         Poll::Ready(Ok(buf.len()))
-    }
-}
-
-impl RuntimeProvider for Tunnel {
-    type Handle = TokioHandle;
-    type Timer = TokioTime;
-    type Udp = Datagrams;
-    type Tcp = AsyncIoTokioAsStd<DuplexStream>;
-
-    fn create_handle(&self) -> Self::Handle {
-        self.handle.clone()
-    }
-
-    fn connect_tcp(
-        &self,
-        server: SocketAddr,
-        _bind: Option<SocketAddr>,
-        timeout: Option<Duration>,
-    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
-        let tunnel = self.clone();
-        let limit = timeout.unwrap_or(CONNECT_LIMIT);
-        Box::pin(async move { tunnel.connect(server, limit).await.map(AsyncIoTokioAsStd) })
-    }
-
-    fn bind_udp(
-        &self,
-        _local: SocketAddr,
-        server: SocketAddr,
-    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Udp>>>> {
-        let tunnel = self.clone();
-        Box::pin(async move { tunnel.open_udp(server).await })
     }
 }

@@ -83,7 +83,7 @@ pub(super) fn is_public(netmap: &Netmap, ip: IpAddr) -> bool {
 
 /// Asks for a name, no longer than the dial may take.
 async fn resolve(node: &Inner, netmap: &Arc<Netmap>, name: &str, deadline: Instant) -> Result<Resolved, DialError> {
-    let asked = node.resolvers.resolve(&node.core, netmap, name, Ask::Remembered);
+    let asked = node.resolvers.resolve(netmap, name, Ask::Remembered);
     match timeout_at(deadline.into(), asked).await {
         Ok(resolved) => resolved,
         Err(_) => {

@@ -197,7 +197,7 @@ pub enum ResolveError {
         /// The limit.
         limit: Duration,
     },
-    /// A resolver cannot be reached through the tailnet.
+    /// No resolver can be reached, or none may be asked from here.
     #[error("resolver {resolver} for {name} cannot be reached: {detail}")]
     Unreachable {
         /// The name.
@@ -206,6 +206,14 @@ pub enum ResolveError {
         resolver: String,
         /// Why not.
         detail: String,
+    },
+    /// An app connector does not let this node ask it.
+    #[error("{connector} does not let this node ask for {name}")]
+    ConnectorRefused {
+        /// The name.
+        name: String,
+        /// The connector's name and address.
+        connector: String,
     },
     /// The text cannot be a DNS name.
     #[error("not a DNS name: {detail}")]

@@ -8,7 +8,6 @@ pub mod config;
 mod core;
 pub mod dial;
 mod direct;
-mod doh;
 mod driver;
 mod error;
 mod lifecycle;
@@ -240,6 +239,7 @@ impl Node {
         control: tokio::runtime::Handle,
         started: Instant,
     ) -> Self {
+        let underlay = parts.underlay.clone();
         let core: Shared = Rc::new(RefCell::new(Core::new(parts)));
         let stop = CancellationToken::new();
         let inputs = driver::Inputs { netmap: client.netmap.clone(), derp_events, probes, stop: stop.clone() };
@@ -247,7 +247,7 @@ impl Node {
         let netmap = core.borrow().netmap();
         let seen = lifecycle::Seen { netmap: netmap.clone(), home: core.borrow().home() };
         let state = lifecycle::watch_state(&client, seen, config.join_timeout, started, stop.clone());
-        let resolvers = resolve::Resolvers::new(bridge::Tunnel::start(core.clone()), control, config.accept_dns);
+        let resolvers = resolve::Resolvers::start(core.clone(), underlay, control, config.accept_dns);
         Self {
             inner: Rc::new(Inner {
                 config,

@@ -90,7 +90,10 @@ impl Underlay {
 
     /// The same for a host whose addresses are known; none are for the machine's resolver to say. A proxy is told the
     /// name all the same, since it is by names that proxies decide.
-    async fn connect_known(&self, host: &str, addresses: &[IpAddr], port: u16) -> Result<BoxIo, UnderlayError> {
+    ///
+    /// # Errors
+    /// [`UnderlayError`]; the caller bounds the time.
+    pub async fn connect_known(&self, host: &str, addresses: &[IpAddr], port: u16) -> Result<BoxIo, UnderlayError> {
         match &self.proxy {
             Some(proxy) if !self.bypasses(host) => self.connect_by_proxy(proxy, host, port).await,
             _ => Ok(Box::new(connect_tcp(host, addresses, port).await?)),

@@ -1,0 +1,230 @@
+//! DNS over HTTP (RFC 8484): at a peer's PeerAPI inside the tunnel, where WireGuard is the encryption, and over TLS.
+//!
+//! The PeerAPI refuses requests that look like a browser's, so a question carries nothing but what it needs.
+//! Connections are kept for the next question. One that has died meanwhile, with or without a word, costs a moment: the
+//! question is put again on a new one.
+//! Source: Tailscale, ipn/ipnlocal/peerapi.go, `handleDNSQuery`; net/tsdial/dohclient.go.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use hickory_resolver::proto::op::Message;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::{Request, Response, StatusCode, Uri, header};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_rustls::TlsConnector;
+use tower_service::Service;
+
+use super::answer::Failure;
+use super::roads::{Road, Roads};
+use crate::transport::race::race;
+use crate::transport::underlay::BoxIo;
+
+/// The most octets of an answer (RFC 1035, 4.2.2).
+const ANSWER_MAX: usize = 64 << 10;
+/// The media type of questions and answers (RFC 8484, 6).
+const DNS_MESSAGE: &str = "application/dns-message";
+/// How long a connection is kept that nothing is asked on. A page's names come within seconds of each other.
+const IDLE_LIMIT: Duration = Duration::from_secs(30);
+/// The most connections that are kept of one resolver: both families of two names.
+const IDLE_CONNECTIONS: usize = 4;
+/// How long a kept connection has to answer before the question is put on a new one beside it. Answers of connectors
+/// take tens of milliseconds, and what took longer is seldom lost.
+const STALE_AFTER: Duration = Duration::from_millis(1500);
+
+/// A resolver that is asked over HTTP.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Server {
+    /// What is asked, and under which name: `http` or `https`, host, port and path.
+    pub(super) uri: Uri,
+    /// Where it is; at least one.
+    pub(super) addresses: Vec<IpAddr>,
+    /// Where those are.
+    pub(super) road: Road,
+}
+
+/// Connections to resolvers, kept.
+#[derive(Default)]
+pub(super) struct Lines {
+    kept: Mutex<HashMap<Server, Line>>,
+}
+
+type Line = Client<Connector, Full<Bytes>>;
+
+impl Lines {
+    /// The line to `server`, and whether it was there before.
+    fn line(&self, roads: &Arc<Roads>, server: &Server) -> (Line, bool) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        match kept.get(server) {
+            Some(line) => (line.clone(), true),
+            None => {
+                let line = new_line(roads, server);
+                kept.insert(server.clone(), line.clone());
+                (line, false)
+            }
+        }
+    }
+
+    /// A new line to `server` instead of the last, whose connections end with the questions on them.
+    fn renew(&self, roads: &Arc<Roads>, server: &Server) -> Line {
+        let line = new_line(roads, server);
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).insert(server.clone(), line.clone());
+        line
+    }
+}
+
+fn new_line(roads: &Arc<Roads>, server: &Server) -> Line {
+    let connector = Connector { roads: roads.clone(), server: Arc::new(server.clone()) };
+    Client::builder(TokioExecutor::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(IDLE_LIMIT)
+        .pool_max_idle_per_host(IDLE_CONNECTIONS)
+        .build(connector)
+}
+
+/// Puts one question. The caller bounds the time.
+pub(super) async fn ask(
+    roads: &Arc<Roads>,
+    lines: &Lines,
+    server: &Server,
+    question: &Message,
+) -> Result<Message, Failure> {
+    let question = question.to_vec().map_err(|error| Failure::Unreachable(error.to_string()))?;
+    let question = Bytes::from(question);
+    let (line, was_there) = lines.line(roads, server);
+    // An attempt fails only where the connection did: another one may serve. What the resolver says counts.
+    let mut tries = vec![Some(line)];
+    tries.extend(was_there.then_some(None));
+    let attempts = tries.into_iter().map(|line| {
+        let question = question.clone();
+        async move { line.unwrap_or_else(|| lines.renew(roads, server)).request(request(server, question)).await }
+    });
+    let response = race(attempts, STALE_AFTER).await.map_err(unreachable)?;
+    answer(response).await
+}
+
+fn request(server: &Server, question: Bytes) -> Request<Full<Bytes>> {
+    let mut request = Request::new(Full::from(question));
+    *request.method_mut() = hyper::Method::POST;
+    *request.uri_mut() = server.uri.clone();
+    let media_type = header::HeaderValue::from_static(DNS_MESSAGE);
+    request.headers_mut().insert(header::CONTENT_TYPE, media_type.clone());
+    request.headers_mut().insert(header::ACCEPT, media_type);
+    request
+}
+
+/// What the last attempt failed of, which was the one on a new connection.
+fn unreachable(failures: Vec<hyper_util::client::legacy::Error>) -> Failure {
+    let Some(error) = failures.into_iter().next_back() else { return Failure::Silent };
+    let mut source: &(dyn std::error::Error + 'static) = &error;
+    while let Some(deeper) = source.source() {
+        source = deeper;
+    }
+    if source.downcast_ref::<io::Error>().is_some_and(|io| io.kind() == io::ErrorKind::TimedOut) {
+        return Failure::Silent;
+    }
+    Failure::Unreachable(source.to_string())
+}
+
+/// The message in a response, or what is wrong with it.
+async fn answer(response: Response<Incoming>) -> Result<Message, Failure> {
+    match response.status() {
+        StatusCode::OK => {}
+        StatusCode::FORBIDDEN => return Err(Failure::Forbidden),
+        status => return Err(Failure::Answered(format!("HTTP {}", status.as_u16()))),
+    }
+    let media_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let media_type = media_type.unwrap_or("none").split(';').next().unwrap_or_default().trim();
+    if !media_type.eq_ignore_ascii_case(DNS_MESSAGE) {
+        return Err(Failure::Answered(format!("HTTP content of type {media_type:?}")));
+    }
+    let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
+    let body = body.map_err(|error| match error.downcast::<http_body_util::LengthLimitError>() {
+        Ok(_) => Failure::Answered(format!("more than {ANSWER_MAX} octets")),
+        Err(error) => Failure::Unreachable(error.to_string()),
+    })?;
+    Message::from_vec(&body.to_bytes()).map_err(|_| Failure::Answered("no DNS message".to_owned()))
+}
+
+/// Connects to one resolver, whatever it is asked for.
+#[derive(Clone)]
+struct Connector {
+    roads: Arc<Roads>,
+    server: Arc<Server>,
+}
+
+impl Connector {
+    async fn connect(self) -> io::Result<TokioIo<Wire>> {
+        let Server { uri, addresses, road } = &*self.server;
+        let host = uri.host().unwrap_or_default();
+        let secure = uri.scheme() == Some(&http::uri::Scheme::HTTPS);
+        let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
+        let io = self.roads.connect(*road, host, addresses, port).await?;
+        if !secure {
+            return Ok(TokioIo::new(Wire { io, h2: false }));
+        }
+        let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned()).map_err(io::Error::other)?;
+        let io = TlsConnector::from(self.roads.tls.clone()).connect(name, io).await?;
+        let h2 = io.get_ref().1.alpn_protocol() == Some(b"h2");
+        Ok(TokioIo::new(Wire { io: Box::new(io), h2 }))
+    }
+}
+
+impl Service<Uri> for Connector {
+    type Response = TokioIo<Wire>;
+    type Error = io::Error;
+    type Future = BoxFuture<'static, io::Result<TokioIo<Wire>>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _uri: Uri) -> Self::Future {
+        Box::pin(self.clone().connect())
+    }
+}
+
+/// A connection to a resolver.
+struct Wire {
+    io: BoxIo,
+    /// Whether HTTP/2 was agreed upon.
+    h2: bool,
+}
+
+impl Connection for Wire {
+    fn connected(&self) -> Connected {
+        if self.h2 { Connected::new().negotiated_h2() } else { Connected::new() }
+    }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, octets)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,220 @@
+//! One name, asked of those who may know it until one of them says what counts.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hickory_resolver::Resolver;
+use hickory_resolver::config::{
+    ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts,
+};
+use hickory_resolver::net::NetError;
+use hickory_resolver::proto::op::{Message, MessageType, OpCode, Query};
+use hickory_resolver::proto::rr::{Name, RecordType};
+use tokio::time::{Instant, timeout_at};
+use tracing::debug;
+
+use super::super::error::ResolveError;
+use super::answer::{Answer, Failure, Says, in_both_families, read, read_lookup};
+use super::cache::Outcome;
+use super::doh;
+use super::roads::{Provider, Road, Roads};
+use super::servers::{Candidate, Server, head_start};
+use crate::transport::race::race;
+
+/// The longest that a name may take, all its resolvers and tries together. Source: Tailscale, net/dns/resolver,
+/// `dnsQueryTimeout`.
+pub(super) const NAME_LIMIT: Duration = Duration::from_secs(10);
+/// How long one datagram waits for its answer before the question is asked again.
+const TRY_LIMIT: Duration = Duration::from_secs(3);
+/// How often it is asked again.
+const RETRIES: usize = 2;
+/// The most octets of a UDP answer: what fits the tunnel's packets with room to spare. Source: RFC 9715, 3.
+const UDP_ANSWER_MAX: u16 = 1232;
+
+/// Those who are asked, with what is kept of the way to each.
+pub(super) struct Desk {
+    roads: Arc<Roads>,
+    lines: doh::Lines,
+    plain: Mutex<HashMap<(SocketAddr, Road), Resolver<Provider>>>,
+}
+
+/// What asking came to.
+pub(super) struct Concluded {
+    pub(super) outcome: Outcome,
+    /// How long it may be remembered; zero for not at all.
+    pub(super) ttl: Duration,
+    /// Whose word that is, by its place among the candidates; `None` when nobody's counts.
+    pub(super) by: Option<usize>,
+}
+
+impl Desk {
+    pub(super) fn new(roads: Arc<Roads>) -> Self {
+        Self { roads, lines: doh::Lines::default(), plain: Mutex::default() }
+    }
+
+    /// Asks the candidates for a full name, in their order, each with a head start before the next. What the first one
+    /// says that knows counts, be it that there is nothing.
+    pub(super) async fn ask(&self, name: &str, candidates: &[Candidate]) -> Concluded {
+        let deadline = Instant::now() + NAME_LIMIT;
+        let attempts = candidates.iter().enumerate().map(|(index, candidate)| async move {
+            let asked = timeout_at(deadline, self.ask_one(name, candidate)).await;
+            asked.unwrap_or(Err(Failure::Silent)).map(|answer| (index, answer)).map_err(|failure| {
+                debug!(?failure, resolver = candidate.label, "a resolver's answer does not count");
+                (index, failure)
+            })
+        });
+        match race(attempts, head_start(candidates)).await {
+            Ok((index, answer)) => {
+                let outcome = outcome(answer.says, name, &candidates[index].label);
+                Concluded { outcome, ttl: answer.ttl, by: Some(index) }
+            }
+            Err(failures) => {
+                let outcome = Err(explain(failures, name, candidates));
+                Concluded { outcome, ttl: Duration::ZERO, by: None }
+            }
+        }
+    }
+
+    async fn ask_one(&self, name: &str, candidate: &Candidate) -> Result<Answer, Failure> {
+        let full = Name::from_ascii(format!("{name}.")).map_err(|error| Failure::Unreachable(error.to_string()))?;
+        match &candidate.server {
+            Server::Plain(address, road) => {
+                let resolver = self.resolver(*address, *road).map_err(|error| read_error(&error))?;
+                let lookup = |kind| {
+                    let (resolver, full) = (resolver.clone(), full.clone());
+                    Box::pin(async move { read_lookup(resolver.lookup(full, kind).await) })
+                };
+                in_both_families(lookup(RecordType::A), lookup(RecordType::AAAA)).await
+            }
+            Server::Http(server) => {
+                let lookup = |kind| {
+                    let question = question(full.clone(), kind);
+                    Box::pin(async move { read(&doh::ask(&self.roads, &self.lines, server, &question).await?) })
+                };
+                in_both_families(lookup(RecordType::A), lookup(RecordType::AAAA)).await
+            }
+        }
+    }
+
+    /// hickory's resolver for one address, which tries again and goes over to TCP. It remembers nothing: we do.
+    fn resolver(&self, address: SocketAddr, road: Road) -> Result<Resolver<Provider>, NetError> {
+        let mut plain = self.plain.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(resolver) = plain.get(&(address, road)) {
+            return Ok(resolver.clone());
+        }
+        let config = ResolverConfig::from_name_servers(vec![name_server(&address)]);
+        let provider = Provider { roads: self.roads.clone(), road };
+        let resolver = Resolver::builder_with_config(config, provider).with_options(options()).build()?;
+        plain.insert((address, road), resolver.clone());
+        Ok(resolver)
+    }
+}
+
+fn read_error(error: &NetError) -> Failure {
+    Failure::Unreachable(error.to_string())
+}
+
+/// A question without anything that tells it from the same one of others (RFC 8484, 4.1).
+fn question(name: Name, kind: RecordType) -> Message {
+    let mut question = Message::new(0, MessageType::Query, OpCode::Query);
+    question.metadata.recursion_desired = true;
+    question.add_query(Query::query(name, kind));
+    question
+}
+
+fn name_server(address: &SocketAddr) -> NameServerConfig {
+    let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].into_iter().map(|mut connection| {
+        connection.port = address.port();
+        connection
+    });
+    NameServerConfig::new(address.ip(), true, connections.collect())
+}
+
+fn options() -> ResolverOpts {
+    let mut options = ResolverOpts::default();
+    options.timeout = TRY_LIMIT;
+    options.attempts = RETRIES;
+    options.num_concurrent_reqs = 1;
+    options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
+    options.use_hosts_file = ResolveHosts::Never;
+    options.edns_payload_len = UDP_ANSWER_MAX;
+    options.cache_size = 0;
+    options
+}
+
+fn outcome(says: Says, name: &str, label: &str) -> Outcome {
+    let (name, resolver) = (name.to_owned(), label.to_owned());
+    match says {
+        Says::Addresses(addresses) => Ok(addresses),
+        Says::NoAddress => Err(ResolveError::NoAddress { name, resolver }),
+        Says::NoName => Err(ResolveError::NxDomain { name, resolver }),
+    }
+}
+
+/// The failure that tells most: what somebody answered, then why somebody was not reached, then silence. Of several the
+/// one whose resolver comes first.
+fn explain(mut failures: Vec<(usize, Failure)>, name: &str, candidates: &[Candidate]) -> ResolveError {
+    failures.sort_by_key(|(index, failure)| {
+        let rank = match failure {
+            Failure::Answered(_) | Failure::Forbidden => 0,
+            Failure::Unreachable(_) => 1,
+            Failure::Silent => 2,
+        };
+        (rank, *index)
+    });
+    let name = name.to_owned();
+    let label = |index: usize| candidates.get(index).map(|candidate| candidate.label.clone()).unwrap_or_default();
+    match failures.into_iter().next() {
+        Some((index, Failure::Answered(rcode))) => ResolveError::Failed { name, resolver: label(index), rcode },
+        Some((index, Failure::Forbidden)) => match candidates.get(index).map(|candidate| &candidate.resolver) {
+            Some(crate::dns::ResolverAddr::PeerApi { .. }) => {
+                ResolveError::ConnectorRefused { name, connector: label(index) }
+            }
+            _ => ResolveError::Failed { name, resolver: label(index), rcode: "HTTP 403".to_owned() },
+        },
+        Some((index, Failure::Unreachable(detail))) => {
+            ResolveError::Unreachable { name, resolver: label(index), detail }
+        }
+        Some((_, Failure::Silent)) | None => {
+            let all: Vec<_> = candidates.iter().map(|candidate| candidate.label.as_str()).collect();
+            ResolveError::Silent { name, resolver: all.join(", "), limit: NAME_LIMIT }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dns::ResolverAddr;
+
+    fn candidate(addr: &str, label: &str) -> Candidate {
+        let resolver =
+            ResolverAddr::parse(&crate::wire::tailcfg::dns::Resolver { addr: addr.to_owned(), ..Default::default() });
+        let server = Server::Plain("10.0.0.53:53".parse().unwrap(), Road::Tunnel);
+        Candidate { resolver, server, label: label.to_owned(), peer: None }
+    }
+
+    #[test]
+    fn what_was_answered_counts_more_than_silence_and_names_who_answered() {
+        let candidates = [candidate("http://100.64.0.2:1/dns-query", "c2"), candidate("10.0.0.53", "p")];
+        let told = |failures| explain(failures, "a.example", &candidates).to_string();
+        let answered = || Failure::Answered("SERVFAIL".to_owned());
+        assert_eq!(told(vec![(0, Failure::Silent), (1, answered())]), "p answered SERVFAIL for a.example");
+        assert_eq!(told(vec![(1, answered()), (0, Failure::Forbidden)]), "c2 does not let this node ask for a.example");
+        assert_eq!(told(vec![(1, Failure::Forbidden)]), "p answered HTTP 403 for a.example");
+        let reset = Failure::Unreachable("reset".to_owned());
+        assert_eq!(told(vec![(1, Failure::Silent), (0, reset)]), "resolver c2 for a.example cannot be reached: reset");
+        assert_eq!(
+            told(vec![(1, Failure::Silent), (0, Failure::Silent)]),
+            "no answer for a.example from c2, p within 10s"
+        );
+    }
+
+    #[test]
+    fn a_resolver_keeps_its_port_by_udp_and_tcp() {
+        let server = name_server(&"10.0.0.53:5353".parse().unwrap());
+        assert_eq!(server.connections.iter().map(|connection| connection.port).collect::<Vec<_>>(), [5353, 5353]);
+    }
+}

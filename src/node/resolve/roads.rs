@@ -1,0 +1,244 @@
+//! The two networks on which resolvers are asked: the tunnel, and the underlay for those that the tailnet names by a
+//! public address.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use hickory_resolver::net::runtime::iocompat::AsyncIoTokioAsStd;
+use hickory_resolver::net::runtime::{DnsUdpSocket, RuntimeProvider, TokioHandle, TokioTime};
+use rustls::ClientConfig;
+use tokio::io::DuplexStream;
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::time::timeout;
+use tokio_util::either::Either;
+
+use super::super::bridge::{Datagrams, Tunnel};
+use super::super::dial::is_public;
+use crate::netmap::Netmap;
+use crate::transport::race::race;
+use crate::transport::underlay::{BoxIo, Underlay};
+
+/// The longest that a connection to a resolver may take.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// The pause before the next address of a resolver is tried beside the last one. Source: RFC 8305, 5 (250 ms).
+const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+
+/// The network on which a resolver is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Road {
+    /// The tailnet: a peer routes its address.
+    Tunnel,
+    /// The public internet: its address is public, and the tailnet names it.
+    Underlay,
+}
+
+impl Road {
+    /// The network on which a resolver at `ip` may be asked. A private address that no peer routes belongs to whoever
+    /// owns the network that this machine is in: nothing in the tailnet is there, so nobody is asked.
+    pub(super) fn to(netmap: &Netmap, ip: IpAddr) -> Option<Self> {
+        let ip = ip.to_canonical();
+        if netmap.route(ip).is_some() {
+            return Some(Self::Tunnel);
+        }
+        (is_public(netmap, ip) && is_global(ip)).then_some(Self::Underlay)
+    }
+}
+
+/// Whether an address is one that the public internet routes. Source: IANA's registries of special-purpose addresses,
+/// without those for documentation, where nothing of anybody's is.
+fn is_global(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
+            let [a, b, c, _] = ip.octets();
+            let special = match (a, b) {
+                (0 | 10 | 127 | 224.., _) => true,
+                (100, 64..=127) | (169, 254) | (172, 16..=31) | (192, 168) | (198, 18 | 19) => true,
+                (192, 0) => c == 0,
+                (_, _) => false,
+            };
+            !special
+        }
+        IpAddr::V6(ip) => {
+            let [a, b, ..] = ip.segments();
+            // 6to4 and Teredo carry IPv4 addresses, perhaps private ones.
+            (a & 0xe000) == 0x2000 && a != 0x2002 && (a, b) != (0x2001, 0)
+        }
+    }
+}
+
+/// Both networks.
+pub(super) struct Roads {
+    pub(super) tunnel: Tunnel,
+    underlay: Underlay,
+    /// The trusted roots, with HTTP/2 offered.
+    pub(super) tls: Arc<ClientConfig>,
+}
+
+impl Roads {
+    pub(super) fn new(tunnel: Tunnel, underlay: Underlay) -> Self {
+        let mut tls = ClientConfig::clone(&underlay.tls.trusted());
+        tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        Self { tunnel, underlay, tls: Arc::new(tls) }
+    }
+
+    /// Connects to a host at one of its addresses, whichever answers first.
+    pub(super) async fn connect(&self, road: Road, host: &str, addresses: &[IpAddr], port: u16) -> io::Result<BoxIo> {
+        match road {
+            Road::Tunnel => {
+                let attempt = |ip: &IpAddr| self.tunnel.connect(SocketAddr::new(*ip, port), CONNECT_LIMIT);
+                let connected = race(addresses.iter().map(attempt), NEXT_ADDRESS).await;
+                let none = || io::Error::new(io::ErrorKind::NotFound, "no address is known");
+                let io = connected.map_err(|failures| failures.into_iter().next().unwrap_or_else(none))?;
+                Ok(Box::new(io))
+            }
+            Road::Underlay => {
+                let connected = timeout(CONNECT_LIMIT, self.underlay.connect_known(host, addresses, port)).await;
+                connected.map_err(|_| io::ErrorKind::TimedOut)?.map_err(io::Error::other)
+            }
+        }
+    }
+}
+
+/// One of the networks, as hickory uses it.
+#[derive(Clone)]
+pub(super) struct Provider {
+    pub(super) roads: Arc<Roads>,
+    pub(super) road: Road,
+}
+
+impl RuntimeProvider for Provider {
+    type Handle = TokioHandle;
+    type Timer = TokioTime;
+    type Udp = Socket;
+    type Tcp = AsyncIoTokioAsStd<Either<DuplexStream, TcpStream>>;
+
+    fn create_handle(&self) -> Self::Handle {
+        TokioHandle::default()
+    }
+
+    fn connect_tcp(
+        &self,
+        server: SocketAddr,
+        _bind: Option<SocketAddr>,
+        limit: Option<Duration>,
+    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
+        let Self { roads, road } = self.clone();
+        let limit = limit.unwrap_or(CONNECT_LIMIT);
+        Box::pin(async move {
+            let stream = match road {
+                Road::Tunnel => Either::Left(roads.tunnel.connect(server, limit).await?),
+                Road::Underlay => {
+                    let connected = timeout(limit, TcpStream::connect(server)).await;
+                    Either::Right(connected.map_err(|_| io::ErrorKind::TimedOut)??)
+                }
+            };
+            Ok(AsyncIoTokioAsStd(stream))
+        })
+    }
+
+    fn bind_udp(
+        &self,
+        _local: SocketAddr,
+        server: SocketAddr,
+    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Udp>>>> {
+        let Self { roads, road } = self.clone();
+        Box::pin(async move {
+            match road {
+                Road::Tunnel => roads.tunnel.open_udp(server).await.map(Socket::Tunnel),
+                Road::Underlay => {
+                    let any: IpAddr = match server {
+                        SocketAddr::V4(_) => [0; 4].into(),
+                        SocketAddr::V6(_) => [0; 16].into(),
+                    };
+                    let socket = UdpSocket::bind((any, 0)).await?;
+                    // Connected: nobody else's datagram is an answer.
+                    socket.connect(server).await?;
+                    Ok(Socket::Underlay(socket))
+                }
+            }
+        })
+    }
+}
+
+/// Where datagrams to one resolver go.
+pub(super) enum Socket {
+    Tunnel(Datagrams),
+    Underlay(UdpSocket),
+}
+
+impl DnsUdpSocket for Socket {
+    type Time = TokioTime;
+
+    fn poll_recv_from(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<(usize, SocketAddr)>> {
+        match self {
+            Self::Tunnel(flow) => flow.poll_recv_from(cx, buf),
+            Self::Underlay(socket) => DnsUdpSocket::poll_recv_from(socket, cx, buf),
+        }
+    }
+
+    fn poll_send_to(&self, cx: &mut Context<'_>, buf: &[u8], target: SocketAddr) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tunnel(flow) => flow.poll_send_to(cx, buf, target),
+            Self::Underlay(socket) => DnsUdpSocket::poll_send_to(socket, cx, buf, target),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+    use serde_json::json;
+
+    use super::*;
+    use crate::netmap::session::Session;
+
+    #[test]
+    fn only_public_addresses_are_asked_outside_the_tailnet() {
+        let message = json!({
+            "Node": {"ID": 1, "Name": "me.tb.example.", "Key": format!("nodekey:{}01", "00".repeat(31)),
+                     "Addresses": ["100.64.0.1/32"]},
+            "Peers": [{"ID": 2, "Name": "r.tb.example.", "Key": format!("nodekey:{}02", "00".repeat(31)), "HomeDERP": 1,
+                       "Addresses": ["100.64.0.2/32"],
+                       "AllowedIPs": ["100.64.0.2/32", "10.20.0.0/16", "8.8.8.0/24"]}],
+        });
+        let message = serde_json::from_value(message).unwrap();
+        let netmap = Session::new(true).apply(message, Timestamp::UNIX_EPOCH).unwrap().netmap.unwrap();
+        let road = |ip: &str| Road::to(&netmap, ip.parse().unwrap());
+        for ip in ["10.20.0.53", "100.64.0.2", "8.8.8.8", "::ffff:10.20.0.53"] {
+            assert_eq!(road(ip), Some(Road::Tunnel), "{ip}");
+        }
+        for ip in ["9.9.9.9", "2620:fe::fe", "::ffff:9.9.9.9", "192.0.1.1", "172.32.0.1"] {
+            assert_eq!(road(ip), Some(Road::Underlay), "{ip}");
+        }
+        for ip in [
+            "10.21.0.53",
+            "192.168.1.1",
+            "172.16.0.1",
+            "127.0.0.1",
+            "0.0.0.0",
+            "169.254.1.1",
+            "100.64.0.9",
+            "100.100.100.100",
+            "100.127.0.1",
+            "198.18.0.1",
+            "224.0.0.251",
+            "255.255.255.255",
+            "::1",
+            "::",
+            "fe80::1",
+            "fd00::53",
+            "ff02::fb",
+            "fd7a:115c:a1e0::53",
+            "64:ff9b::a00:1",
+            "2002:a00:1::1",
+            "2001:0:1::1",
+            "::ffff:10.0.0.1",
+        ] {
+            assert_eq!(road(ip), None, "{ip}");
+        }
+    }
+}
