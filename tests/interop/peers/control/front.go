@@ -35,12 +35,15 @@ type front struct {
 	streams  map[key.NodePublic]*stream               // the newest of each node
 	knobs    knobs
 	cleared  chan struct{} // closed when faults are cleared
+
+	settling sync.Mutex // approvals happen one after the other
 }
 
 // knobs are what operations set; guarded by front.mu.
 type knobs struct {
 	earlyPayload bool
-	autoApprove  bool   // give each node the routes that it advertises
+	approval     approval
+	altered      map[key.NodePublic]*alteration
 	compress     string // as_asked, never, always
 	canned       []*canned
 	faults       []*fault
@@ -61,8 +64,12 @@ func newFront(control *testcontrol.Server, url string) *front {
 		conns:    map[*clientConn]bool{},
 		machines: map[key.MachinePublic]key.MachinePrivate{},
 		streams:  map[key.NodePublic]*stream{},
-		knobs:    knobs{compress: compressAsAsked, holds: map[string]chan struct{}{}},
-		cleared:  make(chan struct{}),
+		knobs: knobs{
+			compress: compressAsAsked,
+			holds:    map[string]chan struct{}{},
+			altered:  map[key.NodePublic]*alteration{},
+		},
+		cleared: make(chan struct{}),
 	}
 }
 

@@ -28,12 +28,6 @@ func init() {
 	operations["update_node"] = does(updateNode)
 	operations["fake_peer"] = does(fakePeer)
 	operations["routes"] = does(setRoutes)
-	operations["auto_approve"] = does(func(b *bed, a onArg) (any, error) {
-		b.front.mu.Lock()
-		defer b.front.mu.Unlock()
-		b.front.knobs.autoApprove = a.On
-		return nil, nil
-	})
 	operations["expire"] = does(expire)
 	operations["expire_all"] = does(func(b *bed, a onArg) (any, error) {
 		b.control.SetExpireAllNodes(a.On)

@@ -7,7 +7,6 @@ import (
 	"io"
 	"log"
 	"net/http"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -22,10 +21,6 @@ const (
 	compressNever   = "never"
 	compressAlways  = "always"
 )
-
-// approvalDelay is between a node's advertising a route and its being approved, as with
-// autoApprovers: a client must be able to wait for it.
-const approvalDelay = 300 * time.Millisecond
 
 // stream is one map request being answered: frames from testcontrol, frames that the test injects,
 // and at most one fault.
@@ -131,7 +126,7 @@ func (s *stream) run(ctx context.Context, from io.Reader, broken *fault) {
 				return
 			}
 		case frame, ok := <-frames:
-			if !ok || s.send(ctx, frame) != nil {
+			if !ok || s.send(ctx, s.conn.front.altered(s.node, frame)) != nil {
 				return
 			}
 		}
@@ -278,31 +273,6 @@ func (f *front) awaitRelease(ctx context.Context, streaming bool) bool {
 	case <-ctx.Done():
 		return false
 	}
-}
-
-// approveRoutes gives a node what it advertises, if that is switched on.
-func (f *front) approveRoutes(node key.NodePublic, info *tailcfg.Hostinfo) {
-	f.mu.Lock()
-	on := f.knobs.autoApprove
-	f.mu.Unlock()
-	if !on || info == nil {
-		return
-	}
-	routes := slices.Clone(info.RoutableIPs)
-	time.AfterFunc(approvalDelay, func() {
-		if !slices.Equal(routes, f.approved(node)) {
-			f.control.SetSubnetRoutes(node, routes)
-		}
-	})
-}
-
-// approved are the routes of a node as testcontrol would send them to it.
-func (f *front) approved(node key.NodePublic) []netip.Prefix {
-	response, err := f.control.MapResponse(&tailcfg.MapRequest{NodeKey: node})
-	if err != nil || response == nil {
-		return nil
-	}
-	return response.Node.PrimaryRoutes
 }
 
 func withoutCompress(body []byte) ([]byte, error) {

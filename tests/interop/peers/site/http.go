@@ -154,6 +154,7 @@ func serveHeaders(w http.ResponseWriter, r *http.Request) {
 		"proto":       r.Proto,
 		"host":        r.Host,
 		"remote":      r.RemoteAddr,
+		"local":       fmt.Sprint(r.Context().Value(http.LocalAddrContextKey)),
 		"headers":     r.Header,
 		"body_n":      sum.N,
 		"body_sha256": sum.SHA256,

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/base64"
 	"fmt"
+	"html"
 	"net/http"
 	"strconv"
 	"strings"
@@ -43,8 +44,9 @@ function settle() {
 }
 function ok() { loaded++; settle(); }
 function bad() { failed++; settle(); }
-function get(path) {
-  fetch(path).then(r => r.ok ? r.text() : Promise.reject(r.status)).then(t => t === path ? ok() : bad()).catch(bad);
+function get(url) {
+  const path = new URL(url, location).pathname;
+  fetch(url).then(r => r.ok ? r.text() : Promise.reject(r.status)).then(t => t === path ? ok() : bad()).catch(bad);
 }
 function echo() {
   const socket = new WebSocket((location.protocol === 'https:' ? 'wss://' : 'ws://') + location.host + '/ws');
@@ -58,11 +60,17 @@ echo();
 </script>
 `
 
-func servePage(w http.ResponseWriter, _ *http.Request) {
+// servePage serves the page. Its subresources come from the hosts in the host= parameters in turn, or
+// from its own without any.
+func servePage(w http.ResponseWriter, r *http.Request) {
+	hosts := r.URL.Query()["host"]
 	head, body := &strings.Builder{}, &strings.Builder{}
 	fmt.Fprintf(head, pageHead, resources)
 	for n := 1; n <= resources; n++ {
 		path := fmt.Sprintf("/r/%d", n)
+		if len(hosts) > 0 {
+			path = "http://" + html.EscapeString(hosts[n%len(hosts)]) + path
+		}
 		switch kindOf(n) {
 		case "style":
 			fmt.Fprintf(head, "<link rel=\"stylesheet\" href=\"%s\" onload=\"ok()\" onerror=\"bad()\">\n", path)
@@ -86,6 +94,7 @@ func serveResource(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("Access-Control-Allow-Origin", "*") // pages of other hosts fetch it too
 	switch kindOf(n) {
 	case "style":
 		w.Header().Set("Content-Type", "text/css; charset=utf-8")
