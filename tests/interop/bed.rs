@@ -1,41 +1,36 @@
 //! The bed: hosts in network namespaces without an uplink, and the real programs on them.
 //!
-//! ```text
-//! wan     bridge 10.99.0.0/24: .1 headscale, DERP 999, STUN; .2 derper, region 998; .2 and .3 tbcontrol; .254 the trap
-//! client  10.99.0.21  the sidecar, and who uses it
-//! silent  10.99.0.22  the sidecar of a scenario that runs beside the others for long
-//! killed  10.99.0.23  likewise
-//! web     10.99.0.31  tailscaled (userspace), a site
-//! router  10.99.0.13  tailscaled (kernel TUN), 10.20.0.1 and fd20::1 on the LAN
-//! corp    the LAN: .53 dnsmasq, .54 a silent resolver, .55 a failing one, .80 a site, .99 a silent host
-//! ```
-//! The trap is the default route and the resolver of all: it answers every name with itself and
-//! serves a site, so that whatever leaks arrives somewhere and is seen.
+//! `hosts` has the map. What only app connectors need is started by the first scenario that asks for it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
 
+use crate::apps::Apps;
 use crate::authority::Authority;
 use crate::corp::Corp;
 use crate::derper::Derper;
 use crate::headscale::{BROWSER, Headscale, Key, KeyKind};
+use crate::hosts::Hosts;
 use crate::leak;
-use crate::namespace::{Namespace, cable};
-use crate::process::{Process, queries, until};
+use crate::namespace::Namespace;
+use crate::process::{Process, queries, queries_under, until};
 use crate::tailscaled::{Places, Role, Tailscaled};
 
 /// What the bed's folder is called, up to the owner's pid.
 const FOLDER: &str = "tailcar-bed-";
+/// The control server of all that is not about another.
+const HEADSCALE: &str = "https://10.99.0.1:8443";
 /// The trap's address.
 pub(crate) const TRAP: &str = "10.99.0.254";
 
 /// All of it, up. Fields drop in order: processes before the namespaces that they are in.
 pub(crate) struct Bed {
+    apps: OnceLock<Result<Apps, String>>,
     headscale: Mutex<Headscale>,
     web: Mutex<Tailscaled>,
     router: Mutex<Tailscaled>,
@@ -54,17 +49,6 @@ pub(crate) struct Bed {
     /// A key that joins as often as one likes.
     pub(crate) key: Key,
     pub(crate) hosts: Hosts,
-}
-
-/// The namespaces.
-pub(crate) struct Hosts {
-    pub(crate) wan: Namespace,
-    pub(crate) client: Namespace,
-    pub(crate) silent: Namespace,
-    pub(crate) killed: Namespace,
-    pub(crate) web: Namespace,
-    pub(crate) router: Namespace,
-    pub(crate) corp: Namespace,
 }
 
 impl Bed {
@@ -89,12 +73,13 @@ impl Bed {
             site(peers, &hosts.wan, "trap", &folder)?,
         ];
         let corp = Corp::start(&hosts.corp, &folder)?;
-        let places = Places { peers, authority: &authority.certificate, folder: &folder };
+        let places = Places { peers, authority: &authority.certificate, folder: &folder, control: HEADSCALE };
         let (web, router) = join_peers(&places, &hosts, &headscale)?;
         let web_addresses = web.addresses()?;
         let key = headscale.mint(BROWSER)?;
         leak::reset(&hosts.client)?;
         Ok(Self {
+            apps: OnceLock::new(),
             headscale: Mutex::new(headscale),
             web: Mutex::new(web),
             router: Mutex::new(router),
@@ -143,64 +128,23 @@ impl Bed {
 
     /// Where peers' programs, trust and logs are, for a further tailscaled.
     pub(crate) fn places(&self) -> Places<'_> {
-        Places { peers: &self.peers, authority: &self.authority, folder: &self.folder }
-    }
-}
-
-impl Hosts {
-    /// Makes the namespaces and their wires.
-    fn create() -> Result<Self, Failed> {
-        let make = |role| Namespace::create(role, TRAP);
-        let hosts = Self {
-            wan: make("wan")?,
-            client: make("client")?,
-            silent: make("silent")?,
-            killed: make("killed")?,
-            web: make("web")?,
-            router: make("router")?,
-            corp: make("corp")?,
-        };
-        hosts.wan.ip(&format!(
-            "link add br0 type bridge\naddr add 10.99.0.1/24 dev br0\naddr add 10.99.0.2/24 dev br0\n\
-             addr add 10.99.0.3/24 dev br0\naddr add {TRAP}/24 dev br0\nlink set br0 up"
-        ))?;
-        for (host, address) in [
-            (&hosts.client, "10.99.0.21"),
-            (&hosts.silent, "10.99.0.22"),
-            (&hosts.killed, "10.99.0.23"),
-            (&hosts.web, "10.99.0.31"),
-            (&hosts.router, "10.99.0.13"),
-        ] {
-            let port = format!("p{}", address.rsplit('.').next().unwrap_or(address));
-            cable((host, "eth0"), (&hosts.wan, &port))?;
-            hosts.wan.ip(&format!("link set {port} master br0"))?;
-            host.ip(&format!("addr add {address}/24 dev eth0\nroute add default via {TRAP}"))?;
-        }
-        hosts.lan()?;
-        Ok(hosts)
+        Places { peers: &self.peers, authority: &self.authority, folder: &self.folder, control: HEADSCALE }
     }
 
-    /// The LAN behind the router. `corp` takes every address of its networks, so that one site
-    /// serves them all; two of them stay silent.
-    fn lan(&self) -> Result<(), Failed> {
-        cable((&self.router, "corp0"), (&self.corp, "eth0"))?;
-        self.router.ip("addr add 10.20.0.1/24 dev corp0\naddr add fd20::1/64 dev corp0 nodad\n\
-             route add 10.21.0.0/24 via 10.20.0.80 onlink dev corp0")?;
-        self.router.set("ipv4/ip_forward", "1")?;
-        self.router.set("ipv6/conf/all/forwarding", "1")?;
-        for last in [53, 54, 55, 80, 99] {
-            self.corp.ip(&format!("addr add 10.20.0.{last}/24 dev eth0"))?;
-        }
-        for last in 128..=250 {
-            self.corp.ip(&format!("addr add 10.20.0.{last}/24 dev eth0"))?;
-        }
-        self.corp.ip("addr add 10.21.0.80/24 dev lo\naddr add fd20::80/64 dev eth0 nodad\n\
-             route add default via 10.20.0.1\nroute add default via fd20::1")?;
-        self.corp.nft(
-            "table inet silent { chain in { type filter hook input priority 0; \
-             ip daddr { 10.20.0.54, 10.20.0.99 } drop; }; }",
-        )?;
-        Ok(())
+    /// The app connectors and what is behind them, as if nothing had happened to them yet.
+    ///
+    /// # Errors
+    /// When they do not come up, for every scenario that needs them.
+    pub(crate) fn apps(&self) -> Result<&Apps, Failed> {
+        let up = || Apps::up(self).map_err(|error| error.message().unwrap_or("no reason").to_owned());
+        let apps = self.apps.get_or_init(up).as_ref().map_err(|why| format!("app connectors: {why}"))?;
+        apps.reset(self)?;
+        Ok(apps)
+    }
+
+    /// How often the trap or the LAN's resolver was asked for a name under `suffix`, or for itself.
+    pub(crate) fn strayed_under(&self, suffix: &str) -> usize {
+        queries_under(&self.trap, suffix) + queries_under(&self.corp.resolver, suffix)
     }
 }
 
@@ -254,7 +198,7 @@ fn trap(wan: &Namespace, folder: &Path) -> Result<Process, Failed> {
 }
 
 /// The test site, on every address of a host; in `wan` on the trap's only.
-fn site(peers: &Path, namespace: &Namespace, name: &str, folder: &Path) -> Result<Process, Failed> {
+pub(crate) fn site(peers: &Path, namespace: &Namespace, name: &str, folder: &Path) -> Result<Process, Failed> {
     let host = if name == "trap" { TRAP } else { "::" };
     let http = if host == "::" { "[::]:80".to_owned() } else { format!("{host}:80") };
     let mut command = namespace.command(peers.join("site"));

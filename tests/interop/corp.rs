@@ -31,11 +31,7 @@ impl Corp {
         let hosts = folder.join("corp.hosts");
         fs::write(&hosts, hosts_file())?;
         let mut command = namespace.command("dnsmasq");
-        // In its debug mode dnsmasq serves one TCP client at a time and nobody else meanwhile, so it is for user
-        // namespaces only, where it cannot change its user.
-        let real_root = fs::read_to_string("/proc/self/uid_map")?.contains("4294967295");
-        let stay = if real_root { ["--keep-in-foreground", "--user=root"] } else { ["--no-daemon", "--user=root"] };
-        command.args(stay).args(["--no-resolv", "--no-hosts", "--log-queries", "--log-facility=-"]);
+        command.args(stay()?).args(["--no-resolv", "--no-hosts", "--log-queries", "--log-facility=-"]);
         command.args(["--listen-address=10.20.0.53", "--bind-interfaces"]);
         command
             .args(["--local=/corp.test/", "--local=/spare.test/", "--edns-packet-max=1232"])
@@ -58,6 +54,18 @@ impl Corp {
     pub(crate) fn queries(&self, name: &str) -> usize {
         queries(&self.resolver, name)
     }
+}
+
+/// The flags by which dnsmasq stays our child.
+///
+/// In its debug mode it serves one TCP client at a time and nobody else meanwhile, so that is for user
+/// namespaces only, where it cannot change its user.
+///
+/// # Errors
+/// Those of looking where we are.
+pub(crate) fn stay() -> io::Result<[&'static str; 2]> {
+    let real_root = fs::read_to_string("/proc/self/uid_map")?.contains("4294967295");
+    Ok(if real_root { ["--keep-in-foreground", "--user=root"] } else { ["--no-daemon", "--user=root"] })
 }
 
 impl Drop for Corp {

@@ -5,6 +5,7 @@
 //! beside them, each on a host of its own. Without root or without the peers' programs nothing runs,
 //! and the summary says so; with `CI=true` that is a failure.
 
+mod apps;
 mod authority;
 mod bed;
 mod chromium;
@@ -13,6 +14,7 @@ mod corp;
 mod demo;
 mod derper;
 mod headscale;
+mod hosts;
 mod leak;
 mod namespace;
 mod process;
@@ -21,6 +23,7 @@ mod sidecar;
 mod tailscaled;
 mod testcontrol;
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -40,8 +43,15 @@ type SharedBed = OnceLock<Result<Arc<Bed>, String>>;
 /// The bed, for the end: nothing may be left behind on any way out.
 static BED: SharedBed = OnceLock::new();
 
-/// The hosts that a scenario is running on.
-static BUSY: (Mutex<Vec<String>>, Condvar) = (Mutex::new(Vec::new()), Condvar::new());
+/// Who is on the hosts, and who waits for one.
+static TURNS: (Mutex<Turns>, Condvar) =
+    (Mutex::new(Turns { busy: Vec::new(), waiting: BTreeMap::new() }), Condvar::new());
+
+/// Hosts by name; scenarios by their place in the order of all, with their host once there is one.
+struct Turns {
+    busy: Vec<String>,
+    waiting: BTreeMap<usize, Option<String>>,
+}
 
 fn main() -> ExitCode {
     let mut arguments: Vec<_> = std::env::args_os().collect();
@@ -59,9 +69,11 @@ fn main() -> ExitCode {
         return demo::run(&peers, arguments.split_off(2));
     }
     let mut arguments = Arguments::from_iter(arguments);
-    arguments.test_threads = Some(scenarios::AT_ONCE);
     let failures = Arc::new(Mutex::new(0_u32));
-    let trials = scenarios::all().map(|scenario| trial(scenario, &peers, &failures)).collect();
+    let trials: Vec<_> =
+        scenarios::all().enumerate().map(|(place, scenario)| trial(scenario, place, &peers, &failures)).collect();
+    // A thread each, most of them waiting for their host: with fewer, those that wait would hold up another host.
+    arguments.test_threads = Some(trials.len());
     let conclusion = libtest_mimic::run(&arguments, trials);
     let failed = *failures.lock().unwrap_or_else(PoisonError::into_inner);
     take_down(failed > 0);
@@ -91,17 +103,18 @@ fn missing(peers: &Path) -> Option<String> {
     tools.iter().find(|tool| !found(tool)).map(|tool| format!("{tool} is not installed"))
 }
 
-fn trial(scenario: Scenario, peers: &Path, failures: &Arc<Mutex<u32>>) -> Trial {
+fn trial(scenario: Scenario, place: usize, peers: &Path, failures: &Arc<Mutex<u32>>) -> Trial {
     let peers = peers.to_owned();
     let failures = Arc::clone(failures);
     Trial::test(scenario.name, move || {
+        Turn::queue(place);
         let bed = BED.get_or_init(|| {
             let start = Instant::now();
             let bed = Bed::up(&peers).map_err(|error| error.message().unwrap_or("no reason").to_owned());
             say(&format!("bed up in {:.1} s", start.elapsed().as_secs_f32()));
             bed.map(Arc::new)
         });
-        let result = bed.clone().map_err(Failed::from).and_then(|bed| in_turn(&scenario, &bed));
+        let result = bed.clone().map_err(Failed::from).and_then(|bed| in_turn(&scenario, place, &bed));
         if let Err(why) = &result {
             say(&format!("{}: {}", scenario.name, why.message().unwrap_or("failed").replace('\n', "\n         ")));
             *failures.lock().unwrap_or_else(PoisonError::into_inner) += 1;
@@ -111,8 +124,8 @@ fn trial(scenario: Scenario, peers: &Path, failures: &Arc<Mutex<u32>>) -> Trial 
 }
 
 /// Runs a scenario when its host is free, and tells how long it took.
-fn in_turn(scenario: &Scenario, bed: &Arc<Bed>) -> Result<(), Failed> {
-    let _turn = Turn::take((scenario.host)(&bed.hosts).name());
+fn in_turn(scenario: &Scenario, place: usize, bed: &Arc<Bed>) -> Result<(), Failed> {
+    let _turn = Turn::take((scenario.host)(&bed.hosts).name(), place);
     let start = Instant::now();
     let result = bounded(scenario, bed);
     say(&format!("{:>6.1} s  {}", start.elapsed().as_secs_f32(), scenario.name));
@@ -123,22 +136,34 @@ fn in_turn(scenario: &Scenario, bed: &Arc<Bed>) -> Result<(), Failed> {
 struct Turn(String);
 
 impl Turn {
-    /// Waits for the scenario on the host to end. Every scenario has a limit, and so has this.
-    fn take(host: &str) -> Self {
-        let (busy, given_back) = &BUSY;
-        let busy = busy.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = |busy: &mut Vec<String>| busy.iter().any(|other| other == host);
-        let mut busy = given_back.wait_while(busy, taken).unwrap_or_else(PoisonError::into_inner);
-        busy.push(host.to_owned());
+    /// Takes a place in the queue, before it is known of which host: while the bed comes up, all do so.
+    fn queue(place: usize) {
+        TURNS.0.lock().unwrap_or_else(PoisonError::into_inner).waiting.insert(place, None);
+    }
+
+    /// Waits for the scenario on the host to end, and lets those before us go first. Every scenario has a
+    /// limit, and so has this.
+    fn take(host: &str, place: usize) -> Self {
+        let (turns, changed) = &TURNS;
+        let mut turns = turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.waiting.insert(place, Some(host.to_owned()));
+        changed.notify_all();
+        let not_yet = |turns: &mut Turns| {
+            let ours = |other: &Option<String>| other.as_deref().is_none_or(|other| other == host);
+            turns.busy.iter().any(|other| other == host) || turns.waiting.range(..place).any(|(_, other)| ours(other))
+        };
+        let mut turns = changed.wait_while(turns, not_yet).unwrap_or_else(PoisonError::into_inner);
+        turns.waiting.remove(&place);
+        turns.busy.push(host.to_owned());
         Self(host.to_owned())
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let (busy, given_back) = &BUSY;
-        busy.lock().unwrap_or_else(PoisonError::into_inner).retain(|host| *host != self.0);
-        given_back.notify_all();
+        let (turns, changed) = &TURNS;
+        turns.lock().unwrap_or_else(PoisonError::into_inner).busy.retain(|host| *host != self.0);
+        changed.notify_all();
     }
 }
 

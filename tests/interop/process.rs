@@ -202,6 +202,14 @@ pub(crate) fn queries(dnsmasq: &Process, name: &str) -> usize {
     dnsmasq.log().lines().filter(|line| line.contains("query[") && line.contains(&wanted)).count()
 }
 
+/// The same for every name under a suffix, the suffix itself too.
+pub(crate) fn queries_under(dnsmasq: &Process, suffix: &str) -> usize {
+    let log = dnsmasq.log();
+    let names = log.lines().filter(|line| line.contains("query[")).filter_map(|line| line.split_once("] "));
+    let names = names.filter_map(|(_, rest)| rest.split_once(" from")).map(|(name, _)| name);
+    names.filter(|name| name.strip_suffix(suffix).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))).count()
+}
+
 /// Runs a short command to its end; its stdout.
 ///
 /// # Errors

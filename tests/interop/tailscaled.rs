@@ -8,7 +8,6 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 use serde_json::Value;
 
-use crate::headscale::CONTROL;
 use crate::namespace::Namespace;
 use crate::process::{Process, output, until};
 
@@ -31,6 +30,8 @@ pub(crate) struct Places<'a> {
     pub(crate) peers: &'a Path,
     pub(crate) authority: &'a Path,
     pub(crate) folder: &'a Path,
+    /// The control server's URL.
+    pub(crate) control: &'a str,
 }
 
 /// A running daemon.
@@ -53,10 +54,45 @@ impl Tailscaled {
         role: &Role<'_>,
         secret: &str,
     ) -> Result<Self, Failed> {
+        let program = namespace.command(places.peers.join("tailscaled"));
+        Self::join_as(program, places, namespace, role, secret)
+    }
+
+    /// The same, and the daemon manages DNS, in an `/etc` of its own: it writes a new resolv.conf there, and
+    /// files beside it.
+    ///
+    /// # Errors
+    /// When it ends, or has not joined within 20 seconds.
+    pub(crate) fn join_with_dns(
+        places: &Places<'_>,
+        namespace: &Namespace,
+        role: &Role<'_>,
+        secret: &str,
+    ) -> Result<Self, Failed> {
+        let etc = places.folder.join(format!("{}-etc", role.hostname));
+        fs::create_dir_all(&etc)?;
+        for file in ["passwd", "group", "resolv.conf"] {
+            fs::copy(Path::new("/etc").join(file), etc.join(file))?;
+        }
+        fs::write(etc.join("resolv.conf"), format!("nameserver {}\n", crate::bed::TRAP))?;
+        fs::write(etc.join("nsswitch.conf"), "hosts: dns\n")?;
+        let mut command = namespace.command("sh");
+        command.args(["-c", "umount /etc/resolv.conf; mount --bind \"$0\" /etc && exec \"$@\""]);
+        command.arg(etc).arg(places.peers.join("tailscaled"));
+        Self::join_as(command, places, namespace, role, secret)
+    }
+
+    /// `command` runs the daemon, once it has its flags.
+    fn join_as(
+        mut command: Command,
+        places: &Places<'_>,
+        namespace: &Namespace,
+        role: &Role<'_>,
+        secret: &str,
+    ) -> Result<Self, Failed> {
         let folder = places.folder.join(role.hostname);
         fs::create_dir_all(&folder)?;
         let socket = folder.join("tailscaled.sock");
-        let mut command = namespace.command(places.peers.join("tailscaled"));
         environment(&mut command, places.authority, &folder);
         command.args(["--state=mem:", "--no-logs-no-support"]).arg(format!("--tun={}", role.tun));
         command.arg(format!("--port={UDP_PORT}")).arg("--statedir").arg(&folder).arg("--socket").arg(&socket);
@@ -66,7 +102,7 @@ impl Tailscaled {
             cli: places.peers.join("tailscale"),
             socket,
             namespace: namespace.name().to_owned(),
-            up: up_flags(role),
+            up: up_flags(role, places.control),
             process,
         };
         daemon.first_up(&folder, secret)?;
@@ -90,7 +126,15 @@ impl Tailscaled {
     pub(crate) fn command(&self) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.namespace]).arg(&self.cli).arg("--socket").arg(&self.socket);
-        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command.env_clear().env("PATH", crate::namespace::PATH);
+        command
+    }
+
+    /// A command that sees the daemon's network and its `/etc`.
+    pub(crate) fn beside(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--target={}", self.process.id())).args(["--net", "--mount", "--", program]);
+        command.env_clear().env("PATH", crate::namespace::PATH);
         command
     }
 
@@ -136,9 +180,11 @@ impl Tailscaled {
 }
 
 /// The flags of `tailscale up`, which wants all of them said each time.
-fn up_flags(role: &Role<'_>) -> Vec<String> {
-    let mut flags = vec![format!("--login-server=https://{CONTROL}"), format!("--hostname={}", role.hostname)];
-    flags.push("--accept-dns=false".to_owned());
+fn up_flags(role: &Role<'_>, control: &str) -> Vec<String> {
+    let mut flags = vec![format!("--login-server={control}"), format!("--hostname={}", role.hostname)];
+    if !role.up.contains(&"--accept-dns") {
+        flags.push("--accept-dns=false".to_owned());
+    }
     flags.extend(role.up.iter().map(|flag| (*flag).to_owned()));
     flags
 }

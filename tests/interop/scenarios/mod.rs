@@ -1,5 +1,6 @@
 //! The scenarios, by subject. Each is one function that says in a sentence what must hold.
 
+mod app_connectors;
 mod browser;
 mod closed;
 mod conformance;
@@ -20,7 +21,8 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 
 use crate::LIMIT;
-use crate::bed::{Bed, Hosts};
+use crate::bed::Bed;
+use crate::hosts::Hosts;
 use crate::namespace::Namespace;
 
 /// What a scenario's end says about packets that left the sidecar's namespace.
@@ -79,6 +81,13 @@ macro_rules! scenario {
 const BESIDE: [Scenario; 2] = [
     scenario!(control_faults::a_silent_map_stream_is_given_up).within(200).beside(|hosts| &hosts.silent),
     scenario!(leave::a_killed_run_is_forgotten_by_the_server).within(260).beside(|hosts| &hosts.killed),
+];
+
+/// About app connectors, one after the other on a host of their own.
+const APP_CONNECTORS: [Scenario; 3] = [
+    scenario!(app_connectors::a_real_client_gets_the_page_when_it_tries_again).within(90).leaking(),
+    scenario!(app_connectors::the_first_request_of_a_new_name_gets_its_page),
+    scenario!(app_connectors::an_address_that_moves_is_followed_after_its_time),
 ];
 
 const CONTROL_GROUP: [Scenario; 1] =
@@ -198,12 +207,10 @@ const TRANSFER: [Scenario; 8] = [
     scenario!(transfer::a_gibibyte_leaves_whole).within(180),
 ];
 
-/// How many run at once: one on `client`, and those beside it.
-pub(crate) const AT_ONCE: usize = 1 + BESIDE.len();
-
 /// All of them, in the order in which they begin.
 pub(crate) fn all() -> impl Iterator<Item = Scenario> {
     let control = CONTROL_GROUP.into_iter().chain(JOIN).chain(LEAVE).chain(ROUTES).chain(NAMES).chain(KEYS);
     let proxy = CLOSED.into_iter().chain(CONFORMANCE).chain(PATHS).chain(PING).chain(CONTROL_FAULTS);
-    BESIDE.into_iter().chain(control).chain(proxy).chain(BROWSER).chain(CROWD).chain(TRANSFER)
+    let apps = APP_CONNECTORS.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.apps));
+    BESIDE.into_iter().chain(apps).chain(control).chain(proxy).chain(BROWSER).chain(CROWD).chain(TRANSFER)
 }
