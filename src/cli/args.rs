@@ -123,6 +123,9 @@ pub(super) struct NodeArgs {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true,
           default_missing_value = "true", action = ArgAction::Set, value_parser = BoolishValueParser::new())]
     pub(super) accept_routes: bool,
+    /// Send what is public through this peer, by name or address; private addresses never go there
+    #[arg(long, value_name = "NAME|IP", value_parser = values::exit_node)]
+    pub(super) exit_node: Option<String>,
     /// Use the tailnet's DNS settings [env: TS_ACCEPT_DNS]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true,
           default_missing_value = "true", action = ArgAction::Set, value_parser = BoolishValueParser::new())]

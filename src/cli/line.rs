@@ -51,6 +51,18 @@ pub(super) struct End<'a> {
     /// What policy refused, and how often.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) refused: &'a BTreeMap<String, u64>,
+    /// What was dialled outside the tailnet, as `--direct-allow` permits, and how often.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) direct: &'a BTreeMap<String, u64>,
+}
+
+/// Destinations that did not go the usual way, and how often.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    /// Refused by policy.
+    pub(super) refused: BTreeMap<String, u64>,
+    /// Dialled outside the tailnet.
+    pub(super) direct: BTreeMap<String, u64>,
 }
 
 /// What to give a client of ours; the first listener has the URLs.

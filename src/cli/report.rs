@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::args::{LogFormat, OutputFormat};
 use super::files::{self, Files};
-use super::line::{End, Failure, Line, Proxy, Ready, short};
+use super::line::{End, Failure, Line, Proxy, Ready, Tally, short};
 use super::redact::redact;
 use super::settings::Output;
 use crate::fault::Fault;
@@ -122,12 +122,17 @@ impl Report {
     }
 
     /// The run is over without a failure.
-    pub(super) fn ended(&self, reason: &str, logout: Logout, exit: u8, refused: &BTreeMap<String, u64>) {
+    pub(super) fn ended(&self, reason: &str, logout: Logout, exit: u8, tally: &Tally) {
+        let Tally { refused, direct } = tally;
         if !refused.is_empty() {
             self.say("refused", &format!("refused  {}", listed(refused)));
         }
+        if !direct.is_empty() {
+            self.say("direct", &format!("direct   {}", listed(direct)));
+        }
         let line = self.line("ended");
-        let line = Line { end: Some(End { reason, logout: logout_word(logout), exit, refused }), ..line }.text();
+        let line =
+            Line { end: Some(End { reason, logout: logout_word(logout), exit, refused, direct }), ..line }.text();
         if let Err(fault) = self.files.status(&line) {
             tracing::warn!(%fault, "the status file is out of date");
         }

@@ -16,6 +16,7 @@ use tokio::time::{Instant, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
+use super::line::Tally;
 use super::report::Report;
 use super::settings::Settings;
 use super::stops::{ENDING, PASSED_ON, Stop, Stops, exit_of, signal_name};
@@ -252,20 +253,20 @@ async fn idle(stats: &proxy::Stats, limit: Option<Duration>) {
     }
 }
 
-/// What policy refused in this run, by destination.
-fn refused(stats: &proxy::Stats) -> BTreeMap<String, u64> {
-    let mut all = BTreeMap::new();
+/// What policy refused in this run, and what it let out of the tailnet.
+fn tally(stats: &proxy::Stats, node: &Node) -> Tally {
+    let mut refused = BTreeMap::new();
     for (place, times) in stats.counters().refused.into_values().flat_map(|refused| refused.destinations) {
-        *all.entry(place).or_default() += times;
+        *refused.entry(place).or_default() += times;
     }
-    all
+    Tally { refused, direct: node.outside() }
 }
 
 /// The run ends before there was a node.
 fn unjoined(job: &Job, report: &Report, end: End) -> u8 {
     let (reason, code, failed) = said(job, report, end);
     if !failed {
-        report.ended(&reason, Logout::NotNeeded, code, &BTreeMap::new());
+        report.ended(&reason, Logout::NotNeeded, code, &Tally::default());
     }
     code
 }
@@ -309,7 +310,7 @@ async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> 
         logout = goodbye => logout,
         signal = farewell.stops.next_signal() => {
             let reason = format!("second signal {}", signal_name(signal));
-            report.ended(&reason, Logout::Unconfirmed, exit_of(signal), &refused(&farewell.stats));
+            report.ended(&reason, Logout::Unconfirmed, exit_of(signal), &tally(&farewell.stats, &farewell.node));
             return exit_of(signal);
         }
     };
@@ -323,7 +324,7 @@ async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> 
         report.warn(&fault);
     }
     if !failed {
-        report.ended(&reason, logout, code, &refused(&farewell.stats));
+        report.ended(&reason, logout, code, &tally(&farewell.stats, &farewell.node));
     }
     code
 }

@@ -155,6 +155,7 @@ impl Settings {
                 hostname,
                 advertise_tags: node.advertise_tags,
                 accept_routes: node.accept_routes,
+                exit_node: node.exit_node.filter(|name| !name.is_empty()),
                 accept_dns: node.accept_dns,
                 transport: underlay.transport,
                 ca_file: underlay.ca_file,

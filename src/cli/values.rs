@@ -126,6 +126,15 @@ pub(super) fn tag(text: &str) -> Result<String, String> {
     if fits { Ok(text.to_owned()) } else { Err(String::from("a tag is a letter, then letters, digits and hyphens")) }
 }
 
+/// A peer by name, address or stable id; empty for none, as Tailscale's flag takes it.
+pub(super) fn exit_node(text: &str) -> Result<String, String> {
+    if text.parse::<IpAddr>().is_ok() {
+        return Ok(text.to_owned());
+    }
+    let fits = text.len() <= 253 && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+    if fits { Ok(text.to_owned()) } else { Err(String::from("neither a node's name nor an address")) }
+}
+
 /// `file:PATH`.
 pub(super) fn file_source(text: &str) -> Result<PathBuf, String> {
     match text.strip_prefix("file:") {
@@ -267,6 +276,16 @@ mod tests {
         assert_eq!(direct_rule("2001:db8::/32"), net("2001:db8::/32"));
         // Part of a wider prefix, not mapped itself.
         assert_eq!(direct_rule("::/8"), net("::/8"));
+    }
+
+    #[test]
+    fn an_exit_node_is_a_name_an_address_or_nobody() {
+        assert!(
+            ["web", "web.tb.example.", "100.64.0.2", "fd7a::2", "nCNTRL", ""]
+                .iter()
+                .all(|text| exit_node(text).is_ok())
+        );
+        assert!(["auto:any", "a b", "http://web"].iter().all(|text| exit_node(text).is_err()));
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub struct Config {
     pub hostinfo: Hostinfo,
     /// Whether subnet routes of peers are used.
     pub accept_routes: bool,
+    /// Whose routes to everything are used: a name, an address or a stable id.
+    pub exit_node: Option<String>,
     /// Takes the pings of peers that control asks for.
     pub pings: mpsc::Sender<PingJob>,
 }
@@ -202,6 +204,7 @@ impl Task {
         let dialer = Dialer::new(config.url.clone(), config.underlay.clone(), config.machine.clone());
         let lock = lock_key();
         let map = crate::netmap::session::Session::new(config.accept_routes);
+        let map = config.exit_node.clone().into_iter().fold(map, crate::netmap::session::Session::with_exit_node);
         let answerer = Arc::new(Answerer::new(config.url.clone(), config.underlay.tls.clone(), config.pings.clone()));
         let (session, registering, registered, known) = (None, None, false, false);
         Self { config, dialer, lock, report, out, session, map, answerer, registering, registered, known }

@@ -131,6 +131,7 @@ impl Task {
             session: session.clone(),
             requester: self.requester(),
             report: self.report.clone(),
+            netmap: self.out.netmap.subscribe(),
             accepted: self.out.accepted.clone(),
         };
         debug!("map stream open");
@@ -209,6 +210,7 @@ impl Task {
             self.out.phase.send_replace(Phase::AwaitingApproval);
             return;
         }
+        self.config.hostinfo.exit_node_id = exit_node_id(Some(&netmap));
         let before = self.out.netmap.send_replace(Some(netmap.clone()));
         let changes = Changes::between(before.as_deref(), &netmap);
         if !changes.is_empty() {
@@ -228,6 +230,12 @@ impl Task {
     fn requester(&self) -> MapRequester {
         MapRequester { node: self.config.node, disco: self.config.disco, hostinfo: self.config.hostinfo.clone() }
     }
+}
+
+/// The stable id of the exit node in use, as control is told; empty without one.
+fn exit_node_id(netmap: Option<&Netmap>) -> String {
+    let peer = netmap.and_then(|netmap| netmap.peers.get(&netmap.exit_node?));
+    peer.map(|peer| peer.stable_id.clone()).unwrap_or_default()
 }
 
 /// Waits until `time`; for ever if there is none.
@@ -269,6 +277,7 @@ struct Updates {
     session: Session,
     requester: MapRequester,
     report: watch::Receiver<HostReport>,
+    netmap: watch::Receiver<Option<Arc<Netmap>>>,
     accepted: watch::Sender<HostReport>,
 }
 
@@ -278,13 +287,12 @@ impl Updates {
         self.await_home().await;
         loop {
             let report = self.report.borrow_and_update().clone();
+            self.requester.hostinfo.exit_node_id = exit_node_id(self.netmap.borrow().as_deref());
             match timeout(UPDATE_LIMIT, self.send(&report)).await {
                 Ok(Ok(())) => {
                     backoff.reset();
                     self.accepted.send_replace(report);
-                    if self.report.changed().await.is_err() {
-                        std::future::pending::<()>().await;
-                    }
+                    self.await_news().await;
                     continue;
                 }
                 Ok(Err(error)) => debug!(%error, "an update to control failed"),
@@ -300,6 +308,18 @@ impl Updates {
         let known = |report: &HostReport| report.net_info.as_ref().is_some_and(|info| info.preferred_derp != 0);
         // Without a home in time, what is known goes out as it is.
         let _ = timeout(HOME_WAIT, self.report.wait_for(known)).await;
+    }
+
+    /// Waits until there is something else to tell than what the last update said.
+    async fn await_news(&mut self) {
+        let told = &self.requester.hostinfo.exit_node_id;
+        let other = |netmap: &Option<Arc<Netmap>>| exit_node_id(netmap.as_deref()) != *told;
+        let other_exit = async { self.netmap.wait_for(other).await.map(drop) };
+        tokio::select! {
+            Ok(()) = self.report.changed() => {}
+            Ok(()) = other_exit => {}
+            else => std::future::pending().await,
+        }
     }
 
     async fn send(&self, report: &HostReport) -> Result<(), ConnectError> {

@@ -205,6 +205,7 @@ impl From<&NodeError> for Fault {
             NodeError::KeyExpired => &NODE_EXPIRED,
             NodeError::LockedOut => &LOCKED_OUT,
             NodeError::Deleted => &NODE_DELETED,
+            NodeError::NoExitNode { .. } => &NO_EXIT_NODE,
             NodeError::Roots(_) => &SETTING_FILE,
             NodeError::Os { .. } => &UNDERLAY_SOCKET,
         };
@@ -236,6 +237,7 @@ impl From<&RouteError> for Fault {
             RouteError::Answer { .. } => &ROUTE_OF_ANSWER,
             RouteError::Own { .. } => &LOOP,
             RouteError::Family { .. } => &ROUTE_FAMILY,
+            RouteError::Connector { .. } | RouteError::ConnectorIgnored { .. } => &ROUTE_OF_CONNECTOR,
         };
         Self::new(row, error.to_string())
     }

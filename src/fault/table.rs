@@ -200,6 +200,12 @@ rows! {
     ROUTE_FAMILY: 1505 Route, exit 78, again NO, UNROUTABLE
         "this node has no address of that family"
         "use the target's other address, or let the tailnet assign both families";
+    ROUTE_OF_CONNECTOR: 1506 Route, exit 78, again NO, UNROUTABLE
+        "an app connector's route was not learned in time"
+        "let autoApprovers.routes cover the connector's tag and this address; it runs with --advertise-connector, we with --accept-routes";
+    NO_EXIT_NODE: 1507 Route, exit 78, again NO, UNROUTABLE
+        "the exit node is not there"
+        "check the spelling in --exit-node, and that control has approved the node's routes to everything (0.0.0.0/0, ::/0)";
 
     PEER_SILENT: 1601 Peer, exit 69, again YES, SILENT_PEER
         "the peer never answered a WireGuard handshake"

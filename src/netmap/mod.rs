@@ -5,6 +5,7 @@
 //! accepts no inbound connection, so control's rules for inbound have nothing to decide.
 
 pub mod diff;
+mod internet;
 mod node;
 mod routes;
 pub mod session;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+pub use self::internet::is_internet;
 pub use self::routes::tailnet_range;
 use self::routes::{Prefixes, Routes};
 use crate::key::{DiscoPublic, NodePublic};
@@ -179,9 +181,10 @@ impl Netmap {
     /// one that is offline; then the lowest id counts. `None` for our own addresses too.
     ///
     /// Peers whose key has ended, and peers without any path, never serve. Subnet routes count only
-    /// if routes are accepted, and those to everything only by the chosen exit node.
+    /// if routes are accepted, and those to everything only by the chosen exit node and only for what is of the
+    /// internet: a private address is never given to it.
     pub fn route(&self, ip: IpAddr) -> Option<Route<'_>> {
-        self.routes.find(ip.to_canonical())
+        self.routes.find(ip.to_canonical()).filter(|route| route.kind != RouteKind::Exit || is_internet(ip))
     }
 
     /// Whether `peer` may send packets from `source`: exactly what it could be sent packets for, even
@@ -190,8 +193,8 @@ impl Netmap {
         self.routes.serves(peer.id, source.to_canonical())
     }
 
-    /// Whether a route to `ip` is, or was at any time in this run, in the netmap. What once belonged to the
-    /// tailnet is never taken for public when its route goes.
+    /// Whether a route to `ip`, other than an exit node's, is, or was at any time in this run, in the netmap. What once
+    /// belonged to the tailnet is never taken for public when its route goes.
     pub fn was_routed(&self, ip: IpAddr) -> bool {
         self.routed.cover(ip.to_canonical())
     }

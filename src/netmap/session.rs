@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::Netmap;
 use super::node::{CLOCK_IS_SET, ended, peer};
 use super::routes::{Accept, Prefixes};
 use super::state::State;
+use super::{Netmap, RouteKind};
 use crate::wire::tailcfg::map::{DialPlan, MapResponse, PingRequest};
 
 /// A smaller difference between control's clock and ours may be the network's, and is ignored.
@@ -193,8 +193,11 @@ impl Session {
         }
         let exit_node = state.exit_node(&self.accept);
         for tracked in state.peers.values() {
-            for (prefix, _) in self.accept.served(&tracked.peer, exit_node) {
-                Prefixes::add(&mut self.routed, prefix);
+            for (prefix, kind) in self.accept.served(&tracked.peer, exit_node) {
+                // An exit node's would cover everything, and nothing could be told apart any more.
+                if kind != RouteKind::Exit {
+                    Prefixes::add(&mut self.routed, prefix);
+                }
             }
         }
         Some(Arc::new(state.netmap(&self.accept, Arc::clone(&self.routed), clock)))

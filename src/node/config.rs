@@ -23,6 +23,8 @@ pub struct Config {
     pub advertise_tags: Vec<String>,
     /// Whether subnet routes of peers are used. Defaults to `true`.
     pub accept_routes: bool,
+    /// Whose routes to everything are used, by name, address or stable id. Defaults to nobody's.
+    pub exit_node: Option<String>,
     /// Whether the tailnet's DNS settings are used. Defaults to `true`.
     pub accept_dns: bool,
     /// Paths to peers. Defaults to [`Transport::Auto`].
@@ -51,6 +53,7 @@ impl Default for Config {
             hostname: String::from("tailcar"),
             advertise_tags: Vec::new(),
             accept_routes: true,
+            exit_node: None,
             accept_dns: true,
             transport: Transport::Auto,
             ca_file: None,

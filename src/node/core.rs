@@ -169,11 +169,6 @@ impl Core {
         self.rejected.get(&id).copied()
     }
 
-    /// The address that packets to `remote` leave from.
-    pub(super) fn source_for(&self, remote: IpAddr) -> Option<IpAddr> {
-        self.parts.netstack.source_for(remote)
-    }
-
     /// Takes what waits on the UDP sockets.
     pub(super) fn handle_readable(&mut self, now: Instant) {
         let Some(udp) = self.parts.outbox.udp() else { return };

@@ -1,6 +1,7 @@
 //! Connections outside the tailnet, for hosts that `--direct-allow` names and for no others.
 
 use std::cell::Cell;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -9,11 +10,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::timeout_at;
+use tracing::{debug, info};
 
-use super::dial::{DialError, DirectError, Host, Target, is_public};
+use super::dial::{DialError, DirectError, DirectRule, Host, NEXT_ADDRESS, Target, is_public};
 use super::error::ResolveError;
 use super::stream::Spliced;
 use crate::netmap::Netmap;
+use crate::transport::race::race;
 
 /// Dials `target` on the underlay, until `deadline`. Only [`dial`](super::dial::dial) may call it, after a rule of the
 /// user's has matched and nobody in the tailnet knew the host.
@@ -22,22 +25,52 @@ pub(super) async fn connect(netmap: &Netmap, target: &Target, deadline: Instant)
     let mut addresses = addresses(target, deadline).await?;
     addresses.retain(|address| is_public(netmap, address.ip().to_canonical()));
     let Some(&first) = addresses.first() else { return Err(DialError::Public { host: target.host.clone() }) };
-    let mut failure = DirectError::Silent { address: first };
-    for address in addresses {
+    let attempts = addresses.into_iter().map(|address| async move {
         match timeout_at(deadline.into(), TcpStream::connect(address)).await {
-            Ok(Ok(stream)) => {
-                // Small messages must not wait for an ACK; without the option they are only later.
-                let _ = stream.set_nodelay(true);
-                return Ok(stream);
-            }
-            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                failure = DirectError::Refused { address: first };
-            }
-            Ok(Err(error)) => failure = DirectError::Failed { address: first, detail: error.to_string() },
-            Err(_) => break,
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Err(DirectError::Refused { address }),
+            Ok(Err(error)) => Err(DirectError::Failed { address, detail: error.to_string() }),
+            Err(_) => Err(DirectError::Silent { address }),
         }
+    });
+    match race(attempts, NEXT_ADDRESS).await {
+        Ok(stream) => {
+            // Small messages must not wait for an ACK; without the option they are only later.
+            let _ = stream.set_nodelay(true);
+            Ok(stream)
+        }
+        Err(failures) => Err(failures.into_iter().next().unwrap_or(DirectError::Silent { address: first }).into()),
     }
-    Err(failure.into())
+}
+
+/// Destinations counted by themselves; those beyond are counted together.
+const DESTINATIONS: usize = 1_000;
+/// Under what those are counted.
+const OTHERS: &str = "others";
+
+/// What left the tailnet: each host and port, and how often it was dialled.
+#[derive(Debug, Default)]
+pub(super) struct Outside {
+    destinations: BTreeMap<String, u64>,
+    hosts: HashSet<Host>,
+}
+
+impl Outside {
+    /// Counts a dial that `rule` lets out; says so once a host, by the rule: hosts are not for every log.
+    pub(super) fn note(&mut self, target: &Target, rule: &DirectRule) {
+        debug!(%target, "dialled outside the tailnet");
+        if self.hosts.len() < DESTINATIONS && self.hosts.insert(target.host.clone()) {
+            info!(%rule, port = target.port, "a host is dialled outside the tailnet, as --direct-allow permits");
+        }
+        let destination = target.to_string();
+        let known = self.destinations.len() < DESTINATIONS || self.destinations.contains_key(&destination);
+        *self.destinations.entry(if known { destination } else { OTHERS.to_owned() }).or_default() += 1;
+    }
+
+    /// Dials by `host:port`.
+    pub(super) fn destinations(&self) -> &BTreeMap<String, u64> {
+        &self.destinations
+    }
 }
 
 /// The target's addresses, by the machine's own resolver where it is a name.
@@ -140,6 +173,19 @@ mod tests {
     }
 
     const SOON: Duration = Duration::from_secs(5);
+
+    #[test]
+    fn what_leaves_the_tailnet_is_counted_and_the_list_is_bounded() {
+        let rule = DirectRule::Name("cdn.example".into());
+        let target = |port| Target { host: Host::Name("cdn.example".into()), port };
+        let mut outside = Outside::default();
+        for port in (1..=1_500).chain([1]) {
+            outside.note(&target(port), &rule);
+        }
+        let counted = outside.destinations();
+        assert_eq!((counted["cdn.example:1"], counted["cdn.example:2"], counted[OTHERS]), (2, 1, 500));
+        assert_eq!(counted.len(), DESTINATIONS + 1);
+    }
 
     #[tokio::test(flavor = "local")]
     async fn half_close_passes_and_the_other_direction_goes_on() {

@@ -148,6 +148,26 @@ pub enum RouteError {
         /// The address.
         address: IpAddr,
     },
+    /// An app connector answered for a name, but its route to the answer did not come in time.
+    #[error("{connectors} answered for {name}, but routes none of its addresses ({addresses}) after {waited:?}")]
+    Connector {
+        /// The name.
+        name: String,
+        /// Its addresses, as the connector gave them.
+        addresses: String,
+        /// The names of those who serve the name.
+        connectors: String,
+        /// How long the route was waited for.
+        waited: Duration,
+    },
+    /// An app connector answered for a name, but no subnet route is accepted.
+    #[error("{name} is an app connector's ({addresses}), but --accept-routes is off")]
+    ConnectorIgnored {
+        /// The name.
+        name: String,
+        /// Its addresses, as the connector gave them.
+        addresses: String,
+    },
     /// We have no address of that family.
     #[error("this node has no {family} address for {address}")]
     Family {

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::{Config, JoinStage, Joined, NodeError, State};
+use super::{Config, JoinStage, Joined, NodeError, State, exit};
 use crate::control::{Client, Failure, HostReport, Phase};
 use crate::netmap::{Netmap, RegionId};
 use crate::wire::tailcfg::hostinfo::Hostinfo;
@@ -45,11 +45,19 @@ pub(super) struct Seen {
     pub(super) home: watch::Receiver<Option<RegionId>>,
 }
 
+/// What the way in is held to.
+pub(super) struct Limits {
+    /// The longest that it may take.
+    pub(super) join_timeout: Duration,
+    /// The exit node that has to be there.
+    pub(super) exit_node: Option<String>,
+}
+
 /// Starts a task that sums up how far the node has come.
 pub(super) fn watch_state(
     client: &Client,
     seen: Seen,
-    join_timeout: Duration,
+    limits: Limits,
     started: Instant,
     stop: CancellationToken,
 ) -> watch::Receiver<State> {
@@ -61,7 +69,8 @@ pub(super) fn watch_state(
         accepted: client.accepted.clone(),
         home: seen.home,
         started,
-        join_timeout,
+        join_timeout: limits.join_timeout,
+        exit_node: limits.exit_node,
         joined_after: None,
         was_ready: false,
     };
@@ -76,6 +85,8 @@ struct Watcher {
     home: watch::Receiver<Option<RegionId>>,
     started: Instant,
     join_timeout: Duration,
+    /// What is to be looked for in the first netmap; what becomes of it later is the dials' business.
+    exit_node: Option<String>,
     joined_after: Option<Duration>,
     was_ready: bool,
 }
@@ -114,6 +125,9 @@ impl Watcher {
             let (stage, last_error) = stage_of(phase);
             return State::Joining { stage, last_error };
         };
+        if let Some(missing) = self.exit_node.take().and_then(|wanted| exit::missing(&netmap, wanted)) {
+            return State::Failed(missing.into());
+        }
         let join_time = *self.joined_after.get_or_insert_with(|| self.started.elapsed());
         let home = *self.home.borrow_and_update();
         let told = self.accepted.borrow_and_update().net_info.as_ref().map_or(0, |info| info.preferred_derp);

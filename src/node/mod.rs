@@ -10,8 +10,10 @@ pub mod dial;
 mod direct;
 mod driver;
 mod error;
+mod exit;
 mod lifecycle;
 mod outbox;
+mod overlap;
 mod ping;
 mod regions;
 mod relays;
@@ -21,6 +23,7 @@ mod target;
 mod tunnel;
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -125,6 +128,14 @@ pub enum NodeError {
     /// An administrator, or the server, deleted the node in mid-run.
     #[error("control no longer knows this node")]
     Deleted,
+    /// No usable peer is called as the exit node setting says, or it does not offer to be one.
+    #[error("no exit node is called {wanted}; there {offered}")]
+    NoExitNode {
+        /// The setting.
+        wanted: String,
+        /// Which there are, as the end of a sentence.
+        offered: String,
+    },
     /// The trusted certificates cannot be read.
     #[error(transparent)]
     Roots(#[from] RootsError),
@@ -162,6 +173,8 @@ struct Inner {
     netmap: watch::Receiver<Option<Arc<Netmap>>>,
     state: watch::Receiver<State>,
     resolvers: resolve::Resolvers,
+    wider: RefCell<dial::WiderRoutes>,
+    outside: RefCell<direct::Outside>,
     stop: CancellationToken,
     /// Ends the node's tasks also when the last handle is dropped without a shutdown.
     _stop_guard: DropGuard,
@@ -194,6 +207,7 @@ impl Node {
                 auth_key: config.auth_key.take(),
                 hostinfo: lifecycle::hostinfo(&config),
                 accept_routes: config.accept_routes,
+                exit_node: config.exit_node.clone(),
                 pings,
             },
             report,
@@ -246,7 +260,9 @@ impl Node {
         tokio::task::spawn_local(driver::run(core.clone(), inputs));
         let netmap = core.borrow().netmap();
         let seen = lifecycle::Seen { netmap: netmap.clone(), home: core.borrow().home() };
-        let state = lifecycle::watch_state(&client, seen, config.join_timeout, started, stop.clone());
+        let limits = lifecycle::Limits { join_timeout: config.join_timeout, exit_node: config.exit_node.clone() };
+        let state = lifecycle::watch_state(&client, seen, limits, started, stop.clone());
+        tokio::task::spawn_local(overlap::watch(netmap.clone(), config.accept_routes));
         let resolvers = resolve::Resolvers::start(core.clone(), underlay, control, config.accept_dns);
         Self {
             inner: Rc::new(Inner {
@@ -256,6 +272,8 @@ impl Node {
                 netmap,
                 state,
                 resolvers,
+                wider: RefCell::default(),
+                outside: RefCell::default(),
                 _stop_guard: stop.clone().drop_guard(),
                 stop,
             }),
@@ -298,6 +316,11 @@ impl Node {
     /// The newest netmap, once there is one.
     pub fn netmap(&self) -> Option<Arc<Netmap>> {
         self.inner.netmap.borrow().clone()
+    }
+
+    /// What was dialled outside the tailnet so far, as `host:port`, and how often.
+    pub fn outside(&self) -> BTreeMap<String, u64> {
+        self.inner.outside.borrow().destinations().clone()
     }
 
     /// Opens a connection to `target` through the tailnet, or outside where the user allowed it by name.

@@ -52,7 +52,6 @@ pub(super) enum Ask {
     /// Also those that are remembered.
     Remembered,
     /// Only new ones: what is remembered of the name is forgotten first.
-    #[expect(dead_code, reason = "dial asks anew where a remembered answer leads nowhere, once it waits for routes")]
     Anew,
 }
 

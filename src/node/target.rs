@@ -50,6 +50,16 @@ pub enum DirectRule {
     Net(IpNet),
 }
 
+impl fmt::Display for DirectRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => f.write_str(name),
+            Self::Suffix(suffix) => write!(f, "*.{suffix}"),
+            Self::Net(net) => net.fmt(f),
+        }
+    }
+}
+
 impl DirectRule {
     /// Whether the rule lets `host` out.
     pub fn allows(&self, host: &Host) -> bool {

@@ -1,6 +1,9 @@
-//! The machine's own addresses, as endpoints for peers on the same network.
+//! The machine's own addresses, as endpoints for peers on the same network, and the networks that they are in.
 
 use std::net::{IpAddr, SocketAddr};
+
+use if_addrs::IfAddr;
+use ipnet::IpNet;
 
 use crate::netmap::tailnet_range;
 
@@ -19,6 +22,20 @@ pub fn local_endpoints(ports: (Option<u16>, Option<u16>)) -> Vec<SocketAddr> {
     endpoints.sort_unstable();
     endpoints.dedup();
     endpoints
+}
+
+/// The networks that this machine is in, loopback, link-local and tailnets left out.
+pub fn local_networks() -> Vec<IpNet> {
+    let interfaces = if_addrs::get_if_addrs().unwrap_or_default().into_iter();
+    let networks =
+        interfaces.filter(|interface| !interface.is_loopback() && usable(interface.ip())).filter_map(|own| {
+            let length = match &own.addr {
+                IfAddr::V4(addr) => addr.prefixlen,
+                IfAddr::V6(addr) => addr.prefixlen,
+            };
+            IpNet::new(own.ip(), length).ok()
+        });
+    networks.map(|net| net.trunc()).collect()
 }
 
 fn usable(ip: IpAddr) -> bool {

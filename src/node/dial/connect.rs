@@ -1,0 +1,100 @@
+//! From addresses to one connection: several raced, each failure told by what is known of the peer that serves it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::super::core::Shared;
+use super::super::tunnel::{ConnectFailure, TunnelStream};
+use super::route::{in_order, no_family, unrouted};
+use super::{DialError, Exhausted, Inner, RouteError};
+use crate::key::NodePublic;
+use crate::netmap::Netmap;
+use crate::transport::race::race;
+
+/// How long a peer has to answer that control calls offline: control may be late, but seldom is.
+const OFFLINE_LIMIT: Duration = Duration::from_secs(5);
+/// How long the first address of a target has to answer before the next is tried beside it.
+/// Source: RFC 8305, 8 (connection attempt delay); Tailscale uses 300 ms too.
+pub(in crate::node) const NEXT_ADDRESS: Duration = Duration::from_millis(300);
+
+/// Connects to whichever address answers first; each next one joins in after a pause, or when one before it has failed.
+pub(super) async fn connect_any(
+    node: &Inner,
+    netmap: &Arc<Netmap>,
+    port: u16,
+    addresses: Vec<IpAddr>,
+    deadline: Instant,
+) -> Result<TunnelStream, DialError> {
+    let exits = node.config.exit_node.is_some();
+    let attempts = in_order(netmap, &addresses).into_iter().map(|ip| async move {
+        tokio::select! {
+            connected = connect(&node.core, netmap, SocketAddr::new(ip, port), deadline) => connected,
+            error = withdrawal(node.netmap.clone(), exits, ip) => Err(error),
+        }
+    });
+    let first = |failures: Vec<DialError>| {
+        failures.into_iter().next().expect("there is at least one address, and each one's failure is kept")
+    };
+    race(attempts, NEXT_ADDRESS).await.map_err(first)
+}
+
+/// Waits until no route covers `ip` any more: whoever dials it need not wait for its silence.
+async fn withdrawal(mut newest: watch::Receiver<Option<Arc<Netmap>>>, exits: bool, ip: IpAddr) -> DialError {
+    let gone = |netmap: &Option<Arc<Netmap>>| netmap.as_ref().is_some_and(|netmap| netmap.route(ip).is_none());
+    let found = newest.wait_for(gone).await.ok().and_then(|netmap| netmap.clone());
+    match found {
+        Some(netmap) => unrouted(&netmap, exits, ip),
+        None => std::future::pending().await,
+    }
+}
+
+/// Connects to one address, and says why it failed by what is known of the peer that serves it.
+async fn connect(
+    core: &Shared,
+    netmap: &Netmap,
+    address: SocketAddr,
+    deadline: Instant,
+) -> Result<TunnelStream, DialError> {
+    let begun = Instant::now();
+    let Some(route) = netmap.route(address.ip()) else { return Err(unrouted(netmap, false, address.ip())) };
+    let peer = route.peer.clone();
+    let offline = peer.online == Some(false);
+    let handshakes_before = handshakes(core, &peer.key);
+    let mut limit = deadline.saturating_duration_since(begun);
+    if offline {
+        limit = limit.min(OFFLINE_LIMIT);
+    }
+    let failure = match TunnelStream::connect(core, address, limit).await {
+        Ok(stream) => return Ok(stream),
+        Err(failure) => failure,
+    };
+    let (name, waited) = (peer.name.clone(), begun.elapsed());
+    Err(match failure {
+        ConnectFailure::Family => no_family(address.ip()).into(),
+        ConnectFailure::Ports => Exhausted::Ports { address }.into(),
+        ConnectFailure::Memory => Exhausted::Memory.into(),
+        ConnectFailure::Refused => DialError::Refused { address },
+        ConnectFailure::Rejected(reason) => DialError::Rejected { peer: name, reason: reason.to_string() },
+        ConnectFailure::Unanswered if offline => RouteError::Offline { address: address.ip(), router: name }.into(),
+        ConnectFailure::Unanswered if has_session(core, &peer.key) => {
+            DialError::Unanswered { peer: name, address, waited }
+        }
+        ConnectFailure::Unanswered => {
+            let tries = handshakes(core, &peer.key).saturating_sub(handshakes_before);
+            DialError::PeerSilent { peer: name, tries, waited }
+        }
+    })
+}
+
+/// Handshakes sent to a peer so far.
+fn handshakes(core: &Shared, peer: &NodePublic) -> u64 {
+    core.borrow_mut().engine().peer_status(peer, Instant::now()).map_or(0, |status| status.handshakes_sent)
+}
+
+/// Whether WireGuard has a session with a peer right now.
+fn has_session(core: &Shared, peer: &NodePublic) -> bool {
+    core.borrow_mut().engine().peer_status(peer, Instant::now()).is_some_and(|status| status.established)
+}

@@ -1,0 +1,121 @@
+//! From a target to a stream: who decides its name, whether a route covers it, and the connection itself.
+
+#[cfg(test)]
+mod bed;
+mod connect;
+mod route;
+mod wait;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::time::{timeout, timeout_at};
+
+pub(super) use self::connect::NEXT_ADDRESS;
+pub(super) use self::route::is_public;
+pub(super) use self::wait::WiderRoutes;
+use self::wait::{Sought, until_routed};
+use super::error::ResolveError;
+pub use super::error::{DialError, DirectError, Exhausted, RouteError};
+use super::resolve::{Ask, By, Resolved};
+pub use super::target::{DirectRule, Host, Target};
+use super::{Inner, State, Stream, direct};
+use crate::netmap::Netmap;
+
+/// Where a target is.
+pub(super) enum Place {
+    /// At these addresses, which routes cover; at least one.
+    Tunnel(Arc<Netmap>, Vec<IpAddr>),
+    /// Outside the tailnet, where the user allowed it.
+    Outside(Arc<Netmap>),
+}
+
+/// See [`Node::dial`](super::Node::dial).
+pub(super) async fn dial(node: &Inner, target: &Target) -> Result<Stream, DialError> {
+    let netmap = joined(node).await?;
+    let deadline = Instant::now() + node.config.dial_timeout;
+    match locate(node, netmap, target, deadline).await? {
+        Place::Tunnel(netmap, addresses) => {
+            let connected = connect::connect_any(node, &netmap, target.port, addresses, deadline).await;
+            connected.map(Stream::Tunnel)
+        }
+        Place::Outside(netmap) => direct::connect(&netmap, target, deadline).await.map(Stream::Direct),
+    }
+}
+
+/// Says where `target` is: for TCP and UDP alike, and the only place where anything is let out of the tailnet.
+pub(super) async fn locate(
+    node: &Inner,
+    netmap: Arc<Netmap>,
+    target: &Target,
+    deadline: Instant,
+) -> Result<Place, DialError> {
+    if let Some(rule) = node.config.direct_allow.iter().find(|rule| rule.allows(&target.host))
+        && is_outside(node, &netmap, &target.host)?
+    {
+        node.outside.borrow_mut().note(target, rule);
+        return Ok(Place::Outside(netmap));
+    }
+    let resolved = match &target.host {
+        Host::Ip(ip) => Resolved { addresses: vec![ip.to_canonical()], by: By::Tailnet, remembered: false },
+        Host::Name(name) => resolve(node, &netmap, name, Ask::Remembered, deadline).await?,
+    };
+    if let (Host::Name(name), By::Connector { connectors, .. }) = (&target.host, &resolved.by) {
+        let sought = Sought { name, connectors, addresses: route::canonical(&resolved.addresses) };
+        // Being asked is what makes a connector advertise a route; a remembered answer's may be gone.
+        let again = async {
+            match resolved.remembered {
+                true => resolve(node, &netmap, name, Ask::Anew, deadline).await.map(|resolved| resolved.addresses),
+                false => std::future::pending().await,
+            }
+        };
+        let (netmap, addresses) = until_routed(node, netmap.clone(), sought, again, deadline).await?;
+        return Ok(Place::Tunnel(netmap, addresses));
+    }
+    // The newest netmap counts: a route may have come or gone while the name was asked.
+    let netmap = node.netmap.borrow().clone().unwrap_or(netmap);
+    let routed = route::routed(&netmap, node.config.exit_node.is_some(), &target.host, &resolved)?;
+    Ok(Place::Tunnel(netmap, routed))
+}
+
+/// Whether nobody in the tailnet knows `host`: only then may a rule let it out. What the tailnet names, routes or has
+/// once routed is never dialled outside, whatever the rules say. A rule is narrower than an exit node, though.
+fn is_outside(node: &Inner, netmap: &Netmap, host: &Host) -> Result<bool, DialError> {
+    match host {
+        Host::Ip(ip) => Ok(is_public(netmap, ip.to_canonical())),
+        Host::Name(name) => node.resolvers.is_outside(netmap, name),
+    }
+}
+
+/// Asks for a name, no longer than the dial may take.
+async fn resolve(
+    node: &Inner,
+    netmap: &Arc<Netmap>,
+    name: &str,
+    ask: Ask,
+    deadline: Instant,
+) -> Result<Resolved, DialError> {
+    let asked = node.resolvers.resolve(netmap, name, ask);
+    match timeout_at(deadline.into(), asked).await {
+        Ok(resolved) => resolved,
+        Err(_) => {
+            let (resolver, limit) = ("the tailnet's resolvers".to_owned(), node.config.dial_timeout);
+            Err(ResolveError::Silent { name: name.to_owned(), resolver, limit }.into())
+        }
+    }
+}
+
+/// Waits until the node is in, at most `hold_timeout`.
+pub(super) async fn joined(node: &Inner) -> Result<Arc<Netmap>, DialError> {
+    let limit = node.config.hold_timeout;
+    let mut state = node.state.clone();
+    let waited = timeout(limit, state.wait_for(|state| !matches!(state, State::Joining { .. }))).await;
+    if let Ok(Ok(state)) = &waited
+        && let State::Failed(cause) = &**state
+    {
+        return Err(DialError::NotJoined { limit, cause: Some(cause.clone()) });
+    }
+    drop(waited);
+    node.netmap.borrow().clone().ok_or(DialError::NotJoined { limit, cause: None })
+}
