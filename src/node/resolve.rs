@@ -106,7 +106,6 @@ impl Memory {
             Some(candidate) => self.chosen.insert(key.1.clone(), candidate.resolver.clone()),
             None => self.chosen.remove(&key.1),
         };
-        self.underway.remove(&key);
         self.answers.keep(key, concluded.outcome.clone(), concluded.ttl, Instant::now());
     }
 }
@@ -148,6 +147,9 @@ impl Resolvers {
         }
         let mut missing = None;
         for candidate in dns::candidates(netmap, name).map_err(bad)? {
+            if is_local(&candidate) {
+                continue;
+            }
             match self.resolve_one(netmap, &candidate, name, ask).await {
                 Ok(resolved) => return Ok(resolved),
                 // That the tailnet has no such name says more than that nobody in it was asked.
@@ -191,67 +193,82 @@ impl Resolvers {
 
     /// The answer to a question: the one that is remembered, the one that somebody else waits for, or a new one. Whoever
     /// stops waiting leaves the question to the others, and to the memory.
-    async fn ask(&self, netmap: &Arc<Netmap>, key: Key, ask: Ask) -> Result<(Vec<IpAddr>, bool), ResolveError> {
+    async fn ask(&self, netmap: &Netmap, key: Key, ask: Ask) -> Result<(Vec<IpAddr>, bool), ResolveError> {
+        self.go_by(&netmap.dns);
+        if ask == Ask::Anew {
+            self.memory.borrow_mut().answers.forget(&key);
+        }
+        let remembered = self.memory.borrow().answers.find(&key, Instant::now());
+        if let Some(outcome) = remembered {
+            return outcome.map(|addresses| (addresses, true));
+        }
+        let underway = self.memory.borrow().underway.get(&key).cloned();
         let name = key.0.clone();
-        let mut answer = {
-            let mut memory = self.memory.borrow_mut();
-            if !Arc::ptr_eq(&memory.settings, &netmap.dns) && *memory.settings != *netmap.dns {
-                *memory = Memory::new(memory.roads.clone(), netmap.dns.clone());
-            }
-            match ask {
-                Ask::Anew => memory.answers.forget(&key),
-                Ask::Remembered => {
-                    if let Some(outcome) = memory.answers.find(&key, Instant::now()) {
-                        return outcome.map(|addresses| (addresses, true));
-                    }
-                }
-            }
-            match memory.underway.get(&key) {
-                Some(answer) => answer.clone(),
-                None => self.put(netmap, &mut memory, key)?,
+        let mut answer = match underway {
+            Some(answer) => answer,
+            None => {
+                let candidates = self.candidates(netmap, &key)?;
+                self.put(key, candidates)
             }
         };
-        let stopped = |_| ResolveError::Unreachable {
+        let outcome = answer.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+        let stopped = || ResolveError::Unreachable {
             name,
-            resolver: "the tailnet's resolver".to_owned(),
+            resolver: "the tailnet's".to_owned(),
             detail: "the node has stopped".to_owned(),
         };
-        let outcome = answer.wait_for(Option::is_some).await.map_err(stopped)?.clone();
-        outcome.unwrap_or(Ok(Vec::new())).map(|addresses| (addresses, false))
+        outcome.ok_or_else(stopped)?.map(|addresses| (addresses, false))
     }
 
-    /// Puts a question; its peers are warmed at once.
-    fn put(
-        &self,
-        netmap: &Netmap,
-        memory: &mut Memory,
-        key: Key,
-    ) -> Result<watch::Receiver<Option<Outcome>>, ResolveError> {
-        let candidates = candidates(netmap, &key.1, memory.chosen.get(&key.1)).map_err(|detail| {
-            let resolver = key.1.iter().map(ResolverAddr::to_string).collect::<Vec<_>>().join(", ");
-            ResolveError::Unreachable { name: key.0.clone(), resolver, detail }
+    /// Forgets everything if the settings are others than they were.
+    fn go_by(&self, settings: &Arc<DnsConfig>) {
+        let mut memory = self.memory.borrow_mut();
+        if !Arc::ptr_eq(&memory.settings, settings) && *memory.settings != **settings {
+            *memory = Memory::new(memory.roads.clone(), settings.clone());
+        }
+    }
+
+    /// Those who may be asked; the peers through whom they are asked are warmed at once.
+    fn candidates(&self, netmap: &Netmap, key: &Key) -> Result<Vec<Candidate>, ResolveError> {
+        let (name, resolvers) = key;
+        let chosen = self.memory.borrow().chosen.get(resolvers).cloned();
+        let candidates = candidates(netmap, resolvers, chosen.as_ref()).map_err(|detail| {
+            let resolver = resolvers.iter().map(ResolverAddr::to_string).collect::<Vec<_>>().join(", ");
+            ResolveError::Unreachable { name: name.clone(), resolver, detail }
         })?;
         for peer in candidates.iter().filter_map(|candidate| candidate.peer) {
             self.core.borrow_mut().warm(peer, Instant::now());
         }
+        Ok(candidates)
+    }
+
+    /// Puts a question.
+    fn put(&self, key: Key, candidates: Vec<Candidate>) -> watch::Receiver<Option<Outcome>> {
         let (out, answer) = watch::channel(None);
-        memory.underway.insert(key.clone(), answer.clone());
-        let (desk, candidates, name) = (memory.desk.clone(), Arc::new(candidates), key.0.clone());
+        let desk = self.memory.borrow().desk.clone();
+        self.memory.borrow_mut().underway.insert(key.clone(), answer.clone());
+        let candidates: Arc<[_]> = candidates.into();
         let asked = self.control.spawn({
-            let (desk, candidates) = (desk.clone(), candidates.clone());
+            let (desk, candidates, name) = (desk.clone(), candidates.clone(), key.0.clone());
             async move { desk.ask(&name, &candidates).await }
         });
         let (asked, memory) = (AbortOnDropHandle::new(asked), self.memory.clone());
         tokio::task::spawn_local(async move {
-            let Ok(concluded) = asked.await else { return };
+            let concluded = asked.await;
             let mut memory = memory.borrow_mut();
-            // What was asked by other settings is for those only who waited for it.
-            if Arc::ptr_eq(&memory.desk, &desk) {
+            // What was asked by other settings is only for those who waited for it.
+            let current = Arc::ptr_eq(&memory.desk, &desk);
+            if current {
+                memory.underway.remove(&key);
+            }
+            // Only the end of the control runtime leaves a question without its end.
+            let Ok(concluded) = concluded else { return };
+            if current {
                 memory.conclude(key, &candidates, &concluded);
             }
             out.send_replace(Some(concluded.outcome));
         });
-        Ok(answer)
+        answer
     }
 }
 
@@ -278,16 +295,4 @@ fn does_not_exist(error: &DialError) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_machine_itself_and_odd_addresses_are_nothing_to_ask() {
-        for name in ["localhost", "a.localhost.", "LOCALHOST", "0x7f000001", "2130706433", "127.1", "10.0x1"] {
-            assert!(is_local(name), "{name}");
-        }
-        for name in ["web", "localhost.corp.test", "v4", "0xzz", "1password"] {
-            assert!(!is_local(name), "{name}");
-        }
-    }
-}
+mod tests;

@@ -39,6 +39,10 @@ impl Corp {
             .arg(hosts);
         command.args(["--cname=alias.corp.test,web.corp.test", "--cname=alias6.corp.test,v6.corp.test"]);
         command.args(["--cname=outside.corp.test,elsewhere.example", "--host-record=elsewhere.example,10.99.0.254"]);
+        // What its files say may change at once, so dnsmasq gives those a TTL of 0; only these may be remembered.
+        for name in ["kept.corp.test", "burst.corp.test"] {
+            command.arg(format!("--host-record={name},10.20.0.80,fd20::80,60"));
+        }
         let mut resolver = Process::start(command, "corp-dnsmasq", folder, false)?;
         resolver.says("started", Duration::from_secs(5))?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -77,13 +81,20 @@ impl Drop for Corp {
     }
 }
 
-/// `corp.test`, but for what dnsmasq's own flags say: two families, one only, and too many for a datagram.
+/// `corp.test`, but for what dnsmasq's own flags say: two families, one only, odd names, and too many addresses for a
+/// datagram.
 fn hosts_file() -> String {
     let mut lines = String::from(
         "10.20.0.80 web.corp.test\nfd20::80 web.corp.test\n10.20.0.80 v4.corp.test\nfd20::80 v6.corp.test\n\
          10.20.0.80 web.spare.test\n10.21.0.80 other.corp.test\n10.20.0.99 silent-host.corp.test\n\
          10.77.0.80 unrouted.corp.test\n10.99.0.254 leak.corp.test\n",
     );
+    let long = "l".repeat(63);
+    lines.push_str(&format!(
+        "10.20.0.80 _under_score.corp.test\n10.20.0.80 {long}.corp.test\n10.20.0.80 {long}.{long}.{long}.{}.corp.test\n\
+         10.20.0.80 xn--bcher-kva.corp.test\n",
+        "m".repeat(51),
+    ));
     for last in 128..=250 {
         lines.push_str(&format!("10.20.0.{last} many.corp.test\n"));
     }

@@ -16,8 +16,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use hickory_resolver::proto::op::Message;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::{Body as _, Incoming};
 use hyper::{Request, Response, StatusCode, Uri, header};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
@@ -150,9 +150,13 @@ async fn answer(response: Response<Incoming>) -> Result<Message, Failure> {
     if !media_type.eq_ignore_ascii_case(DNS_MESSAGE) {
         return Err(Failure::Answered(format!("HTTP content of type {media_type:?}")));
     }
+    let oversize = || Failure::Answered(format!("more than {ANSWER_MAX} octets"));
+    if response.body().size_hint().lower() > ANSWER_MAX as u64 {
+        return Err(oversize());
+    }
     let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
-    let body = body.map_err(|error| match error.downcast::<http_body_util::LengthLimitError>() {
-        Ok(_) => Failure::Answered(format!("more than {ANSWER_MAX} octets")),
+    let body = body.map_err(|error| match error.downcast::<LengthLimitError>() {
+        Ok(_) => oversize(),
         Err(error) => Failure::Unreachable(error.to_string()),
     })?;
     Message::from_vec(&body.to_bytes()).map_err(|_| Failure::Answered("no DNS message".to_owned()))

@@ -76,13 +76,15 @@ pub(super) struct Roads {
     underlay: Underlay,
     /// The trusted roots, with HTTP/2 offered.
     pub(super) tls: Arc<ClientConfig>,
+    /// Keeps hickory's tasks: they end with the last of its clones.
+    tasks: TokioHandle,
 }
 
 impl Roads {
     pub(super) fn new(tunnel: Tunnel, underlay: Underlay) -> Self {
         let mut tls = ClientConfig::clone(&underlay.tls.trusted());
         tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Self { tunnel, underlay, tls: Arc::new(tls) }
+        Self { tunnel, underlay, tls: Arc::new(tls), tasks: TokioHandle::default() }
     }
 
     /// Connects to a host at one of its addresses, whichever answers first.
@@ -117,7 +119,7 @@ impl RuntimeProvider for Provider {
     type Tcp = AsyncIoTokioAsStd<Either<DuplexStream, TcpStream>>;
 
     fn create_handle(&self) -> Self::Handle {
-        TokioHandle::default()
+        self.roads.tasks.clone()
     }
 
     fn connect_tcp(

@@ -118,12 +118,15 @@ const ROUTES: [Scenario; 4] = [
     scenario!(routes::a_peer_that_never_handshakes_is_told_from_a_silent_host).within(90),
 ];
 
-const NAMES: [Scenario; 5] = [
+const NAMES: [Scenario; 8] = [
     scenario!(names::split_dns_names_lead_to_the_lan),
     scenario!(names::magic_dns_names_lead_to_peers),
     scenario!(names::a_renamed_peer_is_found_by_its_new_name),
     scenario!(names::each_failure_to_resolve_has_its_own_answer).within(90),
     scenario!(names::a_name_under_a_split_suffix_is_asked_nowhere_else),
+    scenario!(names::an_answer_is_remembered_for_its_time),
+    scenario!(names::many_dials_of_one_name_ask_once),
+    scenario!(names::odd_names_are_names),
 ];
 
 const KEYS: [Scenario; 7] = [

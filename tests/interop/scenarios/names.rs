@@ -98,6 +98,59 @@ pub(crate) fn each_failure_to_resolve_has_its_own_answer(bed: &Bed) -> Result<()
     Ok(())
 }
 
+/// An answer is asked for again when its TTL is over, and not before.
+pub(crate) fn an_answer_is_remembered_for_its_time(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    let asked = |name: &str| -> Result<usize, Failed> {
+        let before = bed.corp.queries(name);
+        sidecar.page(name, "corp")?;
+        Ok(bed.corp.queries(name) - before)
+    };
+    // Its TTL is a minute, that of the other 0: one question in each family.
+    let counts = [asked("kept.corp.test")?, asked("kept.corp.test")?, asked("v4.corp.test")?, asked("v4.corp.test")?];
+    match counts {
+        [2, 0, 2, 2] => Ok(()),
+        other => Err(format!("the LAN's resolver was asked {other:?} times").into()),
+    }
+}
+
+/// However many want a name at once, it is asked for once in each family.
+pub(crate) fn many_dials_of_one_name_ask_once(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    let before = bed.corp.queries("burst.corp.test");
+    thread::scope(|scope| {
+        let dials: Vec<_> = (0..20).map(|_| scope.spawn(|| sidecar.page("burst.corp.test", "corp"))).collect();
+        for dial in dials {
+            dial.join().map_err(|_| "a thread panicked")??;
+        }
+        Ok::<_, Failed>(())
+    })?;
+    match bed.corp.queries("burst.corp.test") - before {
+        2 => Ok(()),
+        other => Err(format!("the LAN's resolver was asked {other} times").into()),
+    }
+}
+
+/// Underscores, the longest label, the longest name, and letters beyond ASCII.
+pub(crate) fn odd_names_are_names(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    let long = "l".repeat(63);
+    let longest = format!("{long}.{long}.{long}.{}.corp.test", "m".repeat(51));
+    for name in ["_under_score.corp.test", &format!("{long}.corp.test"), &longest, "b\u{fc}cher.corp.test"] {
+        let (code, _) = sidecar.socks(name, 80)?;
+        if code != 0 {
+            return Err(format!("{name}: SOCKS {code:02}").into());
+        }
+    }
+    for name in [&format!("l{long}.corp.test"), &format!("m{longest}")] {
+        let (code, _) = sidecar.socks(name, 80)?;
+        if code == 0 {
+            return Err(format!("{name} was reached").into());
+        }
+    }
+    Ok(())
+}
+
 /// Whatever its own resolver does, a name under a split suffix is never asked of another.
 pub(crate) fn a_name_under_a_split_suffix_is_asked_nowhere_else(bed: &Bed) -> Result<(), Failed> {
     let sidecar = Launch::new(bed).ready()?;

@@ -1,0 +1,279 @@
+//! Questions to resolvers that answer as the test wants, on this machine: how often they are asked, and what their
+//! answers come to.
+
+use std::cell::Cell;
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use hickory_resolver::proto::op::{Message, MessageType, ResponseCode};
+use hickory_resolver::proto::rr::rdata::{A, SOA};
+use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::task::spawn_local;
+use tokio::time::timeout;
+
+use super::roads::Road;
+use super::servers::Server;
+use super::*;
+use crate::node::{Config, Node};
+
+const SOON: Duration = Duration::from_secs(8);
+
+/// What is answered to a question: addresses in IPv4 alone.
+fn answer(question: &[u8], code: ResponseCode, ttl: u32) -> Vec<u8> {
+    let question = Message::from_vec(question).unwrap();
+    let mut answer = Message::response(question.metadata.id, question.metadata.op_code);
+    answer.metadata.message_type = MessageType::Response;
+    answer.metadata.response_code = code;
+    let query = question.queries[0].clone();
+    let name = query.name().clone();
+    if code == ResponseCode::NoError && query.query_type() == RecordType::A {
+        answer.add_answer(Record::from_rdata(name, ttl, RData::A(A::new(10, 20, 0, 80))));
+    } else {
+        let root = Name::from_ascii("root.example.").unwrap();
+        answer.authorities.push(Record::from_rdata(
+            name,
+            ttl,
+            RData::SOA(SOA::new(root.clone(), root, 1, 1, 1, 1, ttl)),
+        ));
+    }
+    answer.add_query(query);
+    answer.to_vec().unwrap()
+}
+
+/// A resolver by UDP that counts what it is asked.
+async fn plain(code: ResponseCode, ttl: u32) -> (Candidate, Rc<Cell<usize>>) {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let (address, asked) = (socket.local_addr().unwrap(), Rc::new(Cell::new(0)));
+    let counted = asked.clone();
+    spawn_local(async move {
+        let mut buffer = [0; 1500];
+        while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
+            counted.set(counted.get() + 1);
+            // Long enough for everybody to want it meanwhile.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            socket.send_to(&answer(&buffer[..length], code, ttl), from).await.unwrap();
+        }
+    });
+    let resolver = ResolverAddr::Plain { addr: address };
+    let server = Server::Plain(address, Road::Underlay);
+    (Candidate { resolver, server, label: address.to_string(), peer: None }, asked)
+}
+
+/// What a resolver by HTTP does with its connections.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Habit {
+    Keeps,
+    /// It forgets each connection after one answer and says nothing.
+    Hangs,
+    /// It closes each after one answer, once the next question comes.
+    Closes,
+}
+
+/// A resolver by HTTP that answers `response`, or the question where that is empty; counts connections and keeps heads.
+async fn http(habit: Habit, response: &'static str) -> (Candidate, Rc<Cell<usize>>, Rc<RefCell<Vec<String>>>) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (connections, heads) = (Rc::new(Cell::new(0)), Rc::new(RefCell::new(Vec::new())));
+    let (counted, noted) = (connections.clone(), heads.clone());
+    spawn_local(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            counted.set(counted.get() + 1);
+            spawn_local(serve(stream, habit, response, noted.clone()));
+        }
+    });
+    let resolver = ResolverAddr::PeerApi { ip: address.ip(), port: address.port(), path: "/dns-query".to_owned() };
+    let uri = format!("http://{address}/dns-query").parse().unwrap();
+    let server = Server::Http(doh::Server { uri, addresses: vec![address.ip()], road: Road::Underlay });
+    (Candidate { resolver, server, label: "connector c (http)".to_owned(), peer: None }, connections, heads)
+}
+
+async fn serve(mut stream: TcpStream, habit: Habit, response: &'static str, heads: Rc<RefCell<Vec<String>>>) {
+    let mut answered = 0;
+    while let Some((head, body)) = read_request(&mut stream).await {
+        heads.borrow_mut().push(head);
+        match habit {
+            Habit::Hangs if answered > 0 => std::future::pending().await,
+            Habit::Closes if answered > 0 => return,
+            Habit::Keeps | Habit::Hangs | Habit::Closes => {}
+        }
+        let octets = if response.is_empty() {
+            let answer = answer(&body, ResponseCode::NoError, 0);
+            let head = format!(
+                "HTTP/1.1 200 OK\r\nContent-Type: application/dns-message\r\nContent-Length: {}\r\n\r\n",
+                answer.len()
+            );
+            [head.as_bytes(), &answer].concat()
+        } else {
+            response.as_bytes().to_vec()
+        };
+        if stream.write_all(&octets).await.is_err() {
+            return;
+        }
+        answered += 1;
+    }
+}
+
+async fn read_request(stream: &mut TcpStream) -> Option<(String, Vec<u8>)> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.ok()?);
+    }
+    let head = String::from_utf8(head).unwrap().to_ascii_lowercase();
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap().parse().unwrap();
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await.ok()?;
+    Some((head, body))
+}
+
+fn node() -> Node {
+    Node::alone(Config::default())
+}
+
+fn key(name: &str, candidate: &Candidate) -> Key {
+    (name.to_owned(), vec![candidate.resolver.clone()])
+}
+
+async fn told(mut answer: watch::Receiver<Option<Outcome>>) -> Outcome {
+    let outcome = timeout(SOON, answer.wait_for(Option::is_some)).await.unwrap().unwrap().clone();
+    outcome.unwrap()
+}
+
+async fn outcome(resolvers: &Resolvers, name: &str, candidates: &[&Candidate]) -> Outcome {
+    let candidates: Vec<_> = candidates.iter().copied().cloned().collect();
+    told(resolvers.put(key(name, &candidates[0]), candidates)).await
+}
+
+fn found() -> Outcome {
+    Ok(vec![[10, 20, 0, 80].into()])
+}
+
+#[tokio::test(flavor = "local")]
+async fn a_name_that_many_want_is_asked_once_and_whoever_leaves_takes_nothing_away() {
+    let node = node();
+    let resolvers = &node.inner.resolvers;
+    let (candidate, asked) = plain(ResponseCode::NoError, 60).await;
+    let key = key("a.example", &candidate);
+    let first = resolvers.put(key.clone(), vec![candidate]);
+    let memory = || resolvers.memory.borrow();
+    let others: Vec<_> = (0..20).map(|_| memory().underway.get(&key).cloned().unwrap()).collect();
+    drop(first);
+    for other in others {
+        assert_eq!(told(other).await, found());
+    }
+    assert_eq!(asked.get(), 2, "once in each family");
+    assert_eq!(memory().answers.find(&key, Instant::now()), Some(found()));
+    assert!(memory().underway.is_empty());
+}
+
+#[tokio::test(flavor = "local")]
+async fn what_is_remembered_is_told_without_asking_and_forgotten_on_demand_and_with_the_settings() {
+    let node = node();
+    let resolvers = &node.inner.resolvers;
+    let netmap = {
+        let message =
+            json!({"Node": {"ID": 1, "Name": "me.tb.example.", "Key": format!("nodekey:{}01", "00".repeat(31))}});
+        let message = serde_json::from_value(message).unwrap();
+        let mut session = crate::netmap::session::Session::new(true);
+        session.apply(message, jiff::Timestamp::UNIX_EPOCH).unwrap().netmap.unwrap()
+    };
+    let (candidate, asked) = plain(ResponseCode::NXDomain, 60).await;
+    assert!(matches!(outcome(resolvers, "a.example", &[&candidate]).await, Err(ResolveError::NxDomain { .. })));
+    let again = resolvers.ask(&netmap, key("a.example", &candidate), Ask::Remembered).await;
+    assert!(matches!(again, Err(ResolveError::NxDomain { .. })), "{again:?}");
+    assert_eq!(asked.get(), 2);
+    // Nobody routes loopback, so that asking anew fails: what matters is that the memory does not answer.
+    let anew = resolvers.ask(&netmap, key("a.example", &candidate), Ask::Anew).await;
+    assert!(matches!(anew, Err(ResolveError::Unreachable { .. })), "{anew:?}");
+
+    assert!(outcome(resolvers, "b.example", &[&candidate]).await.is_err());
+    let settings = DnsConfig { proxied: true, ..DnsConfig::default() };
+    resolvers.go_by(&Arc::new(settings));
+    assert_eq!(resolvers.memory.borrow().answers.find(&key("b.example", &candidate), Instant::now()), None);
+}
+
+#[tokio::test(flavor = "local")]
+async fn a_question_by_http_carries_nothing_but_what_it_needs_and_keeps_its_connection() {
+    let node = node();
+    let (candidate, connections, heads) = http(Habit::Keeps, "").await;
+    for name in ["a.example", "b.example", "c.example"] {
+        assert_eq!(outcome(&node.inner.resolvers, name, &[&candidate]).await, found());
+    }
+    assert!(connections.get() <= 2, "one for each family, not {}", connections.get());
+    for head in heads.borrow().iter() {
+        let mut fields: Vec<_> = head.lines().skip(1).filter_map(|line| Some(line.split_once(':')?.0)).collect();
+        fields.sort_unstable();
+        assert_eq!(fields, ["accept", "content-length", "content-type", "host"], "{head}");
+        assert!(head.starts_with("post /dns-query http/1.1\r\n"), "{head}");
+    }
+}
+
+#[tokio::test(flavor = "local")]
+async fn a_kept_connection_that_has_died_does_not_fail_the_question() {
+    let node = node();
+    for habit in [Habit::Closes, Habit::Hangs] {
+        let (candidate, ..) = http(habit, "").await;
+        for name in ["a.example", "b.example", "c.example"] {
+            assert_eq!(outcome(&node.inner.resolvers, name, &[&candidate]).await, found());
+        }
+    }
+}
+
+#[tokio::test(flavor = "local")]
+async fn everything_else_that_http_says_has_its_answer() {
+    let node = node();
+    for (response, expected) in [
+        ("HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "connector c (http) does not let this node ask"),
+        ("HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "answered HTTP 502"),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 2\r\n\r\nhi",
+            "HTTP content of type \"text/html\"",
+        ),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", "HTTP content of type \"none\""),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Type: application/dns-message\r\nContent-Length: 2\r\n\r\nhi",
+            "answered no DNS message",
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Type: application/dns-message\r\nContent-Length: 99999\r\n\r\n",
+            "answered more than 65536 octets",
+        ),
+        ("SSH-2.0-x\r\n", "cannot be reached"),
+    ] {
+        let (candidate, ..) = http(Habit::Keeps, response).await;
+        let error = outcome(&node.inner.resolvers, "a.example", &[&candidate]).await.unwrap_err().to_string();
+        assert!(error.contains(expected), "{response}: {error}");
+    }
+}
+
+#[tokio::test(flavor = "local")]
+async fn a_connector_that_fails_or_is_silent_is_passed_over_and_the_next_is_chosen() {
+    let node = node();
+    let resolvers = &node.inner.resolvers;
+    let (refusing, ..) = http(Habit::Keeps, "HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n").await;
+    let silent_port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let (mut silent, good) = (refusing.clone(), http(Habit::Keeps, "").await.0);
+    if let Server::Http(server) = &mut silent.server {
+        server.uri = format!("http://{}/dns-query", silent_port.local_addr().unwrap()).parse().unwrap();
+    }
+    for first in [&refusing, &silent] {
+        let begun = Instant::now();
+        assert_eq!(outcome(resolvers, "a.example", &[first, &good]).await, found());
+        assert!(begun.elapsed() < Duration::from_secs(3), "the next one need not wait for the first");
+        assert_eq!(resolvers.memory.borrow().chosen.get(&key("", first).1), Some(&good.resolver));
+    }
+    assert!(outcome(resolvers, "b.example", &[&refusing]).await.is_err());
+    assert_eq!(resolvers.memory.borrow().chosen.get(&key("", &refusing).1), None);
+}
+
+#[test]
+fn the_machine_itself_and_odd_addresses_are_nothing_to_ask() {
+    for name in ["localhost", "a.localhost.", "LOCALHOST", "0x7f000001", "2130706433", "127.1", "10.0x1"] {
+        assert!(is_local(name), "{name}");
+    }
+    for name in ["web", "localhost.corp.test", "v4", "0xzz", "1password"] {
+        assert!(!is_local(name), "{name}");
+    }
+}
