@@ -88,7 +88,10 @@ fn candidate(netmap: &Netmap, resolver: &ResolverAddr) -> Result<(bool, Candidat
     };
     let peer = netmap.route(ip).map(|route| route.peer);
     let label = match (resolver, peer) {
-        (ResolverAddr::PeerApi { .. }, Some(peer)) => format!("connector {} ({resolver})", peer.name),
+        (ResolverAddr::PeerApi { .. }, Some(peer)) => {
+            let role = if netmap.exit_node == Some(peer.id) { "exit node" } else { "connector" };
+            format!("{role} {} ({resolver})", peer.name)
+        }
         (_, _) => resolver.to_string(),
     };
     let offline = peer.is_some_and(|peer| peer.online == Some(false));

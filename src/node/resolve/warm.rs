@@ -36,9 +36,10 @@ pub(super) async fn keep_warm(core: Weak<RefCell<Core>>, mut netmaps: watch::Rec
     }
 }
 
-/// The peers whom the names of each connector's suffix are asked of first.
+/// The peers whom the names of each connector's suffix are asked of first, and the exit node.
 fn first_choices(netmap: &Netmap) -> Vec<NodePublic> {
+    let exit = netmap.exit_node.and_then(|id| netmap.peers.get(&id)).map(|peer| peer.key);
     let lists = netmap.dns.routes.values().map(|list| list.iter().map(ResolverAddr::parse).collect::<Vec<_>>());
     let served = lists.filter(|list| list.iter().any(|resolver| matches!(resolver, ResolverAddr::PeerApi { .. })));
-    served.filter_map(|list| candidates(netmap, &list, None).ok()?.first()?.peer).collect()
+    exit.into_iter().chain(served.filter_map(|list| candidates(netmap, &list, None).ok()?.first()?.peer)).collect()
 }
