@@ -227,7 +227,7 @@ pub enum ResolveError {
         /// Why not.
         detail: String,
     },
-    /// An app connector does not let this node ask it.
+    /// An app connector, or an exit node, does not let this node ask it.
     #[error("{connector} does not let this node ask for {name}")]
     ConnectorRefused {
         /// The name.

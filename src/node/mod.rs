@@ -291,8 +291,8 @@ impl Node {
             started,
         );
         let ((derp_events, derp_in), (probes, probes_in)) = (mpsc::channel(1), mpsc::channel(1));
-        let underlay =
-            Underlay { tls: Tls::load(None).expect("no file is read"), proxy: None, no_proxy: Arc::default() };
+        let tls = Tls::load(config.ca_file.as_deref()).expect("the test's own file");
+        let underlay = Underlay { tls, proxy: None, no_proxy: Arc::default() };
         let dialler =
             Dialler { key: node_key, underlay: underlay.clone(), control: control.clone(), events: derp_events };
         let parts = Parts {

@@ -5,12 +5,15 @@ use std::cell::Cell;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use bytes::Bytes;
 use hickory_resolver::proto::op::{Message, MessageType, ResponseCode};
 use hickory_resolver::proto::rr::rdata::{A, SOA};
 use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::TokioIo;
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, UdpSocket};
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 
@@ -90,7 +93,12 @@ async fn http(habit: Habit, response: &'static str) -> (Candidate, Rc<Cell<usize
     (Candidate { resolver, server, label: "connector c (http)".to_owned(), peer: None }, connections, heads)
 }
 
-async fn serve(mut stream: TcpStream, habit: Habit, response: &'static str, heads: Rc<RefCell<Vec<String>>>) {
+async fn serve(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    habit: Habit,
+    response: &'static str,
+    heads: Rc<RefCell<Vec<String>>>,
+) {
     let mut answered = 0;
     while let Some((head, body)) = read_request(&mut stream).await {
         heads.borrow_mut().push(head);
@@ -116,7 +124,7 @@ async fn serve(mut stream: TcpStream, habit: Habit, response: &'static str, head
     }
 }
 
-async fn read_request(stream: &mut TcpStream) -> Option<(String, Vec<u8>)> {
+async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> Option<(String, Vec<u8>)> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         head.push(stream.read_u8().await.ok()?);
@@ -218,6 +226,69 @@ async fn a_kept_connection_that_has_died_does_not_fail_the_question() {
         for name in ["a.example", "b.example", "c.example"] {
             assert_eq!(outcome(&node.inner.resolvers, name, &[&candidate]).await, found());
         }
+    }
+}
+
+/// A resolver by HTTPS that speaks `protocol`, and the roots that trust it.
+async fn https(protocol: &'static [u8]) -> (Candidate, tempfile::TempDir) {
+    let certified = rcgen::generate_simple_self_signed(vec!["dns.example".to_owned()]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("ca.pem"), certified.cert.pem()).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let mut config = builder.with_no_client_auth().with_single_cert(vec![certified.cert.der().clone()], key).unwrap();
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    spawn_local(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            // A client that does not trust us ends here.
+            let Ok(stream) = acceptor.accept(stream).await else { continue };
+            match protocol {
+                b"h2" => drop(spawn_local(serve_h2(stream))),
+                _ => drop(spawn_local(serve(stream, Habit::Keeps, "", Rc::default()))),
+            }
+        }
+    });
+    let resolver = ResolverAddr::Plain { addr: address };
+    let uri = format!("https://dns.example:{}/dns-query", address.port()).parse().unwrap();
+    let server = Server::Http(doh::Server { uri, addresses: vec![address.ip()], road: Road::Underlay });
+    (Candidate { resolver, server, label: "dns.example".to_owned(), peer: None }, folder)
+}
+
+async fn serve_h2(stream: impl AsyncRead + AsyncWrite + Unpin + 'static) {
+    let service = hyper::service::service_fn(|request: hyper::Request<hyper::body::Incoming>| async move {
+        let question = request.into_body().collect().await?.to_bytes();
+        let answer = Full::<Bytes>::from(answer(&question, ResponseCode::NoError, 0));
+        let response = hyper::Response::builder().header("content-type", "application/dns-message");
+        Ok::<_, hyper::Error>(response.body(answer).unwrap())
+    });
+    let connection = hyper::server::conn::http2::Builder::new(LocalExecutor);
+    // The client's end is no failure.
+    let _ = connection.serve_connection(TokioIo::new(stream), service).await;
+}
+
+#[derive(Clone)]
+struct LocalExecutor;
+
+impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor {
+    fn execute(&self, task: F) {
+        spawn_local(async move { drop(task.await) });
+    }
+}
+
+#[tokio::test(flavor = "local")]
+async fn a_resolver_by_https_is_asked_by_either_http_and_only_where_its_certificate_is_trusted() {
+    let node = node();
+    for protocol in [b"h2".as_slice(), b"http/1.1"] {
+        let (candidate, folder) = https(protocol).await;
+        let error = outcome(&node.inner.resolvers, "a.example", &[&candidate]).await.unwrap_err().to_string();
+        assert!(error.contains("certificate"), "{error}");
+        let config = Config { ca_file: Some(folder.path().join("ca.pem")), ..Config::default() };
+        let trusting = Node::alone(config);
+        assert_eq!(outcome(&trusting.inner.resolvers, "a.example", &[&candidate]).await, found());
     }
 }
 
