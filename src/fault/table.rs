@@ -253,8 +253,8 @@ rows! {
         "too many connections are open"
         "raise --max-connections, or find out which client leaves connections open";
     NOT_OFFERED: 1906 Proxy, exit 64, again NO, UNSUPPORTED
-        "only TCP connections to a target are offered, neither BIND nor UDP"
-        "use SOCKS5 CONNECT or HTTP CONNECT; tell the browser --disable-quic";
+        "the proxy does not offer this way to a target"
+        "use SOCKS5 CONNECT or UDP ASSOCIATE, or HTTP CONNECT; tell the browser --disable-quic";
     METHOD: 1907 Proxy, exit 64, again NO, METHOD_REPLY
         "the proxy does not carry this method"
         "use CONNECT, or another method";

@@ -28,6 +28,14 @@ const QUANTUM: usize = 48;
 /// Packets that one round may send before the sockets below are asked whether they take more.
 const ROUND: usize = 512;
 
+/// The most octets of a datagram's payload to `remote`: inside the tunnel nothing is fragmented, and what is longer
+/// smoltcp drops without a word. Source: RFC 791, 3.1; RFC 8200, 3; RFC 768 (the three headers).
+pub fn datagram_limit(remote: IpAddr) -> usize {
+    const UDP_HEADER: usize = 8;
+    let ip_header = if remote.is_ipv4() { 20 } else { 40 };
+    MTU - ip_header - UDP_HEADER
+}
+
 /// Why a flow was not opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {

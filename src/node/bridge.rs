@@ -119,7 +119,10 @@ async fn carry_datagrams(
     loop {
         tokio::select! {
             question = from_resolver.recv() => match question {
-                Some(question) => flow.send(&question),
+                Some(question) => {
+                    // A lost question is asked again, and one that is too long for a datagram comes by TCP.
+                    let _ = flow.send(&question);
+                }
                 None => return,
             },
             answer = flow.recv() => match answer {

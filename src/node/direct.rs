@@ -74,7 +74,7 @@ impl Outside {
 }
 
 /// The target's addresses, by the machine's own resolver where it is a name.
-async fn addresses(target: &Target, deadline: Instant) -> Result<Vec<SocketAddr>, DialError> {
+pub(super) async fn addresses(target: &Target, deadline: Instant) -> Result<Vec<SocketAddr>, DialError> {
     let name = match &target.host {
         Host::Ip(ip) => return Ok(vec![SocketAddr::new(*ip, target.port)]),
         Host::Name(name) => name.clone(),

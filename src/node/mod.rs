@@ -6,6 +6,7 @@
 mod bridge;
 pub mod config;
 mod core;
+pub mod datagrams;
 pub mod dial;
 mod direct;
 mod driver;
@@ -21,6 +22,7 @@ mod resolve;
 pub mod stream;
 mod target;
 mod tunnel;
+mod way;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -33,6 +35,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub use config::{Config, Transport};
+pub use datagrams::{Association, DatagramError, Lost};
 pub use dial::{DialError, DirectRule, Host, RouteError, Target};
 pub use error::ResolveError;
 pub use stream::{Spliced, Stream};

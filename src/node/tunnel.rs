@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use super::core::Shared;
 use super::stream::Spliced;
-use crate::netstack::{FlowId, OpenError};
+use crate::netstack::{self, FlowId, OpenError};
 use crate::wire::tsmp::Reason;
 
 /// Octets that one direction may carry before other tasks have their turn.
@@ -339,7 +339,17 @@ impl AsyncWrite for TunnelStream {
     }
 }
 
+/// Why a datagram was not sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unsent {
+    /// It is longer than a packet inside the tunnel may be, and nothing is fragmented there.
+    TooLong,
+    /// The flow's ring is full, or the flow is gone.
+    NoRoom,
+}
+
 /// A UDP flow inside the tunnel.
+#[derive(Clone)]
 pub(super) struct TunnelDatagrams {
     handle: Rc<Handle>,
 }
@@ -351,14 +361,20 @@ impl TunnelDatagrams {
         Ok(Self { handle: Rc::new(Handle { core: core.clone(), id }) })
     }
 
-    /// Sends one datagram; one that finds no room is lost, as datagrams are.
-    pub(super) fn send(&self, octets: &[u8]) {
+    /// Sends one datagram. It may still be lost further on, as datagrams are.
+    pub(super) fn send(&self, octets: &[u8]) -> Result<(), Unsent> {
         let mut core = self.handle.core.borrow_mut();
-        let Some((_, remote)) = core.netstack().addresses_of(self.handle.id) else { return };
+        let Some((_, remote)) = core.netstack().addresses_of(self.handle.id) else { return Err(Unsent::NoRoom) };
+        if octets.len() > netstack::datagram_limit(remote.ip()) {
+            return Err(Unsent::TooLong);
+        }
         let to = smoltcp::wire::IpEndpoint::new(remote.ip().into(), remote.port());
-        // A ring without room loses the datagram.
-        let _ = core.netstack().with_udp(self.handle.id, |socket| socket.send_slice(octets, to));
+        let sent = core.netstack().with_udp(self.handle.id, |socket| socket.send_slice(octets, to));
         core.touch(self.handle.id, Instant::now());
+        match sent {
+            Some(Ok(())) => Ok(()),
+            Some(Err(_)) | None => Err(Unsent::NoRoom),
+        }
     }
 
     /// The next datagram.

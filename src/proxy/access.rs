@@ -57,7 +57,7 @@ fn joined(user: &[u8], password: &[u8]) -> Zeroizing<Vec<u8>> {
     message
 }
 
-/// The addresses that we listen on.
+/// The addresses that we listen on for connections, or take datagrams at.
 #[derive(Debug)]
 pub(super) struct OwnListeners(Vec<SocketAddr>);
 
@@ -66,7 +66,17 @@ impl OwnListeners {
         Self(addresses)
     }
 
-    /// Whether a connection to `target`, dialled on this machine, would come back to us.
+    /// One more.
+    pub(super) fn insert(&mut self, address: SocketAddr) {
+        self.0.push(address);
+    }
+
+    /// One less.
+    pub(super) fn remove(&mut self, address: SocketAddr) {
+        self.0.retain(|own| *own != address);
+    }
+
+    /// Whether what is sent to `target` from this machine would come back to us.
     pub(super) fn contains(&self, target: &Target) -> bool {
         let local = match &target.host {
             Host::Ip(ip) => ip.to_canonical(),

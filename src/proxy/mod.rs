@@ -8,9 +8,11 @@ pub mod access;
 pub mod stats;
 
 mod answer;
+mod associate;
 #[cfg(test)]
 mod bed;
 mod body;
+mod envelope;
 mod fields;
 mod forward;
 mod head;
@@ -21,6 +23,7 @@ mod socks;
 mod splice;
 mod upstream;
 
+use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -48,7 +51,8 @@ use stats::Protocol;
 pub struct Config {
     /// The user and password that clients must show. Defaults to none.
     pub credentials: Option<Credentials>,
-    /// Connections open at once; the next one is answered and closed. Defaults to 4,096.
+    /// Connections open at once; the next one is answered and closed. UDP associations count among them, and may have
+    /// as many mappings together. Defaults to 4,096.
     pub max_connections: usize,
     /// Bytes of a request head. Defaults to 16 KiB.
     pub head_limit: usize,
@@ -76,9 +80,11 @@ struct Proxy {
     node: Node,
     config: Config,
     stats: Arc<Stats>,
-    own: OwnListeners,
+    own: RefCell<OwnListeners>,
     drain: CancellationToken,
     overflow: Arc<Semaphore>,
+    /// UDP mappings that may still be opened: as many in all as connections.
+    mappings: Arc<Semaphore>,
 }
 
 /// Serves `listeners` on the current `LocalSet` until `drain` is cancelled and the connections open then have ended;
@@ -102,8 +108,9 @@ pub async fn serve(
         bound.push(TcpListener::from_std(listener)?);
     }
     let overflow = Arc::new(Semaphore::new(OVERFLOW));
-    let own = OwnListeners::new(addresses);
-    let proxy = Rc::new(Proxy { node, config, stats, own, drain: drain.clone(), overflow });
+    let mappings = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
+    let own = RefCell::new(OwnListeners::new(addresses));
+    let proxy = Rc::new(Proxy { node, config, stats, own, drain: drain.clone(), overflow, mappings });
     let open = TaskTracker::new();
     for listener in bound {
         tokio::task::spawn_local(accept(Rc::clone(&proxy), listener, open.clone()));
@@ -229,7 +236,7 @@ impl Proxy {
         if let Some(row) = refusal {
             return Err(self.limit_fault(row));
         }
-        if self.own.contains(target) {
+        if self.own.borrow().contains(target) {
             return Err(Fault { row: &fault::LOOP, detail: format!("{target} is this proxy itself") });
         }
         tokio::select! {
@@ -348,9 +355,10 @@ mod tests {
                 node,
                 config: Config::default(),
                 stats: Arc::clone(&bed.stats),
-                own: OwnListeners::new(Vec::new()),
+                own: RefCell::new(OwnListeners::new(Vec::new())),
                 drain: CancellationToken::new(),
                 overflow: Arc::new(Semaphore::new(1)),
+                mappings: Arc::new(Semaphore::new(1)),
             });
             let client = bed.connect().await;
             let size = size_of_val(&counted(proxy, client, bed.address));

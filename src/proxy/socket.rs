@@ -33,7 +33,21 @@ pub(super) async fn gone(client: &TcpStream) {
     let _ = client.ready(Interest::ERROR).await;
 }
 
-fn probe(client: &TcpStream) -> rustix::io::Result<()> {
+/// Ends when `client` has closed its connection, in whatever way, or no longer answers. What it sends is thrown away.
+/// May be cancelled and called again.
+pub(super) async fn ended(client: &TcpStream) {
+    let mut scrap = [0; 256];
+    while client.readable().await.is_ok() {
+        match client.try_read(&mut scrap) {
+            Ok(1..) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Ok(0) | Err(_) => return,
+        }
+    }
+}
+
+/// Has the kernel ask `client` now and then whether it is still there.
+pub(super) fn probe(client: &TcpStream) -> rustix::io::Result<()> {
     let (interval, times) = PROBE;
     sockopt::set_tcp_keepidle(client, interval)?;
     sockopt::set_tcp_keepintvl(client, interval)?;

@@ -1,10 +1,10 @@
-//! SOCKS5 as a server: CONNECT only, with user and password where they are asked for.
+//! SOCKS5 as a server: CONNECT and UDP ASSOCIATE, with user and password where they are asked for.
 //!
 //! The success reply is sent only after the target has answered. Bytes that a client sends ahead of the reply stay in
 //! its socket, or, where they came in one segment with the request, go to the target first.
 //! Source: RFC 1928; RFC 1929.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use bytes::Bytes;
 use tokio::io::AsyncWriteExt;
@@ -12,9 +12,10 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use zeroize::Zeroizing;
 
-use super::Proxy;
+use super::envelope::{DOMAIN, IPV4, IPV6, host, write_address};
 use super::socket::gone;
 use super::splice::{Opened, Tunnel, farewell};
+use super::{Proxy, associate};
 use crate::fault::{self, Fault, Row};
 use crate::node::{Host, Target};
 
@@ -27,9 +28,6 @@ const NEGOTIATION: u8 = 1;
 const CONNECT: u8 = 1;
 const BIND: u8 = 2;
 const UDP_ASSOCIATE: u8 = 3;
-const IPV4: u8 = 1;
-const DOMAIN: u8 = 3;
-const IPV6: u8 = 4;
 
 /// SOCKS4's "request rejected or failed". Source: SOCKS: A protocol for TCP proxy across firewalls, Ying-Da Lee.
 const SOCKS4_REJECTED: [u8; 8] = [0, 91, 0, 0, 0, 0, 0, 0];
@@ -42,6 +40,14 @@ enum Refusal {
     Answer(Vec<u8>, Fault),
 }
 
+/// What a client asks for.
+enum Asked {
+    /// A connection.
+    Connect(Target),
+    /// An association for datagrams, which will come from this port if it is not 0.
+    Associate(u16),
+}
+
 /// One SOCKS5 connection, from its first byte until it is a tunnel.
 pub(super) async fn serve(proxy: &Proxy, client: TcpStream, refusal: Option<&'static Row>) -> Option<Opened> {
     let mut dialogue = Dialogue { client, unread: Vec::new() };
@@ -50,7 +56,18 @@ pub(super) async fn serve(proxy: &Proxy, client: TcpStream, refusal: Option<&'st
         Err(refused(&fault::HEAD_TIMEOUT, detail))
     });
     let target = match negotiated {
-        Ok(target) => target,
+        Ok(Asked::Connect(target)) => target,
+        Ok(Asked::Associate(port)) => {
+            match refusal {
+                // Apart, as for few connections only.
+                None => Box::pin(associate::serve(proxy, dialogue.client, port)).await,
+                Some(row) => {
+                    proxy.note(&proxy.limit_fault(row), None);
+                    dialogue.end(&reply(row.socks)).await;
+                }
+            }
+            return None;
+        }
         Err(Refusal::Gone) => return None,
         Err(Refusal::Answer(bytes, fault)) => {
             proxy.note(&fault, None);
@@ -128,34 +145,38 @@ impl Dialogue {
     }
 }
 
-/// Everything up to the request's target.
-async fn negotiate(proxy: &Proxy, dialogue: &mut Dialogue) -> Result<Target, Refusal> {
+/// Everything up to the end of the request.
+async fn negotiate(proxy: &Proxy, dialogue: &mut Dialogue) -> Result<Asked, Refusal> {
     choose_method(proxy, dialogue).await?;
     let [version, command, _reserved, address_type] = dialogue.take().await?;
     if version != VERSION {
         return Err(refused(&fault::BAD_REQUEST, format!("version {version} in a SOCKS5 request")));
     }
     match command {
-        CONNECT => {}
+        CONNECT | UDP_ASSOCIATE => {}
         BIND => return Err(refused(&fault::NOT_OFFERED, String::from("SOCKS5 BIND is not offered"))),
-        UDP_ASSOCIATE => return Err(refused(&fault::NOT_OFFERED, String::from("SOCKS5 UDP ASSOCIATE is not offered"))),
         _ => return Err(refused(&fault::NOT_OFFERED, format!("SOCKS5 has no command {command}"))),
     }
-    let host = match address_type {
+    let named = match address_type {
         IPV4 => Host::Ip(IpAddr::V4(Ipv4Addr::from(dialogue.take::<4>().await?))),
         // An IPv4 address in the clothes of IPv6 is routed, and permitted, as what it is.
         IPV6 => Host::Ip(Ipv6Addr::from(dialogue.take::<16>().await?).to_canonical()),
         DOMAIN => {
             let [length] = dialogue.take().await?;
-            domain(dialogue.take_vec(length.into()).await?)?
+            let malformed = || refused(&fault::BAD_REQUEST, String::from("the SOCKS5 domain name is not a host name"));
+            host(&dialogue.take_vec(length.into()).await?).ok_or_else(malformed)?
         }
         _ => return Err(refused(&fault::BAD_ADDRESS_TYPE, format!("SOCKS5 has no address type {address_type}"))),
     };
     let port = u16::from_be_bytes(dialogue.take().await?);
-    if port == 0 {
-        return Err(refused(&fault::BAD_REQUEST, format!("{host} has no port 0")));
+    if command == UDP_ASSOCIATE {
+        // The address is where the datagrams will come from, as the client believes: we know it from the connection.
+        return Ok(Asked::Associate(port));
     }
-    Ok(Target { host, port })
+    if port == 0 {
+        return Err(refused(&fault::BAD_REQUEST, format!("{named} has no port 0")));
+    }
+    Ok(Asked::Connect(Target { host: named, port }))
 }
 
 /// Agrees on how the client shows who it is, and sees it do so.
@@ -182,34 +203,24 @@ async fn choose_method(proxy: &Proxy, dialogue: &mut Dialogue) -> Result<(), Ref
     dialogue.write(&[NEGOTIATION, 0]).await
 }
 
-/// A domain name field. Some clients put addresses there, IPv6 in brackets or bare.
-fn domain(bytes: Vec<u8>) -> Result<Host, Refusal> {
-    let malformed = || refused(&fault::BAD_REQUEST, String::from("the SOCKS5 domain name is not a host name"));
-    let name = String::from_utf8(bytes).map_err(|_| malformed())?;
-    let bare = name.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(&name);
-    if let Ok(ip) = bare.parse::<IpAddr>() {
-        return Ok(Host::Ip(ip.to_canonical()));
-    }
-    let printable = name.chars().all(|c| !c.is_control() && !c.is_whitespace());
-    if name.is_empty() || !printable {
-        return Err(malformed());
-    }
-    Ok(Host::Name(name))
-}
-
 fn refused(row: &'static Row, detail: String) -> Refusal {
     Refusal::Answer(reply(row.socks).to_vec(), Fault { row, detail })
 }
 
-/// A reply. The bound address is always `0.0.0.0:0`: ours inside the tunnel is no client's concern.
-fn reply(code: u8) -> [u8; 10] {
+/// A reply without a bound address: what is ours inside the tunnel is no client's concern.
+pub(super) fn reply(code: u8) -> [u8; 10] {
     [VERSION, code, 0, IPV4, 0, 0, 0, 0, 0, 0]
+}
+
+/// The reply that says where a client's datagrams are taken.
+pub(super) fn reply_bound(address: SocketAddr) -> Vec<u8> {
+    let mut reply = vec![VERSION, 0, 0];
+    write_address(address, &mut reply);
+    reply
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-
     use tokio::io::AsyncReadExt;
 
     use super::*;
@@ -279,7 +290,6 @@ mod tests {
                 ("this proxy", connect_to(bed.address), 2),
                 ("this proxy by name", domain("localhost", bed.address.port()), 2),
                 ("BIND", vec![5, 2, 0, 1, 127, 0, 0, 1, 0, 80], 7),
-                ("UDP ASSOCIATE", vec![5, 3, 0, 1, 0, 0, 0, 0, 0, 0], 7),
                 ("no command at all", vec![5, 9, 0, 1, 0, 0, 0, 0, 0, 0], 7),
                 ("address type 2", vec![5, 1, 0, 2, 127, 0, 0, 1, 0, 80], 8),
                 ("version 4 inside", vec![4, 1, 0, 1, 127, 0, 0, 1, 0, 80], 1),
@@ -291,7 +301,7 @@ mod tests {
             ] {
                 assert_eq!(code(&bed, &request).await, reply(expected), "{what}");
             }
-            assert_eq!(bed.codes().len(), 14);
+            assert_eq!(bed.codes().len(), 13);
         });
     }
 
@@ -306,16 +316,6 @@ mod tests {
             client.write_all(&whole(&request(echo.port()))).await.unwrap();
             expect_bytes(&mut client, &[&[5, 0][..], &reply(0)].concat()).await;
         });
-    }
-
-    #[test]
-    fn addresses_in_domain_fields_are_addresses() {
-        for text in ["127.0.0.1", "::1", "[::1]"] {
-            assert!(matches!(domain(text.into()), Ok(Host::Ip(_))), "{text}");
-        }
-        assert!(matches!(domain(b"::ffff:10.0.0.1".to_vec()), Ok(Host::Ip(IpAddr::V4(_)))));
-        assert!(matches!(domain(b"a.corp".to_vec()), Ok(Host::Name(_))));
-        assert!(domain(vec![0xff]).is_err());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use jiff::Timestamp;
 
 use crate::fault::Fault;
+use crate::node::Lost;
 
 /// Failures kept. A page that retries a dead host twice a second fills it in eight minutes.
 pub const RING: usize = 1_000;
@@ -53,6 +54,32 @@ pub struct Refused {
     pub destinations: BTreeMap<String, u64>,
 }
 
+/// Why a datagram of an association was dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Dropped {
+    /// It did not come from the client of the association.
+    Foreign,
+    /// Its SOCKS5 header is none, or names no target.
+    Malformed,
+    /// It is a fragment by its SOCKS5 header: none is put together again.
+    Fragment,
+    /// It was not sent on.
+    Unsent(Lost),
+    /// It came from a target, but the client's socket did not take it.
+    Undelivered,
+}
+
+/// Datagrams of all associations, added at the end of each and at most once a second before.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Datagrams {
+    /// From clients to targets, those held until their target is located included.
+    pub sent: u64,
+    /// From targets to clients.
+    pub received: u64,
+    /// By reason, each datagram once. What is lost on its way shows nowhere, as ever with UDP.
+    pub dropped: BTreeMap<Dropped, u64>,
+}
+
 /// A copy of all counters at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Counters {
@@ -66,6 +93,8 @@ pub struct Counters {
     pub errors: BTreeMap<u16, u64>,
     /// Refusals by policy, by code.
     pub refused: BTreeMap<u16, Refused>,
+    /// Datagrams of UDP associations; their bytes are in the two totals below.
+    pub datagrams: Datagrams,
     /// Bytes of payload from clients to targets, added when a connection or request ends.
     pub sent: u64,
     /// Bytes of payload from targets to clients, added when a connection or request ends.
@@ -121,6 +150,16 @@ impl Stats {
         let mut inner = self.inner();
         inner.counters.sent += sent;
         inner.counters.received += received;
+    }
+
+    pub(super) fn datagrams_carried(&self, carried: &Datagrams) {
+        let mut inner = self.inner();
+        let total = &mut inner.counters.datagrams;
+        total.sent += carried.sent;
+        total.received += carried.received;
+        for (reason, times) in &carried.dropped {
+            *total.dropped.entry(*reason).or_default() += times;
+        }
     }
 
     /// Notes a failure; `target` is what was asked for, where the request came that far.

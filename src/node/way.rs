@@ -1,0 +1,143 @@
+//! The way of a mapping's datagrams: a flow inside the tunnel, or a socket for one address outside.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::rc::Rc;
+
+use rustix::io::Errno;
+use rustix::net::SendFlags;
+use tokio::net::UdpSocket;
+use tokio::sync::mpsc;
+use tracing::debug;
+
+use super::core::Shared;
+use super::datagrams::Lost;
+use super::dial::{DialError, DirectError, Exhausted, RouteError, is_public};
+use super::tunnel::{ConnectFailure, TunnelDatagrams, Unsent};
+use crate::netmap::Netmap;
+
+/// The longest datagram that IP carries.
+const LONGEST: usize = 65_535;
+
+/// Where a mapping leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Remote {
+    /// Through the tunnel.
+    Tunnel(SocketAddr),
+    /// Outside the tailnet, as `--direct-allow` permits.
+    Outside(SocketAddr),
+}
+
+impl Remote {
+    pub(super) fn address(self) -> SocketAddr {
+        match self {
+            Self::Tunnel(address) | Self::Outside(address) => address,
+        }
+    }
+
+    /// Whether `netmap` still permits it: a route covers what goes through the tunnel, and none, now or ever in this
+    /// run, what goes outside.
+    pub(super) fn stands(self, netmap: &Netmap) -> bool {
+        match self {
+            Self::Tunnel(address) => netmap.route(address.ip()).is_some(),
+            Self::Outside(address) => is_public(netmap, address.ip()),
+        }
+    }
+}
+
+/// What carries a mapping's datagrams.
+#[derive(Clone)]
+pub(super) enum Way {
+    Tunnel(TunnelDatagrams),
+    /// A connected socket: the kernel lets nobody else's datagrams in.
+    Outside(Rc<UdpSocket>),
+}
+
+impl Way {
+    /// Opens the way to `remote`.
+    pub(super) fn open(core: &Shared, remote: Remote) -> Result<Self, DialError> {
+        match remote {
+            Remote::Tunnel(address) => {
+                TunnelDatagrams::open(core, address).map(Self::Tunnel).map_err(|failure| unopened(failure, address))
+            }
+            Remote::Outside(address) => match outside(address) {
+                Ok(socket) => Ok(Self::Outside(Rc::new(socket))),
+                Err(error) => Err(DirectError::Failed { address, detail: error.to_string() }.into()),
+            },
+        }
+    }
+
+    pub(super) fn send(&self, octets: &[u8]) -> Result<(), Lost> {
+        match self {
+            Self::Tunnel(flow) => flow.send(octets).map_err(|unsent| match unsent {
+                Unsent::TooLong => Lost::TooLong,
+                Unsent::NoRoom => Lost::Full,
+            }),
+            Self::Outside(socket) => send_outside(socket, octets),
+        }
+    }
+}
+
+/// Past the runtime, which calls a new socket unready until it has looked at it once.
+fn send_outside(socket: &UdpSocket, octets: &[u8]) -> Result<(), Lost> {
+    let send = || rustix::net::send(socket, octets, SendFlags::empty());
+    // What an earlier datagram met is told to a later one, which has not been sent then.
+    let sent = send().or_else(|error| if error == Errno::CONNREFUSED { send() } else { Err(error) });
+    match sent {
+        Ok(_) => Ok(()),
+        Err(Errno::MSGSIZE) => Err(Lost::TooLong),
+        Err(_) => Err(Lost::Full),
+    }
+}
+
+fn unopened(failure: ConnectFailure, address: SocketAddr) -> DialError {
+    match failure {
+        ConnectFailure::Family => {
+            let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
+            RouteError::Family { address: address.ip(), family }.into()
+        }
+        ConnectFailure::Ports => Exhausted::Ports { address }.into(),
+        ConnectFailure::Memory => Exhausted::Memory.into(),
+        ConnectFailure::Refused | ConnectFailure::Rejected(_) | ConnectFailure::Unanswered => {
+            unreachable!("a UDP flow asks nobody when it is opened")
+        }
+    }
+}
+
+/// A socket of the machine's own, for `address` alone.
+fn outside(address: SocketAddr) -> std::io::Result<UdpSocket> {
+    let any = match address.ip() {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let socket = std::net::UdpSocket::bind((any, 0))?;
+    socket.connect(address)?;
+    socket.set_nonblocking(true)?;
+    UdpSocket::from_std(socket)
+}
+
+/// Passes on what comes by `way`, until it fails or nobody wants it.
+pub(super) async fn receive(way: Way, remote: Remote, arriving: mpsc::Sender<(Remote, Vec<u8>)>) {
+    let mut buffer = match &way {
+        Way::Tunnel(_) => Vec::new(),
+        Way::Outside(_) => vec![0; LONGEST],
+    };
+    loop {
+        let received = match &way {
+            Way::Tunnel(flow) => flow.recv().await,
+            Way::Outside(socket) => socket.recv(&mut buffer).await.map(|length| buffer[..length].to_vec()),
+        };
+        match received {
+            Ok(octets) => {
+                if arriving.send((remote, octets)).await.is_err() {
+                    return;
+                }
+            }
+            // Nobody listens there now. The error is told once for each datagram of ours, so this cannot spin.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {}
+            Err(error) => {
+                debug!(%error, "mapping failed");
+                return;
+            }
+        }
+    }
+}
