@@ -207,3 +207,21 @@ fn one_flow_does_not_keep_another_from_its_turn() {
     world.stack.egress(world.now, &mut |packet| versions.push(packet[0] >> 4));
     assert!(versions.contains(&6) && versions.len() <= QUANTUM + 1, "{} packets", versions.len());
 }
+
+#[test]
+fn longest_datagram_is_one_packet_and_nothing_longer_is_any() {
+    for (local, remote) in [(OURS, "100.64.0.1:53"), ("fd7a:115c:a1e0::2", "[fd7a:115c:a1e0::1]:53")] {
+        let (mut world, remote): (_, SocketAddr) = (World::new(0), remote.parse().unwrap());
+        let id = world.stack.open_udp(local.parse().unwrap(), remote).unwrap();
+        let mut lengths = |octets: usize| {
+            let to = smoltcp::wire::IpEndpoint::new(remote.ip().into(), remote.port());
+            world.stack.with_udp(id, |socket| socket.send_slice(&vec![7; octets], to)).unwrap().unwrap();
+            world.stack.touch(id);
+            let mut lengths = Vec::new();
+            world.stack.egress(world.now, &mut |packet| lengths.push(packet.len()));
+            lengths
+        };
+        assert_eq!(lengths(datagram_limit(remote.ip())), [MTU], "{remote}");
+        assert!(lengths(datagram_limit(remote.ip()) + 1).is_empty(), "{remote}");
+    }
+}

@@ -340,6 +340,8 @@ impl Node {
     pub async fn shutdown(&self, limit: Duration) -> Logout {
         let outcome = self.inner.client.log_out(limit).await;
         self.inner.stop.cancel();
+        // The driver's turn: it says what it has counted.
+        tokio::task::yield_now().await;
         match outcome {
             crate::control::LoggedOut::Confirmed => Logout::Confirmed,
             crate::control::LoggedOut::NotNeeded => Logout::NotNeeded,

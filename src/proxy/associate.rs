@@ -63,7 +63,6 @@ pub(super) async fn serve(proxy: &Proxy, mut client: TcpStream, announced: u16) 
     }
     tracing::debug!("association opened");
     relay.carry(&client).await;
-    tracing::debug!(mappings = relay.association.mappings(), "association closed");
     // The sockets close before the last words, so that nothing is carried any more when they are heard.
     drop(relay);
     farewell(client).await;
@@ -103,13 +102,16 @@ impl Drop for Own<'_> {
     }
 }
 
-/// What an association has carried and has not yet added to the counters.
+/// What an association has carried.
 #[derive(Debug, Default)]
 struct Counted {
+    /// All of it, but for what follows.
+    total: Datagrams,
+    /// What is not yet added to the counters.
     datagrams: Datagrams,
     sent: u64,
     received: u64,
-    /// When it was last added.
+    /// When something was last added.
     at: Option<Instant>,
     answered: bool,
 }
@@ -214,17 +216,20 @@ impl Relay<'_> {
     }
 
     fn add_up(&mut self) {
-        let Counted { datagrams, sent, received, .. } = &self.counted;
-        self.proxy.stats.bytes_carried(*sent, *received);
-        self.proxy.stats.datagrams_carried(datagrams);
-        let answered = self.counted.answered;
-        self.counted = Counted { answered, at: Some(Instant::now()), ..Counted::default() };
+        let counted = &mut self.counted;
+        let datagrams = std::mem::take(&mut counted.datagrams);
+        self.proxy.stats.datagrams_carried(&datagrams);
+        self.proxy.stats.bytes_carried(std::mem::take(&mut counted.sent), std::mem::take(&mut counted.received));
+        counted.total.add(&datagrams);
+        counted.at = Some(Instant::now());
     }
 }
 
 impl Drop for Relay<'_> {
     fn drop(&mut self) {
         self.add_up();
+        let Datagrams { sent, received, dropped } = &self.counted.total;
+        tracing::debug!(mappings = self.association.mappings(), sent, received, ?dropped, "association closed");
     }
 }
 

@@ -80,6 +80,17 @@ pub struct Datagrams {
     pub dropped: BTreeMap<Dropped, u64>,
 }
 
+impl Datagrams {
+    /// Adds what `more` has.
+    pub(super) fn add(&mut self, more: &Self) {
+        self.sent += more.sent;
+        self.received += more.received;
+        for (reason, times) in &more.dropped {
+            *self.dropped.entry(*reason).or_default() += times;
+        }
+    }
+}
+
 /// A copy of all counters at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Counters {
@@ -153,13 +164,7 @@ impl Stats {
     }
 
     pub(super) fn datagrams_carried(&self, carried: &Datagrams) {
-        let mut inner = self.inner();
-        let total = &mut inner.counters.datagrams;
-        total.sent += carried.sent;
-        total.received += carried.received;
-        for (reason, times) in &carried.dropped {
-            *total.dropped.entry(*reason).or_default() += times;
-        }
+        self.inner().counters.datagrams.add(carried);
     }
 
     /// Notes a failure; `target` is what was asked for, where the request came that far.

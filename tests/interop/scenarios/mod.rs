@@ -15,6 +15,7 @@ mod paths;
 mod ping;
 mod routes;
 mod transfer;
+mod udp;
 
 use std::time::Duration;
 
@@ -210,10 +211,19 @@ const TRANSFER: [Scenario; 8] = [
     scenario!(transfer::a_gibibyte_leaves_whole).within(180),
 ];
 
+const UDP: [Scenario; 6] = [
+    scenario!(udp::datagrams_reach_the_lan_by_address_and_by_name),
+    scenario!(udp::datagrams_during_the_join_are_held),
+    scenario!(udp::public_datagrams_go_nowhere),
+    scenario!(udp::datagrams_are_as_long_as_one_packet_in_the_tunnel).within(90),
+    scenario!(udp::a_withdrawn_route_ends_its_datagrams).within(90),
+    scenario!(udp::an_association_ends_with_its_connection),
+];
+
 /// All of them, in the order in which they begin.
 pub(crate) fn all() -> impl Iterator<Item = Scenario> {
     let control = CONTROL_GROUP.into_iter().chain(JOIN).chain(LEAVE).chain(ROUTES).chain(NAMES).chain(KEYS);
     let proxy = CLOSED.into_iter().chain(CONFORMANCE).chain(PATHS).chain(PING).chain(CONTROL_FAULTS);
     let apps = APP_CONNECTORS.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.apps));
-    BESIDE.into_iter().chain(apps).chain(control).chain(proxy).chain(BROWSER).chain(CROWD).chain(TRANSFER)
+    BESIDE.into_iter().chain(apps).chain(control).chain(proxy).chain(BROWSER).chain(CROWD).chain(TRANSFER).chain(UDP)
 }
