@@ -18,6 +18,7 @@
 //! | 3 | [`netstack`] | TCP and UDP inside the tunnel, one smoltcp `SocketSet` a flow |
 //! | 4 | [`transport`] | UDP with GSO and GRO, DERP connections, TLS, the corporate proxy |
 //! | 5 | [`control`] | the session with the control server: register, map, report, log out |
+//! | 5 | [`provision`] | auth keys that are made first: by an OAuth client, or for a workload's own identity |
 //! | 6 | [`node`] | the only place where the pure core meets sockets: driver, dial, resolve |
 //! | 7 | [`fault`] | every failure that a user can meet, in one table |
 //! | 8 | [`proxy`] | the way in for the browser |
@@ -55,6 +56,7 @@ pub mod netstack;
 pub mod transport;
 
 pub mod control;
+pub mod provision;
 
 pub mod node;
 

@@ -18,6 +18,7 @@ use super::key_source::KeySource;
 use super::values::{self, ProxyUrl};
 use crate::node::config::Transport;
 use crate::node::dial::DirectRule;
+use crate::provision::ClientId;
 
 /// Joins a tailnet for one run of a headless browser, and gives it a local proxy into it
 #[derive(Debug, Parser)]
@@ -106,17 +107,31 @@ pub(super) struct SessionArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Node")]
 pub(super) struct NodeArgs {
-    /// Where the auth key is: file:PATH, or - for the first line of standard input [env: TS_AUTHKEY and TS_AUTH_KEY
-    /// hold the key itself, TS_AUTHKEY_FILE a path]
+    /// Where the auth key is: file:PATH, or - for the first line of standard input. The secret of an OAuth client,
+    /// tskey-client-…, makes a key; it may end in ?ephemeral=BOOL&preauthorized=BOOL&baseURL=URL and needs
+    /// --advertise-tags [env: TS_AUTHKEY and TS_AUTH_KEY hold the key itself, TS_AUTHKEY_FILE a path,
+    /// TS_CLIENT_SECRET a client's secret]
     #[arg(long, alias = "authkey", value_name = "SOURCE", value_parser = KeySource::parse, allow_hyphen_values = true)]
     pub(super) auth_key: Option<KeySource>,
     /// Read the auth key from this open file descriptor
     #[arg(long, value_name = "N", conflicts_with = "auth_key")]
     pub(super) auth_key_fd: Option<u32>,
+    /// Make a key as this federated client, for a workload that proves who it is; the id may end in
+    /// ?ephemeral=BOOL&preauthorized=BOOL. Needs --advertise-tags, and --id-token or --audience [env: TS_CLIENT_ID]
+    #[arg(long, value_name = "ID", value_parser = values::client_id, conflicts_with_all = ["auth_key", "auth_key_fd"])]
+    pub(super) client_id: Option<ClientId>,
+    /// Where the workload's ID token is: file:PATH, or - for the first line of standard input [env: TS_ID_TOKEN holds
+    /// the token itself]
+    #[arg(long, value_name = "SOURCE", value_parser = KeySource::parse, allow_hyphen_values = true)]
+    pub(super) id_token: Option<KeySource>,
+    /// Ask the runner of this GitHub Actions job for an ID token for this audience [env: TS_AUDIENCE]
+    #[arg(long, value_name = "AUDIENCE", conflicts_with = "id_token")]
+    pub(super) audience: Option<String>,
     /// The node's name in the tailnet [default: tailcar-RUN_ID] [env: TS_HOSTNAME]
     #[arg(long, value_name = "NAME", value_parser = values::hostname)]
     pub(super) hostname: Option<String>,
-    /// Ask for these tags, separated by commas; with an auth key usually none, since the key carries them
+    /// Ask for these tags, separated by commas; with an auth key usually none, since the key carries them, but a key
+    /// that is made first is made for them
     #[arg(long, value_name = "TAGS", value_delimiter = ',', value_parser = values::tag)]
     pub(super) advertise_tags: Vec<String>,
     /// Use the subnet routes of peers

@@ -34,25 +34,35 @@ const FLAGS: &[(&str, &str)] = &[
     ("TAILCAR_RUN_ID", "run-id"),
 ];
 
-/// Variables with the auth key or its place; see [`super::key_source`].
+/// Variables with the auth key; see [`super::credential`].
 pub(super) const AUTH_KEYS: [&str; 2] = ["TS_AUTHKEY", "TS_AUTH_KEY"];
 /// Names a file that holds the auth key.
 pub(super) const AUTH_KEY_FILE: &str = "TS_AUTHKEY_FILE";
 /// Between us and ourselves: the number of the pipe that carries the key over the restart.
 pub(super) const KEY_PIPE: &str = "TAILCAR_KEY_PIPE";
+/// The OAuth client's secret.
+pub(super) const CLIENT_SECRET: &str = "TS_CLIENT_SECRET";
+/// The federated client's id.
+pub(super) const CLIENT_ID: &str = "TS_CLIENT_ID";
+/// The workload's ID token.
+pub(super) const ID_TOKEN: &str = "TS_ID_TOKEN";
+/// Whom the ID token is for.
+pub(super) const AUDIENCE: &str = "TS_AUDIENCE";
+/// Variables that are secret themselves; see [`super::handed`].
+pub(super) const SECRETS: [&str; 4] = [AUTH_KEYS[0], AUTH_KEYS[1], CLIENT_SECRET, ID_TOKEN];
 const EXTRA_ARGS: &str = "TS_EXTRA_ARGS";
 
 /// What a child of ours does not inherit: secrets of the tailnet, and our own notes.
 pub(super) const NOT_FOR_CHILDREN: &[&str] = &[
-    "TS_AUTHKEY",
-    "TS_AUTH_KEY",
+    AUTH_KEYS[0],
+    AUTH_KEYS[1],
     AUTH_KEY_FILE,
     KEY_PIPE,
     EXTRA_ARGS,
-    "TS_CLIENT_ID",
-    "TS_CLIENT_SECRET",
-    "TS_ID_TOKEN",
-    "TS_AUDIENCE",
+    CLIENT_ID,
+    CLIENT_SECRET,
+    ID_TOKEN,
+    AUDIENCE,
     "TS_API_KEY",
 ];
 

@@ -1,10 +1,12 @@
 //! From the command line to an exit status; the only layer that prints.
 
 mod args;
+mod credential;
 mod descendants;
 mod environment;
 mod exec;
 mod files;
+mod handed;
 mod key_source;
 mod line;
 mod listen;
@@ -45,7 +47,7 @@ fn start(words: &[OsString], env: &Environment) -> Result<u8, Fault> {
     if let Some((parent, command)) = exec::child_words(words) {
         return Ok(exec::become_child(parent, command));
     }
-    key_source::leave_environment(env)?;
+    handed::leave_environment(env)?;
     if own_words(words).filter_map(OsStr::to_str).any(redact::holds_key) {
         return Err(Fault::from(&fault::KEY_ON_ARGV));
     }

@@ -12,6 +12,9 @@ const PREFIXES: [&str; 2] = ["tskey-", "hskey-"];
 /// and commit ids have 40.
 const HEX_MIN: usize = 44;
 
+/// What an ID token, a JWT, begins with: `{"` in base64.
+const TOKEN: &str = "eyJ";
+
 /// What follows the prefix in the shortest key, its kind (`auth-`) included.
 const SECRET_MIN: usize = 12;
 
@@ -23,7 +26,7 @@ pub(super) fn holds_key(word: &str) -> bool {
 
 /// `text` with keys and the passwords of URLs replaced by `[redacted]`.
 pub(super) fn redact(text: &str) -> Cow<'_, str> {
-    if !text.contains("key-") && !text.contains('@') && !has_long_hex(text) {
+    if !text.contains("key-") && !text.contains('@') && !text.contains(TOKEN) && !has_long_hex(text) {
         return Cow::Borrowed(text);
     }
     let mut out = String::with_capacity(text.len());
@@ -61,6 +64,13 @@ fn redact_word(word: &str) -> Cow<'_, str> {
     {
         return Cow::Owned(format!("{}{MARK}{}", &word[..scheme + 3], &word[scheme + 3 + at..]));
     }
+    if let Some(start) = word.find(TOKEN) {
+        let is_token_char = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let length = word[start..].find(|c| !is_token_char(c)).unwrap_or(word.len() - start);
+        if word[start..start + length].contains('.') && length >= SECRET_MIN {
+            return Cow::Owned(format!("{}{MARK}{}", &word[..start], redact_word(&word[start + length..])));
+        }
+    }
     // `nodekey:…` and its kin are public; a bare run of that length is not.
     let bare = word.trim_matches(|c: char| !c.is_ascii_alphanumeric());
     let tail = bare.rsplit('=').next().unwrap_or(bare);
@@ -87,6 +97,13 @@ mod tests {
     #[test]
     fn passwords_in_urls_go_and_hosts_stay() {
         assert_eq!(redact("proxy http://me:p@ss@proxy:3128/ failed"), "proxy http://[redacted]@proxy:3128/ failed");
+    }
+
+    #[test]
+    fn id_tokens_go() {
+        let text = "unexpected argument '--id-tokn=eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhIn0.c2ln' found";
+        assert_eq!(redact(text), "unexpected argument '--id-tokn=[redacted]' found");
+        assert_eq!(redact("eyJ. of Mr eyJohn"), "eyJ. of Mr eyJohn");
     }
 
     #[test]

@@ -242,6 +242,7 @@ fn reachable(address: SocketAddr) -> SocketAddr {
 fn awaited(stage: JoinStage) -> &'static str {
     match stage {
         JoinStage::Control => "the control server to answer",
+        JoinStage::Mint => "an auth key to be made",
         JoinStage::Register => "the control server to accept the key",
         JoinStage::Approval => "an administrator to approve the device",
         JoinStage::Netmap => "the first netmap",

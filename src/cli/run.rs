@@ -121,9 +121,9 @@ async fn session(settings: Settings, job: &Job, report: &mut Report, control: Ha
     // Before the pid file, whose readers may send one at once; as process 1 we would not even notice it.
     let mut stops = Stops::watch(&settings.life, signals)?;
     let prepared = prepare(&settings, job, report)?;
-    let Settings { node: mut config, key, life, .. } = settings;
-    config.auth_key = tokio::select! {
-        key = key.read(config.join_timeout) => Some(key?),
+    let Settings { node: mut config, credential, life, .. } = settings;
+    config.credential = tokio::select! {
+        credential = credential.read(config.join_timeout) => Some(credential?),
         end = stopped_early(&mut stops, job) => return Ok(unjoined(job, report, end)),
     };
     if life.on_stdin_eof {

@@ -7,18 +7,18 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::args::{LogFormat, OutputFormat, SessionArgs};
+use super::credential::{CredentialSource, Flags};
 use super::environment::{Environment, present};
-use super::key_source::KeySource;
-use super::values::plain_http_allowed;
 use crate::fault::{self, Fault};
 use crate::node;
+use crate::transport::underlay::plain_http_allowed;
 
 /// Everything that `run` and `exec` need to know.
 pub(super) struct Settings {
-    /// The node's settings, still without its key.
+    /// The node's settings, still without its credential.
     pub(super) node: node::Config,
-    /// Where the key comes from.
-    pub(super) key: KeySource,
+    /// Where that comes from.
+    pub(super) credential: CredentialSource,
     /// Where the proxy listens.
     pub(super) listen: Vec<SocketAddr>,
     /// The file with the proxy's user name and password.
@@ -34,9 +34,9 @@ pub(super) struct Settings {
 // The node's settings are left out: they may hold a proxy's password.
 impl fmt::Debug for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { key, listen, life, output, .. } = self;
+        let Self { credential, listen, life, output, .. } = self;
         let mut fields = f.debug_struct("Settings");
-        fields.field("key", key).field("listen", listen).field("life", life).field("output", output);
+        fields.field("credential", credential).field("listen", listen).field("life", life).field("output", output);
         fields.finish_non_exhaustive()
     }
 }
@@ -133,7 +133,7 @@ impl Settings {
     /// Checks the flags against each other.
     ///
     /// # Errors
-    /// `TC-1007`, `TC-1008` for the key, `TC-1109` for plain HTTP to a public host, `TC-2009` for a listener that
+    /// The faults of [`CredentialSource::choose`], `TC-1109` for plain HTTP to a public host, `TC-2009` for a listener that
     /// other machines could reach.
     pub(super) fn new(args: SessionArgs, output: Output, on_stdin_eof: bool, env: &Environment) -> Result<Self, Fault> {
         let listen = listeners(&args)?;
@@ -143,15 +143,22 @@ impl Settings {
             let detail = format!("plain HTTP to the control server {host}, which is neither loopback nor private");
             return Err(Fault::new(&fault::CONTROL_PLAIN, detail));
         }
-        let key = KeySource::choose(node.auth_key, node.auth_key_fd, env)?;
-        if on_stdin_eof && key == KeySource::Stdin {
+        let flags = Flags {
+            auth_key: node.auth_key,
+            auth_key_fd: node.auth_key_fd,
+            client_id: node.client_id,
+            id_token: node.id_token,
+            audience: node.audience,
+        };
+        let credential = CredentialSource::choose(flags, env)?;
+        if on_stdin_eof && credential.reads_stdin() {
             tracing::debug!("the key is the first line of standard input, whose end ends the run");
         }
         let hostname = node.hostname.unwrap_or_else(|| default_hostname(&output.run_id));
         Ok(Self {
             node: node::Config {
                 login_server: underlay.login_server,
-                auth_key: None,
+                credential: None,
                 hostname,
                 advertise_tags: node.advertise_tags,
                 accept_routes: node.accept_routes,
@@ -166,7 +173,7 @@ impl Settings {
                 hold_timeout: limits.hold_timeout,
                 dial_timeout: limits.dial_timeout,
             },
-            key,
+            credential,
             listen,
             proxy_auth: proxy.proxy_auth,
             max_connections: proxy.max_connections,
@@ -194,7 +201,7 @@ impl Settings {
             let detail = "--proxy-auth is not for exec: the command's proxy variables carry no password";
             return Err(Fault::new(&fault::USAGE, detail));
         }
-        self.key.check_for_command()
+        self.credential.check_for_command()
     }
 }
 

@@ -14,6 +14,7 @@ use url::Url;
 
 use crate::node::config::Transport;
 use crate::node::dial::DirectRule;
+use crate::provision::ClientId;
 
 /// A time such as `500ms`, `30s`, `1h30m`; a bare number is seconds.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
@@ -41,7 +42,8 @@ pub(super) fn listen(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| String::from("not ADDRESS:PORT such as 127.0.0.1:1080 or [::1]:0"))
 }
 
-/// A URL of a control server. Whether plain HTTP will do is decided with the host in view, by [`plain_http_allowed`].
+/// A URL of a control server. Whether plain HTTP will do is decided with the host in view, by
+/// [`crate::transport::underlay::plain_http_allowed`].
 pub(super) fn url(text: &str) -> Result<Url, String> {
     let url = Url::parse(text).map_err(|error| {
         let bare = error == url::ParseError::RelativeUrlWithoutBase;
@@ -54,20 +56,6 @@ pub(super) fn url(text: &str) -> Result<Url, String> {
         return Err(String::from("a control server's URL has no user name or password"));
     }
     Ok(url)
-}
-
-/// Whether plain HTTP to this host stays within the machine or a private network: loopback, private and link-local
-/// addresses as numbers, or `localhost`. ts2021 encrypts by itself, but only TLS proves who hands out its key.
-pub(super) fn plain_http_allowed(url: &Url) -> bool {
-    match url.host() {
-        Some(url::Host::Domain(name)) => name.eq_ignore_ascii_case("localhost"),
-        Some(url::Host::Ipv4(ip)) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
-        Some(url::Host::Ipv6(ip)) => match ip.to_ipv4_mapped() {
-            Some(ip) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
-            None => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
-        },
-        None => false,
-    }
 }
 
 /// The URL of an HTTP proxy, whose user name and password no `Debug` shows.
@@ -133,6 +121,11 @@ pub(super) fn exit_node(text: &str) -> Result<String, String> {
     }
     let fits = text.len() <= 253 && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
     if fits { Ok(text.to_owned()) } else { Err(String::from("neither a node's name nor an address")) }
+}
+
+/// The id of a federated client, with its attributes.
+pub(super) fn client_id(text: &str) -> Result<ClientId, String> {
+    ClientId::parse(text).map_err(|error| error.to_string())
 }
 
 /// `file:PATH`.
@@ -220,21 +213,6 @@ mod tests {
         }
         assert_eq!(listen("[::1]:0").unwrap().to_string(), "[::1]:0");
         assert!(["", "host:1", "127.0.0.1", "127.0.0.1:70000"].iter().all(|text| listen(text).is_err()));
-    }
-
-    #[test]
-    fn plain_http_is_for_loopback_and_private_numbers() {
-        let allowed = |text| plain_http_allowed(&url(text).unwrap());
-        assert!(
-            ["http://127.0.0.1:8080", "http://[::1]", "http://10.1.2.3", "http://[fd00::1]", "http://localhost"]
-                .into_iter()
-                .all(allowed)
-        );
-        assert!(
-            !["http://headscale.corp", "http://8.8.8.8", "http://[2001:db8::1]", "http://127.0.0.1.nip.io"]
-                .into_iter()
-                .any(allowed)
-        );
     }
 
     #[test]

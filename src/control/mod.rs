@@ -55,6 +55,8 @@ pub struct Config {
     pub disco: DiscoPublic,
     /// What admits us.
     pub auth_key: Option<AuthKey>,
+    /// Brings the auth key where it is still being made; control is dialled meanwhile. Who drops it says why.
+    pub coming_key: Option<oneshot::Receiver<AuthKey>>,
     /// Who we say that we are; `net_info` is filled in from [`HostReport`].
     pub hostinfo: Hostinfo,
     /// Whether subnet routes of peers are used.
@@ -81,6 +83,8 @@ pub struct HostReport {
 pub enum Phase {
     /// Reaching the server; carries what last went wrong.
     Connecting(Option<Arc<RegisterError>>),
+    /// Control answers; the key is awaited that somebody is making.
+    AwaitingKey,
     /// The key is shown.
     Registering(Option<Arc<RegisterError>>),
     /// Admitted; the netmap is awaited.
@@ -257,9 +261,11 @@ impl Task {
                 Phase::Connecting(_) => Phase::Connecting(Some(error)),
                 Phase::Registering(_) => Phase::Registering(Some(error)),
                 Phase::AwaitingNetmap(_) => Phase::AwaitingNetmap(Some(error)),
-                Phase::AwaitingApproval | Phase::Online | Phase::Reconnecting(_) | Phase::Failed(_) => {
-                    Phase::Reconnecting(error)
-                }
+                Phase::AwaitingKey
+                | Phase::AwaitingApproval
+                | Phase::Online
+                | Phase::Reconnecting(_)
+                | Phase::Failed(_) => Phase::Reconnecting(error),
             };
         });
     }

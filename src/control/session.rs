@@ -100,6 +100,7 @@ impl Task {
     }
 
     async fn register(&mut self, session: &Session) -> Result<(), RegisterError> {
+        self.await_key().await;
         self.out.phase.send_replace(Phase::Registering(None));
         let (registration, session) = (self.registration(true), session.clone());
         let task = self.registering.insert(tokio::spawn(async move { registration.register(&session).await }));
@@ -113,6 +114,17 @@ impl Task {
         let phase = if admitted.approved { Phase::AwaitingNetmap(None) } else { Phase::AwaitingApproval };
         self.out.phase.send_replace(phase);
         Ok(())
+    }
+
+    /// Waits for a key that is still being made. Where none will come, whoever was to make it ends the run.
+    async fn await_key(&mut self) {
+        let Some(coming) = &mut self.config.coming_key else { return };
+        self.out.phase.send_replace(Phase::AwaitingKey);
+        match coming.await {
+            Ok(key) => self.config.auth_key = Some(key),
+            Err(_) => std::future::pending().await,
+        }
+        self.config.coming_key = None;
     }
 
     /// Polls the map until the stream ends, reporting beside it.

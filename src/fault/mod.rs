@@ -13,6 +13,7 @@ use crate::control::{ConnectError, RegisterError};
 use crate::key::AuthKeyError;
 use crate::node::dial::{DirectError, Exhausted, RouteError};
 use crate::node::{DialError, JoinStage, NodeError, ResolveError};
+use crate::provision::{CredentialError, MintError};
 
 /// Where in a run's life a failure belongs; each has a family of codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,6 +153,31 @@ impl From<&AuthKeyError> for Fault {
     }
 }
 
+impl From<&CredentialError> for Fault {
+    fn from(error: &CredentialError) -> Self {
+        let row = match error {
+            CredentialError::Form { .. } => &KEY_UNKNOWN_FORM,
+            CredentialError::Attribute { .. } => &KEY_ATTRIBUTE,
+            CredentialError::Token { .. } => &ID_TOKEN_MALFORMED,
+        };
+        Self::new(row, error.to_string())
+    }
+}
+
+impl From<&MintError> for Fault {
+    fn from(error: &MintError) -> Self {
+        let row = match error {
+            MintError::NoTags => &TAGS_NEEDED,
+            MintError::Secret { .. } => &CLIENT_SECRET,
+            MintError::Token { .. } => &ID_TOKEN,
+            MintError::Key { .. } => &MINT_REFUSED,
+            MintError::Unreachable { .. } => &TOKEN_API_UNREACHABLE,
+            MintError::NotApi { .. } => &TOKEN_API_NOT,
+        };
+        Self::new(row, error.to_string())
+    }
+}
+
 impl From<&ConnectError> for Fault {
     fn from(error: &ConnectError) -> Self {
         let row = match error {
@@ -191,12 +217,14 @@ impl From<&NodeError> for Fault {
     fn from(error: &NodeError) -> Self {
         let row = match error {
             NodeError::Register(register) => return Self::from(register),
+            NodeError::Mint(mint) => return Self::from(mint),
             NodeError::JoinTimeout { last_error: Some(last), limit, .. } => {
                 let fault = Self::from(last.as_ref());
                 return Self::new(fault.row, format!("not joined after {limit:?}: {}", fault.detail));
             }
             NodeError::JoinTimeout { stage, last_error: None, .. } => match stage {
                 JoinStage::Control => &CONTROL_SILENT,
+                JoinStage::Mint => &TOKEN_API_UNREACHABLE,
                 JoinStage::Register => &JOIN_TIMEOUT,
                 JoinStage::Approval => &APPROVAL_PENDING,
                 JoinStage::Netmap => &NO_NETMAP,

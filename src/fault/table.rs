@@ -74,10 +74,10 @@ rows! {
         "make an auth key: `headscale preauthkeys create --ephemeral`, or Settings, Keys in the admin console";
     KEY_UNKNOWN_FORM: 1004 Key, exit 65, again NO, NOT_JOINED_REPLY
         "the auth key has an unknown form"
-        "an auth key begins with tskey-auth- or hskey-auth-, or is headscale's older hexadecimal; check that it was copied whole";
+        "a key begins with tskey-auth-, tskey-client- or hskey-auth-, or is older hexadecimal; check that it was copied whole";
     KEY_FILE_MISSING: 1005 Key, exit 66, again NO, NOT_JOINED_REPLY
         "the auth key's file does not exist"
-        "check the path in --auth-key or TS_AUTHKEY_FILE, and that the secret is mounted";
+        "check the path in --auth-key, --id-token or the variable, and that the secret is mounted";
     KEY_UNREADABLE: 1006 Key, exit 66, again NO, NOT_JOINED_REPLY
         "the auth key cannot be read"
         "check that this user may read the file, or that somebody writes to the descriptor";
@@ -86,7 +86,34 @@ rows! {
         "use --auth-key file:PATH, --auth-key - (standard input), --auth-key-fd N or the variable TS_AUTHKEY, and revoke this key";
     KEY_NONE: 1008 Key, exit 64, again NO, NOT_JOINED_REPLY
         "no auth key was given"
-        "set TS_AUTHKEY or TS_AUTHKEY_FILE, or use --auth-key file:PATH";
+        "set TS_AUTHKEY or TS_AUTHKEY_FILE, or use --auth-key file:PATH; or --client-id for workload identity";
+    CLIENT_SECRET: 1009 Key, exit 77, again NO, NOT_JOINED_REPLY
+        "the API does not accept the OAuth client secret"
+        "check that the client still exists and the secret was copied whole; Settings, Trust credentials makes one";
+    TOKEN_API_UNREACHABLE: 1010 Key, exit 75, again YES, NOT_JOINED_REPLY
+        "the API that makes auth keys does not answer as it should"
+        "check that this machine may reach it by HTTPS, or set --proxy; its words, if it had any, are in the cause";
+    ID_TOKEN: 1011 Key, exit 77, again NO, NOT_JOINED_REPLY
+        "the workload's ID token was refused"
+        "check the federated client's issuer, subject and audience against the token, and that the token has not expired";
+    TAGS_NEEDED: 1012 Key, exit 64, again NO, NOT_JOINED_REPLY
+        "an auth key can only be made for tags"
+        "name with --advertise-tags the tags that the OAuth or federated client has";
+    MINT_REFUSED: 1013 Key, exit 77, again NO, NOT_JOINED_REPLY
+        "the API refused to make an auth key"
+        "give the client the scope auth_keys and each tag of --advertise-tags, or a tag that owns it";
+    TOKEN_API_NOT: 1014 Key, exit 76, again NO, NOT_JOINED_REPLY
+        "what answers is not the API that makes auth keys"
+        "check baseURL or --login-server; name a private authority with --ca-file, else somebody may be intercepting";
+    KEY_ATTRIBUTE: 1015 Key, exit 65, again NO, NOT_JOINED_REPLY
+        "an attribute behind the ? of a client secret or id is wrong"
+        "a secret takes ephemeral, preauthorized and baseURL, an id the first two: tskey-client-…?preauthorized=true";
+    ID_TOKEN_NONE: 1016 Key, exit 64, again NO, NOT_JOINED_REPLY
+        "there is no ID token for --client-id"
+        "use --id-token file:PATH or TS_ID_TOKEN; or --audience in a GitHub Actions job with permissions: id-token: write";
+    ID_TOKEN_MALFORMED: 1017 Key, exit 65, again NO, NOT_JOINED_REPLY
+        "the ID token is not a JWT"
+        "give the token alone, as the platform issued it: three parts with dots between";
 
     CONTROL_NAME: 1101 Control, exit 75, again YES, NOT_JOINED_REPLY
         "the control server's name has no address"

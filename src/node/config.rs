@@ -7,16 +7,16 @@ use std::time::Duration;
 use url::Url;
 
 pub use crate::engine::Transport;
-use crate::key::AuthKey;
 use crate::node::dial::DirectRule;
+use crate::provision::Credential;
 
 /// The node's settings. Durations are limits; each has its flag of the same name.
 #[derive(Clone)]
 pub struct Config {
     /// The control server. Defaults to `https://controlplane.tailscale.com`.
     pub login_server: Url,
-    /// The key that admits us.
-    pub auth_key: Option<AuthKey>,
+    /// What admits us: a key, or what a key is made from first.
+    pub credential: Option<Credential>,
     /// The name we ask for.
     pub hostname: String,
     /// Tags to ask for; with an auth key usually none, since the key carries them.
@@ -49,7 +49,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             login_server: Url::parse("https://controlplane.tailscale.com").expect("a constant URL parses"),
-            auth_key: None,
+            credential: None,
             hostname: String::from("tailcar"),
             advertise_tags: Vec::new(),
             accept_routes: true,
@@ -67,7 +67,7 @@ impl Default for Config {
     }
 }
 
-/// Without the proxy's URL, which may hold a password, and without the key.
+/// Without the proxy's URL, which may hold a password, and without the credential.
 impl fmt::Debug for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let login_server = self.login_server.as_str();

@@ -3,13 +3,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::{Config, JoinStage, Joined, NodeError, State, exit};
 use crate::control::{Client, Failure, HostReport, Phase};
+use crate::key::AuthKey;
 use crate::netmap::{Netmap, RegionId};
+use crate::provision::{self, Maker, Minting, Progress};
+use crate::transport::underlay::Underlay;
 use crate::wire::tailcfg::hostinfo::Hostinfo;
 
 /// What control is told of us. Inbound is closed, logs stay here, and tags are asked for only where the user says so:
@@ -37,12 +41,39 @@ pub(super) fn hostinfo(config: &Config) -> Hostinfo {
     }
 }
 
-/// What the data plane shows.
+/// Starts making the auth key, where it has to be made; what could unmake it is kept until the first netmap.
+pub(super) fn start_minting(
+    control: &Handle,
+    order: Option<(Maker, oneshot::Sender<AuthKey>)>,
+    config: &Config,
+    (underlay, client): (&Underlay, &Client),
+) -> Minting {
+    let Some((maker, out)) = order else { return Minting::done() };
+    let mut netmap = client.netmap.clone();
+    let joined = async move {
+        if netmap.wait_for(Option::is_some).await.is_err() {
+            // The control client is gone without one; whether the key was used is for the logout to tell.
+            std::future::pending::<()>().await;
+        }
+    };
+    let config = provision::Config {
+        underlay: underlay.clone(),
+        login_server: config.login_server.clone(),
+        tags: config.advertise_tags.clone(),
+        hostname: config.hostname.clone(),
+        join_timeout: config.join_timeout,
+    };
+    Minting::start(control, maker, config, out, joined)
+}
+
+/// What the node's other parts show.
 pub(super) struct Seen {
     /// The newest netmap that it goes by.
     pub(super) netmap: watch::Receiver<Option<Arc<Netmap>>>,
     /// The home region, once its relay has admitted us.
     pub(super) home: watch::Receiver<Option<RegionId>>,
+    /// How far the auth key has come.
+    pub(super) minting: watch::Receiver<Progress>,
 }
 
 /// What the way in is held to.
@@ -68,6 +99,7 @@ pub(super) fn watch_state(
         phase: client.phase.clone(),
         accepted: client.accepted.clone(),
         home: seen.home,
+        minting: seen.minting,
         started,
         join_timeout: limits.join_timeout,
         exit_node: limits.exit_node,
@@ -83,6 +115,7 @@ struct Watcher {
     phase: watch::Receiver<Phase>,
     accepted: watch::Receiver<HostReport>,
     home: watch::Receiver<Option<RegionId>>,
+    minting: watch::Receiver<Progress>,
     started: Instant,
     join_timeout: Duration,
     /// What is to be looked for in the first netmap; what becomes of it later is the dials' business.
@@ -106,6 +139,7 @@ impl Watcher {
                 Ok(()) = self.phase.changed() => {}
                 Ok(()) = self.accepted.changed() => {}
                 Ok(()) = self.home.changed() => {}
+                Ok(()) = self.minting.changed() => {}
                 () = tokio::time::sleep_until(deadline), if !self.was_ready => {
                     out.send_replace(State::Failed(self.too_late().into()));
                     return;
@@ -117,13 +151,21 @@ impl Watcher {
 
     /// Once ready, a node stays ready: a relay or a server that is away for a while does not end what goes on.
     fn sum_up(&mut self) -> State {
+        let minting = self.minting.borrow_and_update().clone();
+        if let Progress::Failed(error) = minting {
+            return State::Failed(NodeError::Mint(error).into());
+        }
         let phase = self.phase.borrow_and_update().clone();
         if let Phase::Failed(failure) = &phase {
             return State::Failed(failed(failure).into());
         }
         let Some(netmap) = self.netmap.borrow_and_update().clone() else {
             let (stage, last_error) = stage_of(phase);
-            return State::Joining { stage, last_error };
+            let last_error = match (stage, minting) {
+                (JoinStage::Mint, Progress::Minting(error)) => error.map(NodeError::Mint),
+                _ => last_error.map(|error| NodeError::Register(error.as_ref().clone())),
+            };
+            return State::Joining { stage, last_error: last_error.map(Arc::new) };
         };
         if let Some(missing) = self.exit_node.take().and_then(|wanted| exit::missing(&netmap, wanted)) {
             return State::Failed(missing.into());
@@ -161,6 +203,7 @@ impl Watcher {
 fn stage_of(phase: Phase) -> (JoinStage, Option<Arc<crate::control::RegisterError>>) {
     match phase {
         Phase::Connecting(error) => (JoinStage::Control, error),
+        Phase::AwaitingKey => (JoinStage::Mint, None),
         Phase::Registering(error) => (JoinStage::Register, error),
         Phase::AwaitingNetmap(error) => (JoinStage::Netmap, error),
         Phase::AwaitingApproval => (JoinStage::Approval, None),

@@ -31,7 +31,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub use config::{Config, Transport};
@@ -48,6 +48,7 @@ use crate::engine::Engine;
 use crate::key::{DiscoPrivate, MachinePrivate, NodePrivate};
 use crate::netmap::Netmap;
 use crate::netstack::Netstack;
+use crate::provision::{Credential, MintError, Minting};
 use crate::transport::derp::{ConnectionId, Event};
 use crate::transport::interfaces::local_endpoints;
 use crate::transport::tls::{RootsError, Tls};
@@ -62,7 +63,7 @@ pub enum State {
         /// What is waited for.
         stage: JoinStage,
         /// The last failure that is being retried.
-        last_error: Option<Arc<RegisterError>>,
+        last_error: Option<Arc<NodeError>>,
     },
     /// A netmap is here: names and routes are known, connections may be dialled.
     Joined(Arc<Joined>),
@@ -77,6 +78,8 @@ pub enum State {
 pub enum JoinStage {
     /// The control server to answer.
     Control,
+    /// An auth key to be made.
+    Mint,
     /// Control to accept the key.
     Register,
     /// An administrator to approve the device.
@@ -109,6 +112,9 @@ pub struct Joined {
 /// Why a node is not, or no longer, part of the tailnet. Terminal.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
+    /// No auth key could be made.
+    #[error(transparent)]
+    Mint(#[from] MintError),
     /// Control refused us.
     #[error(transparent)]
     Register(#[from] RegisterError),
@@ -173,6 +179,7 @@ struct Inner {
     config: Config,
     core: Shared,
     client: Client,
+    minting: Minting,
     netmap: watch::Receiver<Option<Arc<Netmap>>>,
     state: watch::Receiver<State>,
     resolvers: resolve::Resolvers,
@@ -198,6 +205,12 @@ impl Node {
         let (node_key, disco_key) = (NodePrivate::random(), DiscoPrivate::random());
         let (report_out, report) = watch::channel(HostReport::default());
         let (pings, jobs) = mpsc::channel(4);
+        let (auth_key, maker) = match config.credential.take() {
+            Some(Credential::AuthKey(key)) => (Some(key), None),
+            Some(Credential::Maker(maker)) => (None, Some(maker)),
+            None => (None, None),
+        };
+        let (key_out, coming_key) = maker.is_some().then(oneshot::channel).unzip();
         let client = Client::start(
             &control,
             crate::control::Config {
@@ -207,7 +220,8 @@ impl Node {
                 node: node_key.public(),
                 disco: disco_key.public(),
                 // From here on the control client alone holds the key, and wipes it once it has done its work.
-                auth_key: config.auth_key.take(),
+                auth_key,
+                coming_key,
                 hostinfo: lifecycle::hostinfo(&config),
                 accept_routes: config.accept_routes,
                 exit_node: config.exit_node.clone(),
@@ -215,6 +229,7 @@ impl Node {
             },
             report,
         );
+        let minting = lifecycle::start_minting(&control, maker.zip(key_out), &config, (&underlay, &client));
 
         let mut engine = Engine::new(
             crate::engine::Config {
@@ -242,7 +257,7 @@ impl Node {
             probes,
             report: report_out,
         };
-        let node = Self::assemble(config, client, parts, (derp_in, probes_in), control, started);
+        let node = Self::assemble(config, (client, minting), parts, (derp_in, probes_in), control, started);
         tokio::task::spawn_local(ping::serve(node.inner.core.clone(), jobs));
         Ok(node)
     }
@@ -250,7 +265,7 @@ impl Node {
     /// Wires the parts together on the current `LocalSet`.
     fn assemble(
         config: Config,
-        client: Client,
+        (client, minting): (Client, Minting),
         parts: Parts,
         (derp_events, probes): (mpsc::Receiver<(ConnectionId, Event)>, mpsc::Receiver<regions::Probed>),
         control: tokio::runtime::Handle,
@@ -262,7 +277,8 @@ impl Node {
         let inputs = driver::Inputs { netmap: client.netmap.clone(), derp_events, probes, stop: stop.clone() };
         tokio::task::spawn_local(driver::run(core.clone(), inputs));
         let netmap = core.borrow().netmap();
-        let seen = lifecycle::Seen { netmap: netmap.clone(), home: core.borrow().home() };
+        let seen =
+            lifecycle::Seen { netmap: netmap.clone(), home: core.borrow().home(), minting: minting.progress.clone() };
         let limits = lifecycle::Limits { join_timeout: config.join_timeout, exit_node: config.exit_node.clone() };
         let state = lifecycle::watch_state(&client, seen, limits, started, stop.clone());
         tokio::task::spawn_local(overlap::watch(netmap.clone(), config.accept_routes));
@@ -272,6 +288,7 @@ impl Node {
                 config,
                 core,
                 client,
+                minting,
                 netmap,
                 state,
                 resolvers,
@@ -308,7 +325,7 @@ impl Node {
             probes,
             report: watch::Sender::default(),
         };
-        Self::assemble(config, Client::alone(), parts, (derp_in, probes_in), control, started)
+        Self::assemble(config, (Client::alone(), Minting::done()), parts, (derp_in, probes_in), control, started)
     }
 
     /// How far the node has come.
@@ -338,7 +355,11 @@ impl Node {
 
     /// Logs out and stops, within `limit`.
     pub async fn shutdown(&self, limit: Duration) -> Logout {
+        let deadline = tokio::time::Instant::now() + limit;
         let outcome = self.inner.client.log_out(limit).await;
+        if outcome == crate::control::LoggedOut::NotNeeded {
+            self.inner.minting.revoke(deadline).await;
+        }
         self.inner.stop.cancel();
         // The driver's turn: it says what it has counted.
         tokio::task::yield_now().await;

@@ -116,8 +116,9 @@ impl Underlay {
         start_tls(tcp, host, port, name, config).await
     }
 
-    /// Whether `NO_PROXY` names the host: by its name, a suffix, its address, or `*`.
-    fn bypasses(&self, host: &str) -> bool {
+    /// Whether the host is reached without the proxy: loopback, and what `NO_PROXY` names by its name, a suffix, its
+    /// address, or `*`.
+    pub fn bypasses(&self, host: &str) -> bool {
         let host = host.trim_matches(['[', ']']).to_ascii_lowercase();
         if host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback()) || host == "localhost" {
             return true;
@@ -159,6 +160,20 @@ impl Underlay {
         }
         let upgraded = hyper::upgrade::on(response).await.map_err(|error| failed(error.to_string()))?;
         Ok(Box::new(TokioIo::new(upgraded)))
+    }
+}
+
+/// Whether plain HTTP to this host stays within the machine or a private network: loopback, private and link-local
+/// addresses as numbers, or `localhost`. ts2021 encrypts by itself, but only TLS proves who hands out its key.
+pub fn plain_http_allowed(url: &Url) -> bool {
+    match url.host() {
+        Some(url::Host::Domain(name)) => name.eq_ignore_ascii_case("localhost"),
+        Some(url::Host::Ipv4(ip)) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
+        Some(url::Host::Ipv6(ip)) => match ip.to_ipv4_mapped() {
+            Some(ip) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
+            None => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
+        },
+        None => false,
     }
 }
 
@@ -236,6 +251,21 @@ mod tests {
         for host in ["badcorp.example", "example", "11.0.0.1", "lan.example"] {
             assert!(!underlay.bypasses(host), "{host}");
         }
+    }
+
+    #[test]
+    fn plain_http_is_for_loopback_and_private_numbers() {
+        let allowed = |text| plain_http_allowed(&Url::parse(text).unwrap());
+        assert!(
+            ["http://127.0.0.1:8080", "http://[::1]", "http://10.1.2.3", "http://[fd00::1]", "http://localhost"]
+                .into_iter()
+                .all(allowed)
+        );
+        assert!(
+            !["http://headscale.corp", "http://8.8.8.8", "http://[2001:db8::1]", "http://127.0.0.1.nip.io"]
+                .into_iter()
+                .any(allowed)
+        );
     }
 
     #[test]

@@ -4,10 +4,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test says what it expects by failing")]
 
+mod api;
 mod control;
 mod exec;
 mod fake;
 mod flags;
 mod key;
 mod life;
+mod minted;
 mod program;

@@ -134,7 +134,8 @@ async fn a_name_that_is_no_more_ends_the_wait_and_a_silent_resolver_does_not() {
     let (outcome, millis) = Run { again: Some(gone), ..RUN }.after(Tailnet::new(), &[]).await;
     assert!(matches!(outcome, Err(DialError::Resolve(ResolveError::NxDomain { .. }))));
     assert_eq!(millis, 500);
-    let silent = || Err(ResolveError::Failed { name: "a".into(), resolver: "b".into(), rcode: "SERVFAIL".into() }.into());
+    let silent =
+        || Err(ResolveError::Failed { name: "a".into(), resolver: "b".into(), rcode: "SERVFAIL".into() }.into());
     let steps: &[Step<'_>] = &[(900, &["203.0.113.7/32"], &[])];
     let (outcome, millis) = Run { again: Some(silent), ..RUN }.after(Tailnet::new(), steps).await;
     assert_eq!((outcome.unwrap(), millis), (own(&["203.0.113.7"]), 900));
