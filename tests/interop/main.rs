@@ -16,6 +16,7 @@ mod derper;
 mod headscale;
 mod hosts;
 mod leak;
+mod mint;
 mod namespace;
 mod process;
 mod scenarios;

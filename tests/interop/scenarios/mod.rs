@@ -13,6 +13,7 @@ mod leave;
 mod names;
 mod paths;
 mod ping;
+mod provision;
 mod routes;
 mod transfer;
 mod udp;
@@ -174,6 +175,12 @@ const PATHS: [Scenario; 4] = [
 
 const PING: [Scenario; 1] = [scenario!(ping::headscale_pings_the_node_and_is_answered)];
 
+const PROVISION: [Scenario; 3] = [
+    scenario!(provision::an_oauth_client_secret_becomes_a_tagged_node),
+    scenario!(provision::a_workload_identity_becomes_a_tagged_node_while_control_is_dialled),
+    scenario!(provision::a_made_key_that_control_refuses_is_taken_back),
+];
+
 const CONTROL_FAULTS: [Scenario; 13] = [
     scenario!(control_faults::a_map_in_pieces_and_with_unknown_fields_is_understood),
     scenario!(control_faults::a_map_is_understood_compressed_or_not),
@@ -223,7 +230,7 @@ const UDP: [Scenario; 6] = [
 /// All of them, in the order in which they begin.
 pub(crate) fn all() -> impl Iterator<Item = Scenario> {
     let control = CONTROL_GROUP.into_iter().chain(JOIN).chain(LEAVE).chain(ROUTES).chain(NAMES).chain(KEYS);
-    let proxy = CLOSED.into_iter().chain(CONFORMANCE).chain(PATHS).chain(PING).chain(CONTROL_FAULTS);
+    let proxy = CLOSED.into_iter().chain(CONFORMANCE).chain(PATHS).chain(PING).chain(PROVISION).chain(CONTROL_FAULTS);
     let apps = APP_CONNECTORS.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.apps));
     BESIDE.into_iter().chain(apps).chain(control).chain(proxy).chain(BROWSER).chain(CROWD).chain(TRANSFER).chain(UDP)
 }
