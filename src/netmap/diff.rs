@@ -36,7 +36,7 @@ impl Changes {
             derp: old.is_none_or(|old| old.derp != new.derp),
             ..Self::default()
         };
-        for (id, peer) in &new.peers {
+        for (id, peer) in new.peers.iter() {
             match old.and_then(|old| old.peers.get(id)) {
                 None => {
                     changes.peers_added += 1;
@@ -46,7 +46,7 @@ impl Changes {
                 Some(before) => changes.compare(before, peer),
             }
         }
-        for (_, gone) in old.iter().flat_map(|old| &old.peers).filter(|(id, _)| !new.peers.contains_key(id)) {
+        for (_, gone) in old.iter().flat_map(|old| old.peers.iter()).filter(|(id, _)| !new.peers.contains_key(id)) {
             changes.peers_removed += 1;
             changes.routes_removed += routes(gone).count();
         }

@@ -4,11 +4,13 @@
 //! borrows the newest and never sees half a change. There is no packet filter in it: this node
 //! accepts no inbound connection, so control's rules for inbound have nothing to decide.
 
+mod accept;
 pub mod diff;
 mod internet;
 mod node;
 mod routes;
 pub mod session;
+mod standing;
 mod state;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,9 +19,10 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+pub use self::accept::tailnet_range;
 pub use self::internet::is_internet;
-pub use self::routes::tailnet_range;
 use self::routes::{Prefixes, Routes};
+pub use self::standing::{Measured, Standing};
 use crate::key::{DiscoPublic, NodePublic};
 use crate::wire::tailcfg::derp::DerpMap;
 use crate::wire::tailcfg::dns::{DnsConfig, Resolver};
@@ -131,12 +134,14 @@ pub struct Route<'a> {
 }
 
 /// The whole tailnet, as control last described it.
-#[derive(Debug)]
+///
+/// A copy shares nearly everything with its original.
+#[derive(Debug, Clone)]
 pub struct Netmap {
     /// Ourselves.
-    pub self_node: SelfNode,
+    pub self_node: Arc<SelfNode>,
     /// Everybody else.
-    pub peers: BTreeMap<NodeId, Arc<Peer>>,
+    pub peers: Arc<BTreeMap<NodeId, Arc<Peer>>>,
     /// The tailnet's name, such as `example.com`; not the MagicDNS suffix.
     pub domain: String,
     /// The regions of DERP.
@@ -146,26 +151,32 @@ pub struct Netmap {
     /// Whether the tailnet lock is on and control sent no signature for our key: peers will not talk to us.
     pub locked_out: bool,
     /// Names of nodes whose subdomains resolve to them too, in the form of [`Peer::name`].
-    pub subdomain_hosts: BTreeSet<String>,
+    pub subdomain_hosts: Arc<BTreeSet<String>>,
     /// The peer that the exit node setting names, if it offers to be one and can be used: everything that has no
     /// other route goes through it.
     pub exit_node: Option<NodeId>,
+    index: Arc<Index>,
+    routes: Routes,
+    routed: Arc<Prefixes>,
+}
+
+/// The peers by what they are asked for.
+#[derive(Debug)]
+struct Index {
     by_key: HashMap<NodePublic, NodeId>,
     by_ip: HashMap<IpAddr, NodeId>,
     by_name: HashMap<String, NodeId>,
-    routes: Routes,
-    routed: Arc<Prefixes>,
 }
 
 impl Netmap {
     /// The peer with this node key.
     pub fn peer_by_key(&self, key: &NodePublic) -> Option<&Arc<Peer>> {
-        self.peers.get(self.by_key.get(key)?)
+        self.peers.get(self.index.by_key.get(key)?)
     }
 
     /// The peer that has `ip` as one of its own addresses, usable or not.
     pub fn peer_by_ip(&self, ip: IpAddr) -> Option<&Arc<Peer>> {
-        self.peers.get(self.by_ip.get(&ip.to_canonical())?)
+        self.peers.get(self.index.by_ip.get(&ip.to_canonical())?)
     }
 
     /// The addresses of the node with this full name, ours included. `name` is in the form of [`Peer::name`].
@@ -173,12 +184,14 @@ impl Netmap {
         if name == self.self_node.name {
             return Some(&self.self_node.addresses);
         }
-        Some(&self.peers.get(self.by_name.get(name)?)?.addresses)
+        Some(&self.peers.get(self.index.by_name.get(name)?)?.addresses)
     }
 
-    /// Where packets to `ip` go: the longest prefix over all usable peers. Of several peers with the
-    /// same prefix one that is online comes before one of which control does not say, and that before
-    /// one that is offline; then the lowest id counts. `None` for our own addresses too.
+    /// Where packets to `ip` go: the longest prefix over all usable peers. `None` for our own addresses too.
+    ///
+    /// Of several peers with the same prefix the first counts in this order: one that control calls online, then one
+    /// of which it does not say, then one offline; one that is not silent (see [`Standing`]); the one that control
+    /// calls primary; the one with the lowest latency, as far as the difference is worth it; the lowest id.
     ///
     /// Peers whose key has ended, and peers without any path, never serve. Subnet routes count only
     /// if routes are accepted, and those to everything only by the chosen exit node and only for what is of the
@@ -197,6 +210,39 @@ impl Netmap {
     /// belonged to the tailnet is never taken for public when its route goes.
     pub fn was_routed(&self, ip: IpAddr) -> bool {
         self.routed.cover(ip.to_canonical())
+    }
+
+    /// The same netmap, with peers that serve the same prefix in the order that `standing` gives them.
+    #[must_use]
+    pub fn with_standing(&self, standing: &Standing) -> Self {
+        Self { routes: self.routes.ranked(standing), ..self.clone() }
+    }
+
+    /// The peers that serve a prefix which another serves too: only their standing matters.
+    pub fn rivals(&self) -> &BTreeSet<NodeId> {
+        self.routes.rivals()
+    }
+
+    /// The address that packets to `remote` leave from: ours, or the one by which the peer that serves `remote` knows
+    /// us. `None` if we have none of that family.
+    pub fn source_for(&self, remote: IpAddr) -> Option<IpAddr> {
+        let masquerade = self.route(remote).map(|route| route.peer.masquerade).unwrap_or_default();
+        let as_known = match remote.to_canonical() {
+            IpAddr::V4(_) => masquerade.v4.map(IpAddr::from),
+            IpAddr::V6(_) => masquerade.v6.map(IpAddr::from),
+        };
+        let own =
+            || self.self_node.addresses.iter().copied().find(|ip| ip.is_ipv4() == remote.to_canonical().is_ipv4());
+        as_known.or_else(own)
+    }
+
+    /// Whether packets of `peer` to `ip` are for us.
+    pub fn is_ours(&self, peer: &Peer, ip: IpAddr) -> bool {
+        let known_as = match ip {
+            IpAddr::V4(ip) => peer.masquerade.v4 == Some(ip),
+            IpAddr::V6(ip) => peer.masquerade.v6 == Some(ip),
+        };
+        known_as || self.self_node.addresses.contains(&ip)
     }
 
     /// What full names of this tailnet's nodes end with, without dots at its ends; empty if control

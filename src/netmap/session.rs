@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
+use super::accept::Accept;
 use super::node::{CLOCK_IS_SET, ended, peer};
-use super::routes::{Accept, Prefixes};
+use super::routes::Prefixes;
 use super::state::State;
 use super::{Netmap, RouteKind};
 use crate::wire::tailcfg::map::{DialPlan, MapResponse, PingRequest};

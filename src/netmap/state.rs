@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
+use super::accept::Accept;
 use super::node::{has_subdomains, name, peer, self_node};
-use super::routes::{Accept, Prefixes, Routes};
-use super::{Netmap, NodeId, Peer};
+use super::routes::{Prefixes, Routes};
+use super::{Index, Netmap, NodeId, Peer};
 use crate::wire::tailcfg::derp::DerpMap;
 use crate::wire::tailcfg::dns::DnsConfig;
 use crate::wire::tailcfg::map::{DisplayMessage, LockState, MapResponse};
@@ -158,19 +159,17 @@ impl State {
         let exit_node = self.exit_node(accept);
         let locked = !self.lock.head.is_empty() && !self.lock.disabled;
         Netmap {
-            self_node: self_node(&self.node, clock),
-            by_key: peers.values().map(|peer| (peer.key, peer.id)).collect(),
-            by_ip,
-            by_name,
+            self_node: Arc::new(self_node(&self.node, clock)),
+            index: Arc::new(Index { by_key: peers.values().map(|peer| (peer.key, peer.id)).collect(), by_ip, by_name }),
             routes: Routes::new(peers.values(), accept, exit_node),
             exit_node,
             routed,
-            peers,
+            peers: Arc::new(peers),
             domain: self.domain.clone(),
             derp: Arc::clone(&self.derp),
             dns: Arc::clone(&self.dns),
             locked_out: locked && self.node.key_signature.0.is_empty(),
-            subdomain_hosts: nodes.filter(|node| has_subdomains(node)).map(|node| name(&node.name)).collect(),
+            subdomain_hosts: Arc::new(nodes.filter(|node| has_subdomains(node)).map(|node| name(&node.name)).collect()),
         }
     }
 }
