@@ -104,8 +104,7 @@ impl Engine {
     /// # Errors
     /// [`NoRoute`] when no peer serves the address, or we have none of its family.
     pub fn ping(&mut self, remote: IpAddr, token: [u8; 8], now: Instant) -> Result<(), NoRoute> {
-        let ours = self.netmap.as_ref().map(|netmap| netmap.self_node.addresses.clone()).unwrap_or_default();
-        let source = ours.into_iter().find(|ip| ip.is_ipv4() == remote.is_ipv4()).ok_or(NoRoute)?;
+        let source = self.netmap.as_ref().and_then(|netmap| netmap.source_for(remote)).ok_or(NoRoute)?;
         let ping = tsmp::Message::Ping(token).encode();
         let packet = ip::build(ip::protocol::TSMP, source, remote, &ping).ok_or(NoRoute)?;
         self.handle_outbound(&packet, now)
@@ -123,16 +122,16 @@ impl Engine {
             (None, None) => return stats.drop(Dropped::NoPath, 1),
             (None, Some(region)) => {
                 stats.sent_derp += 1;
-                egress.derp(region, entry.peer.key, length, |room| wireguard.encrypt(slot, packet, room))
+                egress.derp(region, entry.peer.key, length, |room| wireguard.encrypt(slot, packet, room, now))
             }
             (Some(to), None) => {
                 stats.sent_udp += 1;
-                egress.udp(to, length, |room| wireguard.encrypt(slot, packet, room)).is_some()
+                egress.udp(to, length, |room| wireguard.encrypt(slot, packet, room, now)).is_some()
             }
             (Some(to), Some(region)) => {
                 stats.sent_udp += 1;
                 stats.sent_derp += 1;
-                egress.both(to, (region, entry.peer.key), length, |room| wireguard.encrypt(slot, packet, room))
+                egress.both(to, (region, entry.peer.key), length, |room| wireguard.encrypt(slot, packet, room, now))
             }
         };
         if sealed { stats.sent += 1 } else { stats.drop(Dropped::NoSession, 1) }

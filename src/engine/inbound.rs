@@ -76,7 +76,7 @@ impl Inbound {
         if !netmap.allowed(peer, header.source) {
             return Verdict::Drop(Dropped::SpoofedSource);
         }
-        if !netmap.self_node.addresses.contains(&header.destination) {
+        if !netmap.is_ours(peer, header.destination) {
             return Verdict::Drop(Dropped::NotForUs);
         }
         if header.fragment {

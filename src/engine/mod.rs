@@ -10,6 +10,7 @@ mod inbound;
 mod magicsock;
 mod output;
 mod roster;
+mod standing;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -29,6 +30,7 @@ pub use self::magicsock::HostState;
 use self::magicsock::{Magicsock, Via};
 pub use self::output::{Config, NoRoute, Output, PathStatus, PeerStatus, Transport};
 use self::roster::{Change, Roster, Slot};
+use self::standing::Rivalry;
 pub use self::stats::{Dropped, Stats};
 use self::wireguard::{OVERHEAD, SCRATCH_LENGTH, WireGuard};
 use crate::key::NodePublic;
@@ -47,6 +49,8 @@ pub struct Engine {
     scratch: Box<[u8]>,
     /// The last destination and who serves it: packets come in runs.
     last_route: Option<(IpAddr, Slot)>,
+    /// How peers that serve the same prefix rank.
+    rivalry: Rivalry,
     stats: Stats,
 }
 
@@ -71,6 +75,7 @@ impl Engine {
             transport: config.transport,
             scratch: vec![0; SCRATCH_LENGTH].into_boxed_slice(),
             last_route: None,
+            rivalry: Rivalry::default(),
             stats: Stats::default(),
         }
     }
@@ -91,9 +96,15 @@ impl Engine {
             }
         }
         self.magicsock.handle_netmap(&netmap, &changes, &self.roster, now);
-        self.netmap = Some(netmap);
-        self.last_route = None;
+        self.set_rivals(&netmap, &changes);
+        self.set_routes(netmap, now);
         self.settle(now);
+    }
+
+    /// The newest netmap, with peers that serve the same prefix in the order in which they are used now. It is
+    /// another than that taken over, and changes at [`Output::RoutesChanged`].
+    pub fn netmap(&self) -> Option<&Arc<Netmap>> {
+        self.netmap.as_ref()
     }
 
     /// Takes a datagram of one of the UDP sockets, and lends out the inner packet that it held, if it is admitted.
@@ -140,9 +151,10 @@ impl Engine {
     }
 
     /// A region says that the peer is not there (any more).
-    pub fn handle_derp_peer_gone(&mut self, region: RegionId, peer: NodePublic) {
+    pub fn handle_derp_peer_gone(&mut self, region: RegionId, peer: NodePublic, now: Instant) {
         if let Some(slot) = self.roster.slot(&peer) {
             self.magicsock.handle_derp_peer_gone(region, slot);
+            self.note_peer_gone(slot, region, now);
         }
     }
 
@@ -219,9 +231,12 @@ impl Engine {
 
     /// Does what time demands; see [`next_deadline`](Self::next_deadline).
     pub fn handle_timeout(&mut self, now: Instant) {
-        self.wireguard.handle_timeout(now);
+        let ticks = self.wireguard.handle_timeout(now);
         self.magicsock.handle_timeout(&self.roster, now);
         self.settle(now);
+        if ticks {
+            self.examine_rivals(now);
+        }
     }
 
     /// The next thing to do. Ask until there is none, after every batch of calls of the others.

@@ -97,6 +97,8 @@ pub enum Output {
         /// The peer's PeerAPI port; 0 for none.
         peerapi_port: u16,
     },
+    /// Of several peers that serve the same prefix another is used now; see [`Engine::netmap`](super::Engine::netmap).
+    RoutesChanged,
     /// A handshake with the peer is complete, or its path is another.
     PeerChanged {
         /// The peer.

@@ -2,6 +2,7 @@
 
 mod netcheck;
 mod paths;
+mod rivals;
 mod world;
 
 use std::time::Duration;

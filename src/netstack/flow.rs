@@ -83,6 +83,8 @@ pub(super) struct Flow {
     /// When smoltcp wants it polled.
     pub(super) due: Option<Instant>,
     released: bool,
+    /// The first packet that a connection sent.
+    syn: Option<Vec<u8>>,
 }
 
 impl Flow {
@@ -113,7 +115,7 @@ impl Flow {
 
     fn new(kind: Kind, local: SocketAddr, remote: SocketAddr, sockets: Sockets, handle: SocketHandle) -> Self {
         let key = FlowKey { kind, local, remote };
-        Self { key, sockets, handle, dirty: false, due: None, released: false }
+        Self { key, sockets, handle, dirty: false, due: None, released: false, syn: None }
     }
 
     /// Runs `act` on the socket set.
@@ -141,8 +143,24 @@ impl Flow {
         scratch: &mut [u8],
         send: &mut dyn FnMut(&[u8]),
     ) -> bool {
-        let mut device = Device::new(None, scratch, send);
-        self.with_set(|set| iface.poll_egress(time, &mut device, set) == PollResult::SocketStateChanged)
+        let mut first = None;
+        let mut keep = |packet: &[u8]| {
+            first = Some(packet.to_vec());
+            send(packet);
+        };
+        let keeps = self.key.kind == Kind::Tcp && self.syn.is_none();
+        let mut device = Device::new(None, scratch, if keeps { &mut keep } else { send });
+        let sent = self.with_set(|set| iface.poll_egress(time, &mut device, set) == PollResult::SocketStateChanged);
+        if keeps {
+            self.syn = first;
+        }
+        sent
+    }
+
+    /// The SYN, while it is not answered.
+    pub(super) fn pending_syn(&mut self) -> Option<Vec<u8>> {
+        let waits = self.with_tcp(|socket| socket.state() == tcp::State::SynSent).unwrap_or(false);
+        self.syn.clone().filter(|_| waits)
     }
 
     /// Nobody holds the flow any more: a connection that both sides have closed may end in peace, any other is aborted.

@@ -93,19 +93,22 @@ impl Netstack {
     /// Takes over the node's addresses. Flows from an address that is gone end.
     pub fn set_addresses(&mut self, addresses: &[IpAddr]) {
         addresses.clone_into(&mut self.addresses);
-        self.iface.update_ip_addrs(|list| {
-            list.clear();
-            for address in addresses {
-                let cidr = IpCidr::new((*address).into(), if address.is_ipv4() { 32 } else { 128 });
-                // The list holds eight: a node has one address of each family, and masquerade addresses are rare.
-                let _ = list.push(cidr);
-            }
-        });
+        self.list_addresses(None);
     }
 
-    /// Our address of the same family as `remote`.
-    pub fn source_for(&self, remote: IpAddr) -> Option<IpAddr> {
-        self.addresses.iter().copied().find(|address| address.is_ipv4() == remote.is_ipv4())
+    /// Tells smoltcp which addresses are ours: the node's, `new`, and those that flows use because their peers know us
+    /// by them. smoltcp's list holds eight, so that of the latter six may be in use at once.
+    fn list_addresses(&mut self, new: Option<IpAddr>) {
+        let used: BTreeSet<IpAddr> = self.by_key.keys().map(|key| key.local.ip()).collect();
+        let used = used.into_iter().filter(|address| !self.addresses.contains(address) && Some(*address) != new);
+        let all = self.addresses.iter().copied().chain(new).chain(used);
+        self.iface.update_ip_addrs(|list| {
+            list.clear();
+            for address in all {
+                // One that finds no room is not ours, and its flows end by their timeouts.
+                let _ = list.push(IpCidr::new(address.into(), if address.is_ipv4() { 32 } else { 128 }));
+            }
+        });
     }
 
     /// Begins a TCP connection from `local` to `remote`. The SYN leaves with the next [`egress`](Self::egress).
@@ -132,6 +135,10 @@ impl Netstack {
     }
 
     fn insert(&mut self, flow: Flow) -> FlowId {
+        let local = flow.key.local.ip();
+        if !self.iface.has_ip_addr(local) {
+            self.list_addresses(Some(local));
+        }
         let id = FlowId(self.next_id);
         self.next_id += 1;
         self.by_key.insert(flow.key, id);
@@ -163,6 +170,13 @@ impl Netstack {
             flow.dirty = true;
             self.dirty.push_back(id);
         }
+    }
+
+    /// Sends the SYN of every connection again that waits for its answer from a remote address that `is_moved` to
+    /// another router: the first one went to the old router, and would be repeated only after a second.
+    pub fn repeat_syns(&mut self, is_moved: impl Fn(IpAddr) -> bool) {
+        let moved = self.flows.values_mut().filter(|flow| is_moved(flow.key.remote.ip()));
+        self.replies.extend(moved.filter_map(Flow::pending_syn));
     }
 
     /// Lets go of a flow. A TCP connection that is still open gets a RST with the next egress; one that was closed

@@ -199,7 +199,7 @@ fn one_flow_does_not_keep_another_from_its_turn() {
     let mut world = World::new(0);
     let first = world.connect();
     let remote = "[fd7a:115c:a1e0::1]:80".parse().unwrap();
-    let local = world.stack.source_for("fd7a:115c:a1e0::1".parse().unwrap()).unwrap();
+    let local = "fd7a:115c:a1e0::2".parse().unwrap();
     world.stack.with_tcp(first, |socket| socket.send_slice(&[0; 500_000])).unwrap().unwrap();
     world.stack.touch(first);
     world.stack.connect(local, remote).unwrap();
@@ -224,4 +224,42 @@ fn longest_datagram_is_one_packet_and_nothing_longer_is_any() {
         assert_eq!(lengths(datagram_limit(remote.ip())), [MTU], "{remote}");
         assert!(lengths(datagram_limit(remote.ip()) + 1).is_empty(), "{remote}");
     }
+}
+
+#[test]
+fn a_syn_that_went_to_another_router_is_repeated_at_once_as_it_was() {
+    let mut world = World::new(1);
+    let id = world.stack.connect(OURS.parse().unwrap(), THEIRS.parse().unwrap()).unwrap();
+    let packets = |world: &mut World| {
+        let mut packets = Vec::new();
+        world.stack.egress(world.now, &mut |packet| packets.push(packet.to_vec()));
+        packets
+    };
+    let first = packets(&mut world);
+    world.stack.repeat_syns(|_| false);
+    assert_eq!((first.len(), packets(&mut world).len()), (1, 0));
+    world.stack.repeat_syns(|remote| remote == THEIRS.parse::<SocketAddr>().unwrap().ip());
+    assert_eq!(packets(&mut world), first);
+    world.loss = 0;
+    world.run(Duration::from_secs(2));
+    assert_eq!(world.stack.with_tcp(id, |socket| socket.state()), Some(State::Established));
+    world.stack.repeat_syns(|_| true);
+    assert!(packets(&mut world).is_empty(), "an open connection has no SYN to repeat");
+}
+
+#[test]
+fn a_flow_from_an_address_that_only_its_peer_knows_us_by_is_answered() {
+    let mut world = World::new(0);
+    for last in 1..=9 {
+        let known_as = IpAddr::from([100, 64, 9, last]);
+        let id = world.stack.connect(known_as, THEIRS.parse().unwrap()).unwrap();
+        world.run(Duration::from_millis(50));
+        assert_eq!(world.stack.with_tcp(id, |socket| socket.state()), Some(State::Established), "{known_as}");
+        world.server().abort();
+        world.run(Duration::from_millis(50));
+        world.server().listen(80).unwrap();
+        world.stack.release(id);
+        world.run(Duration::from_millis(50));
+    }
+    assert_eq!(world.stack.flow_count(), 0);
 }

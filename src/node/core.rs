@@ -122,9 +122,21 @@ impl Core {
     pub(super) fn handle_netmap(&mut self, netmap: Arc<Netmap>, now: Instant) {
         self.parts.netstack.set_addresses(&netmap.self_node.addresses);
         self.newest = Some(netmap.clone());
-        self.parts.engine.handle_netmap(netmap.clone(), now);
+        self.parts.engine.handle_netmap(netmap, now);
+        self.publish();
         self.pump(now);
-        self.netmap.send_replace(Some(netmap));
+    }
+
+    /// Shows everybody the routes that the engine uses now, and repeats what the routers before may have lost.
+    fn publish(&mut self) {
+        let Some(netmap) = self.parts.engine.netmap().cloned() else { return };
+        if let Some(before) = self.netmap.send_replace(Some(netmap.clone())) {
+            let router = |netmap: &Netmap, ip| netmap.route(ip).map(|route| route.peer.key);
+            self.parts.netstack.repeat_syns(|remote| {
+                let (old, new) = (router(&before, remote), router(&netmap, remote));
+                new.is_some() && old != new
+            });
+        }
     }
 
     /// The newest netmap that the data plane goes by: what it shows can be dialled.
@@ -134,7 +146,7 @@ impl Core {
 
     /// Opens a TCP flow; the SYN leaves at once.
     pub(super) fn connect(&mut self, remote: SocketAddr, now: Instant) -> Result<Option<FlowId>, OpenError> {
-        let Some(local) = self.parts.netstack.source_for(remote.ip()) else { return Ok(None) };
+        let Some(local) = self.source_for(remote.ip()) else { return Ok(None) };
         let id = self.parts.netstack.connect(local, remote)?;
         self.open_flow(id, Protocol::Tcp);
         self.pump(now);
@@ -143,7 +155,7 @@ impl Core {
 
     /// Opens a UDP flow.
     pub(super) fn open_udp(&mut self, remote: SocketAddr) -> Result<Option<FlowId>, OpenError> {
-        let Some(local) = self.parts.netstack.source_for(remote.ip()) else { return Ok(None) };
+        let Some(local) = self.source_for(remote.ip()) else { return Ok(None) };
         let id = self.parts.netstack.open_udp(local, remote)?;
         self.open_flow(id, Protocol::Udp);
         Ok(Some(id))
@@ -167,6 +179,11 @@ impl Core {
     /// Why a peer rejected a flow, if it did.
     pub(super) fn rejection(&self, id: FlowId) -> Option<Reason> {
         self.rejected.get(&id).copied()
+    }
+
+    /// The address that packets to `remote` leave from.
+    fn source_for(&self, remote: IpAddr) -> Option<IpAddr> {
+        self.parts.engine.netmap()?.source_for(remote)
     }
 
     /// Takes what waits on the UDP sockets.
@@ -200,7 +217,7 @@ impl Core {
                     }
                 }
             }
-            Event::PeerGone(peer, _) => engine.handle_derp_peer_gone(region, peer),
+            Event::PeerGone(peer, _) => engine.handle_derp_peer_gone(region, peer, now),
             Event::Lost(_) => {
                 engine.handle_derp_lost(region, now);
                 self.parts.relays.set_admitted(region, false, engine.host_state().home);
@@ -333,6 +350,7 @@ impl Core {
                         let _ = waiting.send(peerapi_port);
                     }
                 }
+                Output::RoutesChanged => self.publish(),
                 Output::PeerChanged { .. } => self.peer_changed.notify_waiters(),
             }
         }

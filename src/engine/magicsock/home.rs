@@ -29,10 +29,13 @@ impl Latencies {
 
     /// The best of each region in the last five minutes.
     pub(super) fn best(&self, now: Instant) -> BTreeMap<RegionId, Duration> {
-        let recent = |samples: &[(Instant, Duration)]| {
-            samples.iter().filter(|(at, _)| now.duration_since(*at) < HISTORY).map(|(_, latency)| *latency).min()
-        };
-        self.measured.iter().filter_map(|(region, samples)| Some((*region, recent(samples)?))).collect()
+        self.measured.keys().filter_map(|region| Some((*region, self.of(*region, now)?))).collect()
+    }
+
+    /// The best of one region in the same time.
+    pub(super) fn of(&self, region: RegionId, now: Instant) -> Option<Duration> {
+        let samples = self.measured.get(&region)?;
+        samples.iter().filter(|(at, _)| now.duration_since(*at) < HISTORY).map(|(_, latency)| *latency).min()
     }
 }
 

@@ -292,6 +292,20 @@ impl Magicsock {
         }
     }
 
+    /// Whether a packet to the peer would leave now: a UDP path answers, or its region is connected.
+    pub(super) fn is_open(&self, slot: Slot, entry: &Entry, now: Instant) -> bool {
+        match self.status(slot, entry, now) {
+            PathStatus::Direct { .. } => true,
+            PathStatus::Derp { region } => self.relays.is_connected(region),
+            PathStatus::None => entry.peer.wireguard_only,
+        }
+    }
+
+    /// Our latency to a region, as far as netcheck measured it lately.
+    pub(super) fn region_latency(&self, region: RegionId, now: Instant) -> Option<Duration> {
+        self.netcheck.region_latency(region, now)
+    }
+
     /// The region that leads to the peer. Source: Tailscale, wgengine/magicsock, `derpWriteChanForRegion`.
     fn relay(&self, slot: Slot, entry: &Entry) -> Option<RegionId> {
         let path = self.places.get(slot).and_then(Option::as_ref).map(|place| &place.path);

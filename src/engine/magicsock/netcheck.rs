@@ -243,6 +243,11 @@ impl Netcheck {
         self.outputs.pop_front()
     }
 
+    /// The best latency of a region in the last five minutes.
+    pub(super) fn region_latency(&self, region: RegionId, now: Instant) -> Option<Duration> {
+        self.latencies.of(region, now)
+    }
+
     /// When the newest conclusion was drawn.
     pub(super) fn settled_at(&self) -> Option<Instant> {
         self.settled_at

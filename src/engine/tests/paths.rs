@@ -207,7 +207,7 @@ fn replies_go_by_the_region_that_the_peer_used_until_it_is_gone() {
     assert_eq!(regions_used(&mut world), [home], "that region is not connected");
     world.run(SECOND);
     assert_eq!(regions_used(&mut world), [other]);
-    world.nodes[0].engine.handle_derp_peer_gone(other, peer);
+    world.nodes[0].engine.handle_derp_peer_gone(other, peer, now);
     assert_eq!(regions_used(&mut world), [home]);
 }
 

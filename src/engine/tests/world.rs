@@ -1,7 +1,7 @@
 //! Two nodes, a STUN server and DERP regions in one process, in virtual time.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -54,10 +54,19 @@ pub(super) struct World {
     stun_servers_are_named: bool,
     /// Endpoints of node 1 as a plain WireGuard peer.
     plain: Option<Vec<String>>,
+    /// Nodes that send and receive nothing more.
+    pub(super) dead: Vec<usize>,
+    /// What control says of a node besides.
+    pub(super) besides: BTreeMap<usize, Value>,
 }
 
 impl World {
     pub(super) fn new(transport: Transport) -> Self {
+        Self::of(2, transport)
+    }
+
+    /// As many nodes as that.
+    pub(super) fn of(nodes: u8, transport: Transport) -> Self {
         let now = Instant::now();
         let node = |index: u8| {
             let (key, disco) = (NodePrivate::random(), DiscoPrivate::random());
@@ -77,7 +86,7 @@ impl World {
         };
         Self {
             now,
-            nodes: vec![node(1), node(2)],
+            nodes: (1..=nodes).map(node).collect(),
             in_flight: Vec::new(),
             udp_works: true,
             stun_works: true,
@@ -88,6 +97,8 @@ impl World {
             peers_publish_endpoints: true,
             stun_servers_are_named: false,
             plain: None,
+            dead: Vec::new(),
+            besides: BTreeMap::new(),
         }
     }
 
@@ -110,6 +121,11 @@ impl World {
 
     /// Control tells everyone what everyone else said.
     pub(super) fn publish(&mut self) {
+        (0..self.nodes.len()).for_each(|index| self.publish_to(index));
+    }
+
+    /// Control tells one node.
+    pub(super) fn publish_to(&mut self, index: usize) {
         let address = |literal: &'static str| if self.stun_servers_are_named { "" } else { literal };
         let (first, second) = (address("198.51.100.1"), address("198.51.100.2"));
         let derp = json!({"Regions": {
@@ -118,14 +134,12 @@ impl World {
             "3": {"RegionID": 3, "NoMeasureNoHome": true, "Nodes": [{"HostName": "derp3.example"}]},
         }});
         let described: Vec<Value> = (0..self.nodes.len()).map(|index| self.describe(index)).collect();
-        for index in 0..self.nodes.len() {
-            let others: Vec<&Value> =
-                described.iter().enumerate().filter(|(it, _)| *it != index).map(|(_, it)| it).collect();
-            let message = json!({"Node": described[index], "Peers": others, "DERPMap": derp});
-            let applied = Session::new(true).apply(serde_json::from_value(message).unwrap(), jiff::Timestamp::now());
-            let netmap = applied.unwrap().netmap.unwrap();
-            self.nodes[index].engine.handle_netmap(netmap, self.now);
-        }
+        let others = described.iter().enumerate().filter(|(it, _)| *it != index).map(|(_, it)| it);
+        let others: Vec<&Value> = others.collect();
+        let message = json!({"Node": described[index], "Peers": others, "DERPMap": derp});
+        let applied = Session::new(true).apply(serde_json::from_value(message).unwrap(), jiff::Timestamp::now());
+        let netmap = applied.unwrap().netmap.unwrap();
+        self.nodes[index].engine.handle_netmap(netmap, self.now);
     }
 
     /// The DERP map gives no addresses from now on.
@@ -152,6 +166,9 @@ impl World {
         if let Some(endpoints) = self.plain.as_ref().filter(|_| index == 1) {
             described["IsWireGuardOnly"] = json!(true);
             described["Endpoints"] = json!(endpoints);
+        }
+        for (field, value) in self.besides.get(&index).and_then(Value::as_object).into_iter().flatten() {
+            described[field] = value.clone();
         }
         described
     }
@@ -220,6 +237,7 @@ impl World {
                 | Output::ProbeHttps { .. }
                 | Output::Rejected { .. }
                 | Output::Pong { .. }
+                | Output::RoutesChanged
                 | Output::PeerChanged { .. }) => self.nodes[index].outputs.push(other),
             }
         }
@@ -250,6 +268,10 @@ impl World {
         if !self.udp_works && to != STUN_SERVER.parse().unwrap() && from != STUN_SERVER.parse().unwrap() {
             return;
         }
+        let dead = |node: &Node| self.dead.iter().any(|dead| self.nodes[*dead].underlay == node.underlay);
+        if self.nodes.iter().any(|node| [from, to].contains(&node.underlay) && dead(node)) {
+            return;
+        }
         if let Some(node) = self.nodes.iter_mut().find(|node| node.underlay == to) {
             let admitted = node.engine.handle_udp(from, &mut datagram, self.now).map(|packet| packet.to_vec());
             node.received.extend(admitted);
@@ -259,6 +281,9 @@ impl World {
     fn deliver_derp(&mut self, region: RegionId, from: usize, to: NodePublic, mut packet: Vec<u8>) {
         let sender = self.nodes[from].key.public();
         if !self.derp_works || !self.nodes[from].regions.contains(&region) {
+            return;
+        }
+        if self.dead.iter().any(|dead| *dead == from || self.nodes[*dead].key.public() == to) {
             return;
         }
         let there = |node: &&mut Node| node.key.public() == to && node.regions.contains(&region);

@@ -12,6 +12,7 @@
 //!   those are dropped.
 
 mod receive;
+mod staged;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -34,10 +35,6 @@ pub(super) const OVERHEAD: usize = 32;
 pub(super) const SCRATCH_LENGTH: usize = 65_536 + 256;
 /// How often the timers of tunnels are looked at; a random tenth less, so that peers' keepalives do not march in step.
 const TICK: Duration = Duration::from_millis(250);
-/// Packets that wait for a peer's handshake.
-const STAGED: usize = 64;
-/// How long they wait: a TCP stack has repeated a SYN by then.
-const STAGED_FOR: Duration = Duration::from_secs(5);
 /// When an initiation is repeated first; twice as long each time.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 /// How late it is repeated at most. Below boringtun's 5 s, so that boringtun never repeats one of these itself.
@@ -77,6 +74,10 @@ struct Place {
     tunnel: Option<Box<Tunnel>>,
     staged: VecDeque<(Instant, Vec<u8>)>,
     counters: Counters,
+    /// When the first packet went out after which nothing authentic has come in.
+    unheard_since: Option<Instant>,
+    /// When something authentic last came in.
+    heard: Option<Instant>,
 }
 
 /// A peer's numbers.
@@ -141,6 +142,7 @@ impl WireGuard {
         let in_use = self.is_usable(slot);
         if let Some(place) = self.places.get_mut(slot) {
             place.tunnel = None;
+            place.unheard_since = None;
         }
         self.active.remove(&slot);
         if in_use {
@@ -155,7 +157,7 @@ impl WireGuard {
 
     /// Encrypts into `room`, which has [`OVERHEAD`] bytes more than the packet and 148 at least. False when there is no
     /// session.
-    pub(super) fn encrypt(&mut self, slot: Slot, packet: &[u8], room: &mut [u8]) -> bool {
+    pub(super) fn encrypt(&mut self, slot: Slot, packet: &[u8], room: &mut [u8], now: Instant) -> bool {
         let Some(place) = self.places.get_mut(slot) else {
             return false;
         };
@@ -164,39 +166,21 @@ impl WireGuard {
         };
         assert!(room.len() >= (packet.len() + OVERHEAD).max(148), "the batch reserves room for boringtun's worst case");
         place.counters.sent_bytes += packet.len() as u64;
+        place.unheard_since.get_or_insert(now);
         matches!(tunnel.tunn.encapsulate(packet, room), TunnResult::WriteToNetwork(_))
-    }
-
-    /// Keeps a packet until there is a session, and sees to it that there will be one.
-    pub(super) fn stage(&mut self, slot: Slot, key: &NodePublic, packet: &[u8], now: Instant) {
-        self.initiate(slot, key, now);
-        let staged = &mut self.places[slot].staged;
-        let before = staged.len();
-        while staged.front().is_some_and(|(since, _)| now.duration_since(*since) >= STAGED_FOR)
-            || staged.len() >= STAGED
-        {
-            staged.pop_front();
-        }
-        self.staged_dropped += (before - staged.len()) as u64;
-        staged.push_back((now, packet.to_vec()));
-    }
-
-    /// The oldest staged packet that is still worth sending.
-    pub(super) fn unstage(&mut self, slot: Slot, now: Instant) -> Option<Vec<u8>> {
-        let staged = &mut self.places.get_mut(slot)?.staged;
-        loop {
-            let (since, packet) = staged.pop_front()?;
-            if now.duration_since(since) < STAGED_FOR {
-                return Some(packet);
-            }
-            self.staged_dropped += 1;
-        }
     }
 
     /// Starts a handshake unless there is a session or a handshake under way.
     pub(super) fn initiate(&mut self, slot: Slot, key: &NodePublic, now: Instant) {
+        if !self.tunnel(slot, key, now).usable {
+            self.renew(slot, key, now);
+        }
+    }
+
+    /// Starts a handshake unless one is under way; a session that there is stays in use.
+    pub(super) fn renew(&mut self, slot: Slot, key: &NodePublic, now: Instant) {
         let tunnel = self.tunnel(slot, key, now);
-        if tunnel.usable || tunnel.attempt.is_some() {
+        if tunnel.attempt.is_some() {
             return;
         }
         tunnel.attempt = Some(Attempt { started: now, retry_at: now, retry_in: RETRY_FIRST, newest: 0, stuck: false });
@@ -228,25 +212,38 @@ impl WireGuard {
         self.outbox.pop_front()
     }
 
-    /// Staged packets that were dropped since the last call.
-    pub(super) fn take_staged_dropped(&mut self) -> u64 {
-        std::mem::take(&mut self.staged_dropped)
+    /// Since when a handshake has been waiting for its answer.
+    pub(super) fn asking_since(&self, slot: Slot) -> Option<Instant> {
+        Some(self.places.get(slot)?.tunnel.as_ref()?.attempt.as_ref()?.started)
+    }
+
+    /// When the first packet went out after which nothing authentic has come in.
+    pub(super) fn unheard_since(&self, slot: Slot) -> Option<Instant> {
+        self.places.get(slot)?.unheard_since
+    }
+
+    /// When something authentic last came in.
+    pub(super) fn heard(&self, slot: Slot) -> Option<Instant> {
+        self.places.get(slot)?.heard
     }
 
     pub(super) fn counters(&self, slot: Slot) -> Counters {
         self.places.get(slot).map(|place| place.counters).unwrap_or_default()
     }
 
-    pub(super) fn handle_timeout(&mut self, now: Instant) {
+    /// Whether it was time to look at the tunnels.
+    pub(super) fn handle_timeout(&mut self, now: Instant) -> bool {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry(now);
         }
-        if self.tick_at.is_some_and(|at| at <= now) {
+        let ticks = self.tick_at.is_some_and(|at| at <= now);
+        if ticks {
             self.reset_limiter(now);
             let slots: Vec<Slot> = self.active.iter().copied().collect();
             slots.into_iter().for_each(|slot| self.tick(slot, now));
             self.tick_at = (!self.active.is_empty()).then(|| now + self.jittered_tick());
         }
+        ticks
     }
 
     pub(super) fn next_deadline(&self) -> Option<(Instant, &'static str)> {
@@ -345,6 +342,7 @@ impl WireGuard {
     fn drop_tunnel(&mut self, slot: Slot) {
         let place = &mut self.places[slot];
         place.tunnel = None;
+        place.unheard_since = None;
         self.staged_dropped += place.staged.drain(..).count() as u64;
         self.active.remove(&slot);
     }

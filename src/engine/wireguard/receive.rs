@@ -66,9 +66,12 @@ impl WireGuard {
             TunnResult::WriteToNetwork(_) => return Received::Dropped(Dropped::Malformed),
         };
         tunnel.touched = now;
+        place.heard = Some(now);
+        place.unheard_since = None;
+        // A session that carries data needs no other, whatever made us ask for one.
+        tunnel.attempt = None;
         if !tunnel.usable {
             tunnel.usable = true;
-            tunnel.attempt = None;
             place.counters.last_handshake = Some(now);
             self.established.push_back(slot);
         }
@@ -118,6 +121,8 @@ impl WireGuard {
                     attempt.retry_at = attempt.retry_at.max(now + patience);
                 }
                 let reply = reply.to_vec();
+                self.places[slot].heard = Some(now);
+                self.places[slot].unheard_since = None;
                 self.outbox.push_back((slot, reply));
                 Received::Handled
             }
@@ -159,6 +164,8 @@ impl WireGuard {
                     return Received::Handled;
                 }
                 tunnel.attempt = None;
+                place.heard = Some(now);
+                place.unheard_since = None;
                 place.counters.last_handshake = Some(now);
                 self.outbox.push_back((slot, keepalive.to_vec()));
                 tunnel.usable = true;
