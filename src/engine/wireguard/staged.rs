@@ -11,6 +11,7 @@ use crate::key::NodePublic;
 const STAGED: usize = 64;
 /// How long they wait: a TCP stack has repeated a SYN by then.
 const STAGED_FOR: Duration = Duration::from_secs(5);
+
 impl WireGuard {
     /// Keeps a packet until there is a session, and sees to it that there will be one.
     pub(in crate::engine) fn stage(&mut self, slot: Slot, key: &NodePublic, packet: &[u8], now: Instant) {
