@@ -7,6 +7,7 @@ mod conformance;
 mod control_faults;
 mod control_group;
 mod crowd;
+mod failover;
 mod join;
 mod keys;
 mod leave;
@@ -15,6 +16,7 @@ mod paths;
 mod ping;
 mod provision;
 mod routes;
+mod shared;
 mod transfer;
 mod udp;
 
@@ -37,6 +39,7 @@ pub(crate) enum Leaks {
 }
 
 /// One scenario.
+#[derive(Clone, Copy)]
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     pub(crate) run: fn(&Bed) -> Result<(), Failed>,
@@ -118,6 +121,17 @@ const ROUTES: [Scenario; 4] = [
     scenario!(routes::a_withdrawn_route_ends_new_connections_with_its_code),
     scenario!(routes::a_route_whose_router_is_offline_says_so).within(100),
     scenario!(routes::a_peer_that_never_handshakes_is_told_from_a_silent_host).within(90),
+];
+
+const FAILOVER: [Scenario; 3] = [
+    scenario!(failover::the_router_that_control_names_next_is_used_at_once).within(90),
+    scenario!(failover::a_silent_router_is_left_although_control_calls_it_online).within(120),
+    scenario!(failover::the_longest_prefix_decides_between_two_routers).within(90),
+];
+
+const SHARED: [Scenario; 2] = [
+    scenario!(shared::a_peer_that_knows_us_by_other_addresses_is_reached),
+    scenario!(shared::a_name_of_another_tailnet_leads_to_its_peer),
 ];
 
 const NAMES: [Scenario; 8] = [
@@ -229,8 +243,26 @@ const UDP: [Scenario; 6] = [
 
 /// All of them, in the order in which they begin.
 pub(crate) fn all() -> impl Iterator<Item = Scenario> {
-    let control = CONTROL_GROUP.into_iter().chain(JOIN).chain(LEAVE).chain(ROUTES).chain(NAMES).chain(KEYS);
-    let proxy = CLOSED.into_iter().chain(CONFORMANCE).chain(PATHS).chain(PING).chain(PROVISION).chain(CONTROL_FAULTS);
     let apps = APP_CONNECTORS.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.apps));
-    BESIDE.into_iter().chain(apps).chain(control).chain(proxy).chain(BROWSER).chain(CROWD).chain(TRANSFER).chain(UDP)
+    let on_client: [&[Scenario]; 18] = [
+        &CONTROL_GROUP,
+        &JOIN,
+        &LEAVE,
+        &ROUTES,
+        &FAILOVER,
+        &SHARED,
+        &NAMES,
+        &KEYS,
+        &PROVISION,
+        &CLOSED,
+        &CONFORMANCE,
+        &PATHS,
+        &PING,
+        &CONTROL_FAULTS,
+        &UDP,
+        &BROWSER,
+        &CROWD,
+        &TRANSFER,
+    ];
+    BESIDE.into_iter().chain(apps).chain(on_client.into_iter().flatten().copied())
 }

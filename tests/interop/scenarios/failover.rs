@@ -1,0 +1,121 @@
+//! Two routers of one network: which of them is used, and how soon the other when one goes.
+
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::bed::Bed;
+use crate::headscale::{BROWSER, KeyKind};
+use crate::process::until;
+use crate::say;
+use crate::sidecar::{Launch, Sidecar};
+use crate::tailscaled::{Places, Role, Tailscaled};
+use crate::testcontrol::{KEY, TestControl};
+
+/// After control or silence said that a router is gone, a new connection takes no longer.
+const BOUND: Duration = Duration::from_secs(2);
+
+/// Silence says so after that: see the constants of `engine::standing`, and a look at peers each quarter second.
+const SILENCE: Duration = Duration::from_millis(2_000);
+
+/// The host on the LAN that all of this is about.
+const HOST: &str = "10.20.0.80";
+
+/// Whom the LAN's site sees: the router that forwarded the connection.
+fn router_of(sidecar: &Sidecar<'_>, host: &str) -> Result<String, Failed> {
+    let answer = sidecar.get(host, "/headers")?;
+    let seen: Value = serde_json::from_slice(&answer.body)?;
+    let remote = seen["remote"].as_str().unwrap_or("").to_owned();
+    Ok(remote.rsplit_once(':').map_or("", |(address, _)| address).to_owned())
+}
+
+/// Fails unless a new connection to the host goes through this router, within `limit`.
+fn goes_by(sidecar: &Sidecar<'_>, host: &str, router: &str, limit: Duration) -> Result<(), Failed> {
+    let start = Instant::now();
+    let by = router_of(sidecar, host)?;
+    let took = start.elapsed();
+    say(&format!("         {host} by {by} in {} ms", took.as_millis()));
+    if by != router || took > limit {
+        return Err(format!("{host} was reached by {by} in {took:?}, not by {router} within {limit:?}").into());
+    }
+    Ok(())
+}
+
+/// headscale notices a dead primary by its probes; from then on the other one is used.
+pub(crate) fn the_router_that_control_names_next_is_used_at_once(bed: &Bed) -> Result<(), Failed> {
+    let key = bed.headscale().mint(KeyKind { tag: "tag:router", ..BROWSER })?;
+    let role = Role { hostname: "router2", tun: "ts0", daemon: &[], up: &["--advertise-routes=10.20.0.0/24"] };
+    let _second = Tailscaled::join(&bed.places(), &bed.hosts.router2, &role, &key.secret)?;
+    let sidecar = Launch::new(bed).ready()?;
+    goes_by(&sidecar, HOST, "10.20.0.1", BOUND)?;
+    bed.router().process.signal(Signal::STOP);
+    let moved = until(Duration::from_secs(20), "headscale to move the route", || {
+        let node = bed.headscale().node("router2")?.unwrap_or_default();
+        let routes = node["subnet_routes"].as_array().cloned().unwrap_or_default();
+        Ok(routes.iter().any(|route| route == "10.20.0.0/24").then_some(()))
+    });
+    let result = moved.and_then(|()| goes_by(&sidecar, HOST, "10.20.0.2", BOUND));
+    bed.router().process.signal(Signal::CONT);
+    result
+}
+
+/// Two routers that a tbcontrol lets serve the LAN: its own control knows nothing of their health.
+struct Routers {
+    control: TestControl,
+    first: Tailscaled,
+    _second: Tailscaled,
+}
+
+impl Routers {
+    /// Joins both, each with its routes.
+    fn join(bed: &Bed, first: &[&str], second: &[&str]) -> Result<Self, Failed> {
+        let mut control = TestControl::start(bed)?;
+        let (authority, url) = (control.authority.clone(), control.url.clone());
+        let places = Places { peers: &bed.peers, authority: &authority, folder: &bed.folder, control: &url };
+        // On the host of the bed's own router, whose port is taken.
+        bed.hosts.client.nft("insert rule inet leak out ip daddr 10.99.0.13 udp dport 41642 accept")?;
+        bed.hosts.client.nft("insert rule inet leak out ip daddr 10.20.0.1 udp dport 41642 accept")?;
+        let advertise =
+            [format!("--advertise-routes={}", first.join(",")), format!("--advertise-routes={}", second.join(","))];
+        let join = |hostname, tun, daemon, host, up: &String| {
+            Tailscaled::join(&places, host, &Role { hostname, tun, daemon, up: &[up.as_str()] }, KEY)
+        };
+        let one = join("tb-one", "userspace-networking", &["--port=41642"], &bed.hosts.router, &advertise[0])?;
+        control.node("tb-one")?;
+        let two = join("tb-two", "ts0", &[], &bed.hosts.router2, &advertise[1])?;
+        control.node("tb-two")?;
+        for (name, routes) in [("tb-one", first), ("tb-two", second)] {
+            control.ask("routes", json!({ "node": name, "prefixes": routes }))?;
+        }
+        Ok(Self { control, first: one, _second: two })
+    }
+}
+
+/// A router whose host is gone and of which control says nothing: its silence is enough, with a session and without.
+pub(crate) fn a_silent_router_is_left_although_control_calls_it_online(bed: &Bed) -> Result<(), Failed> {
+    let routers = Routers::join(bed, &["10.20.0.0/24"], &["10.20.0.0/24"])?;
+    let sidecar = routers.control.launch(bed).ready()?;
+    goes_by(&sidecar, HOST, "10.20.0.1", BOUND)?;
+    routers.first.process.signal(Signal::STOP);
+    let mut result = goes_by(&sidecar, HOST, "10.20.0.2", SILENCE + BOUND);
+    result = result.and_then(|()| goes_by(&sidecar, HOST, "10.20.0.2", Duration::from_millis(500)));
+    // One that knows neither of them yet.
+    let other = routers.control.launch(bed).ready()?;
+    result = result.and_then(|()| goes_by(&other, HOST, "10.20.0.2", BOUND));
+    routers.first.process.signal(Signal::CONT);
+    result?;
+    until(Duration::from_secs(20), "the router to be used again when it is heard", || {
+        // What is open by the other one when the route moves back is reset by the site.
+        Ok(router_of(&sidecar, HOST).is_ok_and(|by| by == "10.20.0.1").then_some(()))
+    })
+}
+
+/// A part of a network that another router serves goes by that one.
+pub(crate) fn the_longest_prefix_decides_between_two_routers(bed: &Bed) -> Result<(), Failed> {
+    let routers = Routers::join(bed, &["10.20.0.0/24"], &["10.20.0.128/25"])?;
+    let sidecar = routers.control.launch(bed).ready()?;
+    goes_by(&sidecar, HOST, "10.20.0.1", BOUND)?;
+    goes_by(&sidecar, "10.20.0.200", "10.20.0.2", BOUND)
+}
