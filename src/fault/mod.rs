@@ -148,6 +148,7 @@ impl From<&AuthKeyError> for Fault {
             AuthKeyError::Garbled { .. } => &KEY_GARBLED,
             AuthKeyError::OtherKind { .. } => &KEY_OTHER_KIND,
             AuthKeyError::UnknownForm { .. } => &KEY_UNKNOWN_FORM,
+            AuthKeyError::Wrapping { .. } => &KEY_WRAPPING,
         };
         Self::new(row, error.to_string())
     }

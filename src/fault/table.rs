@@ -114,6 +114,9 @@ rows! {
     ID_TOKEN_MALFORMED: 1017 Key, exit 65, again NO, NOT_JOINED_REPLY
         "the ID token is not a JWT"
         "give the token alone, as the platform issued it: three parts with dots between";
+    KEY_WRAPPING: 1018 Key, exit 65, again NO, NOT_JOINED_REPLY
+        "the part of the auth key that the tailnet lock added cannot be used"
+        "check that the key was copied whole, with all that follows --TL; `tailscale lock sign` on a signing node makes another";
 
     CONTROL_NAME: 1101 Control, exit 75, again YES, NOT_JOINED_REPLY
         "the control server's name has no address"
