@@ -7,6 +7,7 @@
 mod accept;
 pub mod diff;
 mod internet;
+mod lock;
 mod node;
 mod routes;
 pub mod session;
@@ -148,8 +149,10 @@ pub struct Netmap {
     pub derp: Arc<DerpMap>,
     /// The DNS settings.
     pub dns: Arc<DnsConfig>,
-    /// Whether the tailnet lock is on and control sent no signature for our key: peers will not talk to us.
+    /// Whether the tailnet lock is on and no signature vouches for our key: peers will not talk to us.
     pub locked_out: bool,
+    /// Peers that are left out, since the tailnet lock is on and no signature vouches for their keys.
+    pub unsigned_peers: usize,
     /// Names of nodes whose subdomains resolve to them too, in the form of [`Peer::name`].
     pub subdomain_hosts: Arc<BTreeSet<String>>,
     /// The peer that the exit node setting names, if it offers to be one and can be used: everything that has no

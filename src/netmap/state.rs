@@ -1,14 +1,15 @@
 //! What control has said so far in one stream of map messages, and how a delta changes it.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, OnceLock};
 
 use jiff::Timestamp;
 
 use super::accept::Accept;
 use super::node::{has_subdomains, name, peer, self_node};
 use super::routes::{Prefixes, Routes};
-use super::{Index, Netmap, NodeId, Peer};
+use super::{Index, Netmap, NodeId, Peer, lock};
+use crate::key::signature::{Authorised, SignatureError};
 use crate::wire::tailcfg::derp::DerpMap;
 use crate::wire::tailcfg::dns::DnsConfig;
 use crate::wire::tailcfg::map::{DisplayMessage, LockState, MapResponse};
@@ -33,6 +34,15 @@ pub(super) struct State {
 pub(super) struct Tracked {
     pub(super) node: Node,
     pub(super) peer: Arc<Peer>,
+    /// What [`lock::verdict`] says, once somebody asked: it costs a signature's check or two.
+    pub(super) verdict: OnceLock<Result<Authorised, SignatureError>>,
+}
+
+impl Tracked {
+    /// What its signature says of its key.
+    pub(super) fn verdict(&self) -> &Result<Authorised, SignatureError> {
+        self.verdict.get_or_init(|| lock::verdict(&self.node))
+    }
 }
 
 impl State {
@@ -77,10 +87,10 @@ impl State {
     }
 
     fn change(&mut self, id: NodeId, clock: Timestamp, change: impl FnOnce(&mut Node)) {
-        let Some(Tracked { mut node, peer }) = self.peers.remove(&id) else { return };
-        let before = Some(Tracked { node: node.clone(), peer });
+        let Some(before) = self.peers.remove(&id) else { return };
+        let mut node = before.node.clone();
         change(&mut node);
-        self.track(node, before, clock);
+        self.track(node, Some(before), clock);
     }
 
     fn track(&mut self, node: Node, before: Option<Tracked>, clock: Timestamp) {
@@ -89,11 +99,16 @@ impl State {
             return;
         }
         let now = peer(&node, clock);
-        let peer = match before {
-            Some(before) if *before.peer == now => before.peer,
-            Some(_) | None => Arc::new(now),
-        };
-        self.peers.insert(node.id, Tracked { node, peer });
+        let (mut peer, mut verdict) = (Arc::new(now), OnceLock::new());
+        if let Some(before) = before {
+            if before.node.key == node.key && before.node.key_signature == node.key_signature {
+                verdict = before.verdict;
+            }
+            if before.peer == peer {
+                peer = before.peer;
+            }
+        }
+        self.peers.insert(node.id, Tracked { node, peer, verdict });
     }
 
     /// What a message says besides peers and problems.
@@ -141,12 +156,25 @@ impl State {
     pub(super) fn exit_node(&self, accept: &Accept) -> Option<NodeId> {
         let ours = name(&self.node.name);
         let suffix = ours.split_once('.').map_or("", |(_, suffix)| suffix);
-        accept.exit_node(self.peers.values().map(|tracked| &tracked.peer), suffix)
+        let hidden = self.hidden();
+        let shown = self.peers.iter().filter(|(id, _)| !hidden.contains(id));
+        accept.exit_node(shown.map(|(_, tracked)| &tracked.peer), suffix)
+    }
+
+    /// The peers that the tailnet lock hides.
+    fn hidden(&self) -> BTreeSet<NodeId> {
+        if self.is_locked() { lock::hidden(&self.peers) } else { BTreeSet::new() }
+    }
+
+    fn is_locked(&self) -> bool {
+        !self.lock.head.is_empty() && !self.lock.disabled
     }
 
     /// All of it as one netmap.
     pub(super) fn netmap(&self, accept: &Accept, routed: Arc<Prefixes>, clock: Timestamp) -> Netmap {
-        let peers: BTreeMap<_, _> = self.peers.iter().map(|(id, tracked)| (*id, Arc::clone(&tracked.peer))).collect();
+        let hidden = self.hidden();
+        let shown = || self.peers.iter().filter(|(id, _)| !hidden.contains(id));
+        let peers: BTreeMap<_, _> = shown().map(|(id, tracked)| (*id, Arc::clone(&tracked.peer))).collect();
         let mut by_name = HashMap::new();
         let mut by_ip = HashMap::new();
         for (id, peer) in &peers {
@@ -155,9 +183,8 @@ impl State {
                 by_ip.entry(*ip).or_insert(*id);
             }
         }
-        let nodes = self.peers.values().map(|tracked| &tracked.node).chain([&self.node]);
+        let nodes = shown().map(|(_, tracked)| &tracked.node).chain([&self.node]);
         let exit_node = self.exit_node(accept);
-        let locked = !self.lock.head.is_empty() && !self.lock.disabled;
         Netmap {
             self_node: Arc::new(self_node(&self.node, clock)),
             index: Arc::new(Index { by_key: peers.values().map(|peer| (peer.key, peer.id)).collect(), by_ip, by_name }),
@@ -168,7 +195,8 @@ impl State {
             domain: self.domain.clone(),
             derp: Arc::clone(&self.derp),
             dns: Arc::clone(&self.dns),
-            locked_out: locked && self.node.key_signature.0.is_empty(),
+            locked_out: self.is_locked() && lock::verdict(&self.node).is_err(),
+            unsigned_peers: hidden.len(),
             subdomain_hosts: Arc::new(nodes.filter(|node| has_subdomains(node)).map(|node| name(&node.name)).collect()),
         }
     }

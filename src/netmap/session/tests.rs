@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::key::signature::vectors;
 use crate::netmap::diff::Changes;
 use crate::netmap::{NodeId, RouteKind};
 
@@ -201,9 +204,32 @@ fn a_tailnet_lock_without_our_signature_locks_us_out() {
     let (mut session, netmap) = started(json!([]));
     assert!(!netmap.locked_out);
     assert!(apply(&mut session, json!({"TKAInfo": {"Head": "AAAA"}})).locked_out);
-    assert!(!apply(&mut session, json!({"Node": with(node(1), json!({"KeySignature": "AQ=="}))})).locked_out);
+    let signed = |signature: &[u8]| {
+        let (key, signature) = (vectors::node(0x11), STANDARD.encode(signature));
+        json!({"Node": with(node(1), json!({"Key": key, "KeySignature": signature}))})
+    };
+    assert!(!apply(&mut session, signed(vectors::SIGNED)).locked_out);
+    assert!(apply(&mut session, signed(vectors::ROTATION)).locked_out);
     assert!(apply(&mut session, json!({"Node": node(1)})).locked_out);
     assert!(!apply(&mut session, json!({"TKAInfo": {"Head": "AAAA", "Disabled": true}})).locked_out);
+}
+
+#[test]
+fn a_tailnet_lock_hides_peers_until_they_are_signed() {
+    let key = vectors::node(0x22);
+    let peers =
+        json!([node(2), with(node(3), json!({"Key": key})), with(node(4), json!({"UnsignedPeerAPIOnly": true}))]);
+    let (mut session, netmap) = started(peers);
+    assert_eq!((ids(&netmap), netmap.unsigned_peers), (vec![2, 3, 4], 0));
+    let netmap = apply(&mut session, json!({"TKAInfo": {"Head": "AAAA"}}));
+    assert_eq!((ids(&netmap), netmap.unsigned_peers), (vec![4], 2));
+    assert!(netmap.route("100.64.0.3".parse().unwrap()).is_none());
+    assert!(netmap.was_routed("100.64.0.3".parse().unwrap()));
+    let signature = STANDARD.encode(vectors::ROTATION);
+    let netmap = apply(&mut session, json!({"PeersChangedPatch": [{"NodeID": 3, "KeySignature": signature}]}));
+    assert_eq!((ids(&netmap), netmap.unsigned_peers), (vec![3, 4], 1));
+    let netmap = apply(&mut session, json!({"TKAInfo": {"Head": "AAAA", "Disabled": true}}));
+    assert_eq!(ids(&netmap), [2, 3, 4]);
 }
 
 #[test]
