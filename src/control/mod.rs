@@ -5,6 +5,7 @@
 //! growing pauses, and the netmap stays as it was: the data plane does not need control from minute to minute.
 //! Source: Tailscale, control/controlclient/auto.go.
 
+mod admission;
 mod dial;
 mod error;
 mod map;
@@ -25,16 +26,17 @@ use url::Url;
 
 pub use error::{ConnectError, RegisterError};
 
-use crate::key::{AuthKey, DiscoPublic, LockPublic, MachinePrivate, NodePublic};
+use crate::key::{AuthKey, DiscoPublic, MachinePrivate, NodePrivate};
 use crate::netmap::Netmap;
 use crate::transport::backoff::Backoff;
 use crate::transport::underlay::Underlay;
 use crate::wire::tailcfg::hostinfo::{Hostinfo, NetInfo};
 use crate::wire::tailcfg::map::EndpointType;
+use admission::Admission;
 use dial::{Dialer, Session};
 use ping::Answerer;
 pub use ping::PingJob;
-use register::{Admitted, Registration};
+use register::Answer;
 use session::Ended;
 
 /// The first pause after a lost session, and the longest.
@@ -49,8 +51,8 @@ pub struct Config {
     pub underlay: Underlay,
     /// The machine key of this run.
     pub machine: MachinePrivate,
-    /// The node key of this run.
-    pub node: NodePublic,
+    /// The node key to begin with; see [`Client::node_key`].
+    pub node: NodePrivate,
     /// The disco key of this run.
     pub disco: DiscoPublic,
     /// What admits us.
@@ -124,6 +126,9 @@ pub struct Client {
     pub phase: watch::Receiver<Phase>,
     /// The last report that control has accepted.
     pub accepted: watch::Receiver<HostReport>,
+    /// The node key in use. It changes when the node had to come back with another; the same key again means that
+    /// peers have forgotten it and its sessions.
+    pub node_key: watch::Receiver<NodePrivate>,
     logout: mpsc::Sender<(Instant, oneshot::Sender<LoggedOut>)>,
 }
 
@@ -144,23 +149,25 @@ impl Client {
         let (netmap_out, netmap) = watch::channel(None);
         let (phase_out, phase) = watch::channel(Phase::Connecting(None));
         let (accepted_out, accepted) = watch::channel(HostReport::default());
+        let (node_key_out, node_key) = watch::channel(config.node.clone());
         let (logout, logouts) = mpsc::channel(1);
-        let out = Out { netmap: netmap_out, phase: phase_out, accepted: accepted_out };
+        let out = Out { netmap: netmap_out, phase: phase_out, accepted: accepted_out, node_key: node_key_out };
         runtime.spawn(Task::new(config, report, out).run(logouts));
-        Self { netmap, phase, accepted, logout }
+        Self { netmap, phase, accepted, node_key, logout }
     }
 
     /// A client that is online in a tailnet without peers, and knows no server.
     #[cfg(test)]
     pub(crate) fn alone() -> Self {
-        let key = NodePublic::default();
+        let key = crate::key::NodePublic::default();
         let node = serde_json::json!({ "ID": 1, "Name": "me.tb.example.", "Key": key, "Addresses": ["100.64.0.1/32"] });
         let message = serde_json::json!({ "Node": node });
         let message = serde_json::from_value(message).expect("a constant message parses");
         let applied = crate::netmap::session::Session::new(true).apply(message, jiff::Timestamp::UNIX_EPOCH);
         let netmap = watch::Sender::new(applied.expect("it has a self node").netmap).subscribe();
         let (phase, accepted) = (watch::Sender::new(Phase::Online).subscribe(), watch::Sender::default().subscribe());
-        Self { netmap, phase, accepted, logout: mpsc::channel(1).0 }
+        let node_key = watch::Sender::new(NodePrivate::random()).subscribe();
+        Self { netmap, phase, accepted, node_key, logout: mpsc::channel(1).0 }
     }
 
     /// Logs out and ends the client, within `limit`.
@@ -184,12 +191,13 @@ struct Out {
     netmap: watch::Sender<Option<Arc<Netmap>>>,
     phase: watch::Sender<Phase>,
     accepted: watch::Sender<HostReport>,
+    node_key: watch::Sender<NodePrivate>,
 }
 
 struct Task {
     config: Config,
     dialer: Dialer,
-    lock: LockPublic,
+    admission: Admission,
     report: watch::Receiver<HostReport>,
     out: Out,
     session: Option<Session>,
@@ -197,21 +205,21 @@ struct Task {
     answerer: Arc<Answerer>,
     /// A registration whose answer has not come yet. It has its own task: once the request has left, only its answer
     /// tells whether there is a node to log out.
-    registering: Option<JoinHandle<Result<Admitted, RegisterError>>>,
+    registering: Option<JoinHandle<Result<Answer, RegisterError>>>,
     registered: bool,
     /// Whether control may know this node: it was admitted, or the answer to its registration was lost.
     known: bool,
 }
 
 impl Task {
-    fn new(config: Config, report: watch::Receiver<HostReport>, out: Out) -> Self {
+    fn new(mut config: Config, report: watch::Receiver<HostReport>, out: Out) -> Self {
         let dialer = Dialer::new(config.url.clone(), config.underlay.clone(), config.machine.clone());
-        let lock = lock_key();
+        let admission = Admission::new(config.node.clone(), config.auth_key.take());
         let map = crate::netmap::session::Session::new(config.accept_routes);
         let map = config.exit_node.clone().into_iter().fold(map, crate::netmap::session::Session::with_exit_node);
         let answerer = Arc::new(Answerer::new(config.url.clone(), config.underlay.tls.clone(), config.pings.clone()));
         let (session, registering, registered, known) = (None, None, false, false);
-        Self { config, dialer, lock, report, out, session, map, answerer, registering, registered, known }
+        Self { config, dialer, admission, report, out, session, map, answerer, registering, registered, known }
     }
 
     async fn run(mut self, mut logouts: mpsc::Receiver<(Instant, oneshot::Sender<LoggedOut>)>) {
@@ -244,6 +252,7 @@ impl Task {
                         .send_replace(Phase::Registering(Some(Arc::new(RegisterError::RateLimited { wait }))));
                     wait
                 }
+                Ended::Again => FIRST_PAUSE,
                 Ended::Over(failure) => {
                     self.out.phase.send_replace(Phase::Failed(Arc::new(failure)));
                     return;
@@ -301,7 +310,7 @@ impl Task {
         // needs up to a second for its answer.
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = if open.is_some() { left * 3 / 4 } else { left };
-        let registration = self.registration(false);
+        let registration = self.admission.leaving(&self.config.hostinfo);
         let attempt = async {
             let session = match open {
                 Some(session) => session,
@@ -313,27 +322,12 @@ impl Task {
         timeout(limit, attempt).await.map_err(silent)?
     }
 
-    fn note_registration(&mut self, outcome: &Result<Result<Admitted, RegisterError>, JoinError>) {
+    fn note_registration(&mut self, outcome: &Result<Result<Answer, RegisterError>, JoinError>) {
         self.known |= !matches!(outcome, Ok(Err(refused)) if !matches!(refused, RegisterError::Connect(_)));
-    }
-
-    /// Who we are, with or without the key.
-    fn registration(&self, with_key: bool) -> Registration {
-        Registration {
-            node: self.config.node,
-            lock: self.lock,
-            auth_key: self.config.auth_key.clone().filter(|_| with_key),
-            hostinfo: self.config.hostinfo.clone(),
+        if matches!(outcome, Ok(Ok(Answer::Admitted { .. })))
+            && let Some(key) = self.admission.admitted()
+        {
+            self.out.node_key.send_replace(key);
         }
     }
-}
-
-/// A tailnet-lock key for this run. Only its public half is told: a run without wrapped key signs nothing.
-fn lock_key() -> LockPublic {
-    let random = ring::rand::SystemRandom::new();
-    let pair = ring::signature::Ed25519KeyPair::generate_pkcs8(&random)
-        .and_then(|document| Ok(ring::signature::Ed25519KeyPair::from_pkcs8(document.as_ref())?))
-        .expect("the system has randomness and ring reads its own keys");
-    let public: &[u8] = ring::signature::KeyPair::public_key(&pair).as_ref();
-    LockPublic::from_bytes(public.try_into().expect("an Ed25519 key has 32 octets"))
 }

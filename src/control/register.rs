@@ -11,9 +11,9 @@ use tokio::time::timeout;
 use super::dial::{CAPABILITY_VERSION, Session, excerpt};
 use super::{ConnectError, RegisterError};
 use crate::key::{AuthKey, LockPublic, NodePublic};
-use crate::wire::tailcfg;
 use crate::wire::tailcfg::hostinfo::Hostinfo;
 use crate::wire::tailcfg::register::{Auth, RegisterRequest, RegisterResponse};
+use crate::wire::tailcfg::{self, Bytes};
 
 /// The longest that control may take to answer: an administrator's rules and its database, not a person.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -29,24 +29,36 @@ const LOGOUT_EXPIRY: i64 = 123;
 /// Who registers.
 pub(super) struct Registration {
     pub(super) node: NodePublic,
+    /// The key that `node` replaces; zero for none.
+    pub(super) old_node: NodePublic,
     pub(super) lock: LockPublic,
     pub(super) auth_key: Option<AuthKey>,
+    /// The tailnet lock's signature of `node`.
+    pub(super) signature: Option<Vec<u8>>,
     pub(super) hostinfo: Hostinfo,
 }
 
-/// Admitted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Admitted {
-    /// Whether no administrator needs to approve the device.
-    pub(super) approved: bool,
+/// What control says when it does not refuse.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// We are in.
+    Admitted {
+        /// Whether no administrator needs to approve the device.
+        approved: bool,
+    },
+    /// We shall come with another node key, and this signature made anew for it.
+    Resign(Vec<u8>),
 }
 
 impl Registration {
     /// Shows the key.
-    pub(super) async fn register(&self, session: &Session) -> Result<Admitted, RegisterError> {
+    pub(super) async fn register(&self, session: &Session) -> Result<Answer, RegisterError> {
         let answer = self.post(session, None).await?;
         if !answer.error.is_empty() {
             return Err(refusal(answer.error));
+        }
+        if !answer.node_key_signature.0.is_empty() {
+            return Ok(Answer::Resign(answer.node_key_signature.0));
         }
         if answer.node_key_expired {
             return Err(RegisterError::NodeKeyExpired);
@@ -54,7 +66,7 @@ impl Registration {
         if !answer.auth_url.is_empty() {
             return Err(RegisterError::LoginNeeded);
         }
-        Ok(Admitted { approved: answer.machine_authorized })
+        Ok(Answer::Admitted { approved: answer.machine_authorized })
     }
 
     /// Takes the node out of the tailnet.
@@ -68,13 +80,14 @@ impl Registration {
         let request = RegisterRequest {
             version: CAPABILITY_VERSION.into(),
             node_key: self.node,
-            old_node_key: NodePublic::default(),
+            old_node_key: self.old_node,
             lock_key: self.lock,
             auth: self.auth_key.as_ref().map(|auth_key| Auth { auth_key }),
             expiry,
             followup: "",
             hostinfo: &self.hostinfo,
             ephemeral: true,
+            node_key_signature: self.signature.clone().map(Bytes),
         };
         let body = serde_json::to_vec(&request).expect("a request of plain values is JSON");
         let silent = |_| ConnectError::Noise { detail: format!("no answer to the registration within {LIMIT:?}") };

@@ -14,8 +14,10 @@ use tokio::sync::watch;
 use tokio::time::{sleep_until, timeout};
 use tracing::{debug, info, warn};
 
+use super::admission::Lost;
 use super::dial::{CAPABILITY_VERSION, Session, excerpt};
 use super::map::{MapStream, WATCHDOG};
+use super::register::Answer;
 use super::{ConnectError, Failure, HostReport, Phase, RegisterError, Task};
 use crate::netmap::Netmap;
 use crate::netmap::diff::Changes;
@@ -24,6 +26,9 @@ use crate::wire::tailcfg::map::MapRequest;
 
 /// The longest that an update may take. headscale answers after its tick of half a second.
 const UPDATE_LIMIT: Duration = Duration::from_secs(15);
+/// How long control is not asked for. Besides what changes, this is how we learn that the node was deleted: headscale
+/// (0.29) leaves the map stream of a deleted node open and goes on sending keep-alives.
+const CHECK: Duration = Duration::from_secs(30);
 /// How long the first update waits for our home DERP to be chosen.
 const HOME_WAIT: Duration = Duration::from_millis(500);
 /// The most octets of an error's body.
@@ -35,6 +40,8 @@ pub(super) enum Ended {
     Lost(RegisterError),
     /// To be tried again after so long.
     RateLimited(Duration),
+    /// To be opened again at once, to register anew.
+    Again,
     /// For good.
     Over(Failure),
 }
@@ -91,7 +98,7 @@ impl Task {
         if !self.registered
             && let Err(error) = self.register(&session).await
         {
-            return error.into();
+            return self.refused(error.into());
         }
         match self.poll_map(&session, backoff).await {
             Ok(never) => match never {},
@@ -102,18 +109,54 @@ impl Task {
     async fn register(&mut self, session: &Session) -> Result<(), RegisterError> {
         self.await_key().await;
         self.out.phase.send_replace(Phase::Registering(None));
-        let (registration, session) = (self.registration(true), session.clone());
+        let approved = loop {
+            match self.show_key(session).await? {
+                Answer::Admitted { approved } => break approved,
+                Answer::Resign(signature) if self.admission.resign(&signature) => {
+                    debug!("control wants another node key, and its signature made anew");
+                }
+                Answer::Resign(_) => return Err(RegisterError::NodeKeyExpired),
+            }
+        };
+        self.registered = true;
+        debug!(approved, "registered");
+        let phase = if approved { Phase::AwaitingNetmap(None) } else { Phase::AwaitingApproval };
+        self.out.phase.send_replace(phase);
+        Ok(())
+    }
+
+    async fn show_key(&mut self, session: &Session) -> Result<Answer, RegisterError> {
+        let (registration, session) = (self.admission.registration(&self.config.hostinfo), session.clone());
         let task = self.registering.insert(tokio::spawn(async move { registration.register(&session).await }));
         let outcome = task.await;
         self.registering = None;
         self.note_registration(&outcome);
         let broken = |error: tokio::task::JoinError| ConnectError::Noise { detail: error.to_string() };
-        let admitted = outcome.map_err(broken)??;
-        self.registered = true;
-        debug!(approved = admitted.approved, "registered");
-        let phase = if admitted.approved { Phase::AwaitingNetmap(None) } else { Phase::AwaitingApproval };
-        self.out.phase.send_replace(phase);
-        Ok(())
+        outcome.map_err(broken)?
+    }
+
+    /// A node that may not come back ends by what put it out, not by what became of its key meanwhile.
+    fn refused(&self, ended: Ended) -> Ended {
+        match (ended, self.admission.lost()) {
+            (Ended::Over(failure), Some(lost)) => {
+                warn!(error = %failure, "the auth key does not bring this node back");
+                Ended::Over(lost.into())
+            }
+            (ended, _) => ended,
+        }
+    }
+
+    /// The place in the tailnet is lost: registers again where that may help.
+    fn put_out(&mut self, lost: Lost) -> Ended {
+        if !self.admission.come_back(lost) {
+            return Ended::Over(lost.into());
+        }
+        match lost {
+            Lost::Expired => warn!("the node key has expired, registering a new one"),
+            Lost::Deleted => warn!("control forgot this node, registering again"),
+        }
+        self.registered = false;
+        Ended::Again
     }
 
     /// Waits for a key that is still being made. Where none will come, whoever was to make it ends the run.
@@ -121,7 +164,7 @@ impl Task {
         let Some(coming) = &mut self.config.coming_key else { return };
         self.out.phase.send_replace(Phase::AwaitingKey);
         match coming.await {
-            Ok(key) => self.config.auth_key = Some(key),
+            Ok(key) => self.admission.set_auth_key(key),
             Err(_) => std::future::pending().await,
         }
         self.config.coming_key = None;
@@ -137,7 +180,7 @@ impl Task {
         if status != StatusCode::OK {
             let body = timeout(UPDATE_LIMIT, Limited::new(response.into_body(), ERROR_BODY_MAX).collect()).await;
             let body = body.ok().and_then(Result::ok).map(|body| excerpt(&body.to_bytes())).unwrap_or_default();
-            return Err(self.refused_poll(status, body));
+            return Err(self.refused_poll(ConnectError::Server { status: status.as_u16(), body }));
         }
         let updates = Updates {
             session: session.clone(),
@@ -149,26 +192,16 @@ impl Task {
         debug!("map stream open");
         let mut stream = MapStream::new(response.into_body());
         self.map.restart();
-        tokio::select! {
-            ended = self.read_map(session, &mut stream, backoff) => Err(ended),
-            never = updates.run() => match never {},
-        }
+        let forgotten = tokio::select! {
+            ended = self.read_map(session, &mut stream, backoff) => return Err(ended),
+            forgotten = updates.run() => forgotten,
+        };
+        Err(self.refused_poll(forgotten))
     }
 
     /// What a status other than 200 to the map poll means.
-    fn refused_poll(&mut self, status: StatusCode, body: String) -> Ended {
-        let unknown = matches!(status, StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST) && body.contains("not found");
-        if !unknown && status != StatusCode::NOT_FOUND {
-            return ConnectError::Server { status: status.as_u16(), body }.into();
-        }
-        // Between registration and the first poll a server may have forgotten an ephemeral node: the key is still here
-        // then, and registering again is right. Later it is a deletion.
-        if self.config.auth_key.is_some() {
-            warn!("control forgot this node, registering again");
-            self.registered = false;
-            return ConnectError::Server { status: status.as_u16(), body }.into();
-        }
-        Ended::Over(Failure::Deleted)
+    fn refused_poll(&mut self, refusal: ConnectError) -> Ended {
+        if is_unknown(&refusal) { self.put_out(Lost::Deleted) } else { refusal.into() }
     }
 
     async fn read_map(&mut self, session: &Session, stream: &mut MapStream, backoff: &mut Backoff) -> Ended {
@@ -177,7 +210,7 @@ impl Task {
                 message = stream.next() => message,
                 () = until(self.map.next_expiry()) => {
                     match self.map.expire(Timestamp::now()) {
-                        Some(netmap) if netmap.self_node.expired => return Ended::Over(Failure::KeyExpired),
+                        Some(netmap) if netmap.self_node.expired => return self.put_out(Lost::Expired),
                         Some(netmap) => self.publish(netmap),
                         None => {}
                     }
@@ -201,7 +234,7 @@ impl Task {
             }
             if let Some(netmap) = applied.netmap {
                 if netmap.self_node.expired {
-                    return Ended::Over(Failure::KeyExpired);
+                    return self.put_out(Lost::Expired);
                 }
                 if netmap.locked_out {
                     return Ended::Over(Failure::LockedOut);
@@ -215,15 +248,19 @@ impl Task {
         }
     }
 
-    /// Hands out a netmap; the key that admitted us has then done its work and is wiped.
+    /// Hands out a netmap, unless we are not approved yet.
     fn publish(&mut self, netmap: Arc<Netmap>) {
-        self.config.auth_key = None;
+        self.admission.joined();
         if !netmap.self_node.authorized {
             self.out.phase.send_replace(Phase::AwaitingApproval);
             return;
         }
         self.config.hostinfo.exit_node_id = exit_node_id(Some(&netmap));
         let before = self.out.netmap.send_replace(Some(netmap.clone()));
+        let unsigned = before.as_ref().map_or(0, |before| before.unsigned_peers);
+        if netmap.unsigned_peers != unsigned {
+            info!(peers = netmap.unsigned_peers, "the tailnet lock hides peers whose keys are not signed");
+        }
         let changes = Changes::between(before.as_deref(), &netmap);
         if !changes.is_empty() {
             info!(%changes, "netmap");
@@ -240,7 +277,7 @@ impl Task {
     }
 
     fn requester(&self) -> MapRequester {
-        MapRequester { node: self.config.node, disco: self.config.disco, hostinfo: self.config.hostinfo.clone() }
+        MapRequester { node: self.admission.node(), disco: self.config.disco, hostinfo: self.config.hostinfo.clone() }
     }
 }
 
@@ -248,6 +285,12 @@ impl Task {
 fn exit_node_id(netmap: Option<&Netmap>) -> String {
     let peer = netmap.and_then(|netmap| netmap.peers.get(&netmap.exit_node?));
     peer.map(|peer| peer.stable_id.clone()).unwrap_or_default()
+}
+
+/// Whether control says that it does not know the node.
+fn is_unknown(refusal: &ConnectError) -> bool {
+    let ConnectError::Server { status, body } = refusal else { return false };
+    *status == 404 || (*status == 400 && body.contains("not found"))
 }
 
 /// Waits until `time`; for ever if there is none.
@@ -284,7 +327,7 @@ impl MapRequester {
     }
 }
 
-/// Tells control of our network: at once, then whenever it changed. One update is under way at a time, the newest wins.
+/// Tells control of our network: at once, then whenever it changed, and every [`CHECK`] that we are still here. One update is under way at a time, the newest wins.
 struct Updates {
     session: Session,
     requester: MapRequester,
@@ -294,7 +337,8 @@ struct Updates {
 }
 
 impl Updates {
-    async fn run(mut self) -> std::convert::Infallible {
+    /// Returns once control says that it does not know us.
+    async fn run(mut self) -> ConnectError {
         let mut backoff = Backoff::new(super::FIRST_PAUSE, super::LONGEST_PAUSE);
         self.await_home().await;
         loop {
@@ -304,9 +348,11 @@ impl Updates {
                 Ok(Ok(())) => {
                     backoff.reset();
                     self.accepted.send_replace(report);
-                    self.await_news().await;
+                    // Without news in time, the same is said again.
+                    let _ = timeout(CHECK, self.await_news()).await;
                     continue;
                 }
+                Ok(Err(error)) if is_unknown(&error) => return error,
                 Ok(Err(error)) => debug!(%error, "an update to control failed"),
                 Err(_) => debug!("an update to control took too long"),
             }

@@ -33,7 +33,7 @@ use self::roster::{Change, Roster, Slot};
 use self::standing::Rivalry;
 pub use self::stats::{Dropped, Stats};
 use self::wireguard::{OVERHEAD, SCRATCH_LENGTH, WireGuard};
-use crate::key::NodePublic;
+use crate::key::{NodePrivate, NodePublic};
 use crate::netmap::{Netmap, RegionId};
 use crate::wire::{Kind, classify, ip, stun};
 
@@ -105,6 +105,17 @@ impl Engine {
     /// another than that taken over, and changes at [`Output::RoutesChanged`].
     pub fn netmap(&self) -> Option<&Arc<Netmap>> {
         self.netmap.as_ref()
+    }
+
+    /// Our node key is another, or peers have forgotten it: all sessions end, and those that were in use begin anew.
+    pub fn set_node_key(&mut self, key: &NodePrivate, now: Instant) {
+        self.magicsock.set_node_key(key.public());
+        for slot in self.wireguard.set_key(key, now) {
+            if let Some(entry) = self.roster.entry(slot) {
+                self.wireguard.initiate(slot, &entry.peer.key, now);
+            }
+        }
+        self.settle(now);
     }
 
     /// Takes a datagram of one of the UDP sockets, and lends out the inner packet that it held, if it is admitted.

@@ -232,6 +232,7 @@ impl From<&NodeError> for Fault {
                 JoinStage::Relay => &HOME_DERP,
             },
             NodeError::KeyExpired => &NODE_EXPIRED,
+            NodeError::TagsDiffer { .. } => &TAGS_DIFFER,
             NodeError::LockedOut => &LOCKED_OUT,
             NodeError::Deleted => &NODE_DELETED,
             NodeError::NoExitNode { .. } => &NO_EXIT_NODE,

@@ -182,6 +182,9 @@ rows! {
     LOCKED_OUT: 1210 Register, exit 77, again NO, NOT_JOINED_REPLY
         "tailnet lock is on and this node's key is not signed"
         "sign the node with `tailscale lock sign`, or use an auth key that was signed beforehand";
+    TAGS_DIFFER: 1211 Register, exit 78, again NO, NOT_JOINED_REPLY
+        "the tailnet granted other tags than those asked for"
+        "give the key these tags, or let tagOwners permit them; --advertise-tags must name what the policy expects";
 
     HOME_DERP: 1301 Relay, exit 75, again YES, NOT_JOINED_REPLY
         "no home DERP could be connected"

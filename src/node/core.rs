@@ -19,7 +19,7 @@ use super::regions;
 use super::relays::Relays;
 use crate::control::HostReport;
 use crate::engine::{Engine, Flow, Output, Protocol};
-use crate::key::NodePublic;
+use crate::key::{NodePrivate, NodePublic};
 use crate::netmap::{Netmap, RegionId};
 use crate::netstack::{FlowId, Netstack, OpenError};
 use crate::transport::derp::{ConnectionId, Event, Packet};
@@ -137,6 +137,19 @@ impl Core {
                 new.is_some() && old != new
             });
         }
+    }
+
+    /// Begins anew with a node key: relays and peers learn of it by new connections and handshakes. The connections
+    /// inside the tunnel go on.
+    pub(super) fn handle_node_key(&mut self, key: &NodePrivate, now: Instant) {
+        self.parts.engine.set_node_key(key, now);
+        for region in self.parts.relays.set_key(key.clone()) {
+            self.parts.engine.handle_derp_lost(region, now);
+            let home = self.parts.engine.host_state().home;
+            self.parts.relays.set_admitted(region, false, home);
+            self.connect_region(region, home == Some(region));
+        }
+        self.pump(now);
     }
 
     /// The newest netmap that the data plane goes by: what it shows can be dialled.

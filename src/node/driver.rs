@@ -9,12 +9,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::core::Shared;
 use super::regions::Probed;
+use crate::key::NodePrivate;
 use crate::netmap::Netmap;
 use crate::transport::derp::{ConnectionId, Event};
 
 /// What the driver listens to.
 pub(super) struct Inputs {
     pub(super) netmap: watch::Receiver<Option<Arc<Netmap>>>,
+    pub(super) node_key: watch::Receiver<NodePrivate>,
     pub(super) derp_events: mpsc::Receiver<(ConnectionId, Event)>,
     pub(super) probes: mpsc::Receiver<Probed>,
     pub(super) stop: CancellationToken,
@@ -25,6 +27,7 @@ enum Woken {
     Readable,
     Writable,
     Derp(ConnectionId, Event),
+    NodeKey,
     Netmap,
     Probe(Probed),
     Time,
@@ -52,6 +55,7 @@ pub(super) async fn run(core: Shared, mut inputs: Inputs) {
             () = readable => Woken::Readable,
             () = writable => Woken::Writable,
             Some((id, event)) = inputs.derp_events.recv() => Woken::Derp(id, event),
+            Ok(()) = inputs.node_key.changed() => Woken::NodeKey,
             Ok(()) = inputs.netmap.changed() => Woken::Netmap,
             Some(probed) = inputs.probes.recv() => Woken::Probe(probed),
             () = wait_until(deadline) => Woken::Time,
@@ -64,6 +68,7 @@ pub(super) async fn run(core: Shared, mut inputs: Inputs) {
             Woken::Readable => core.handle_readable(now),
             Woken::Writable => core.pump(now),
             Woken::Derp(id, event) => core.handle_derp(id, event, now),
+            Woken::NodeKey => core.handle_node_key(&inputs.node_key.borrow_and_update(), now),
             Woken::Netmap => {
                 let netmap = inputs.netmap.borrow_and_update().clone();
                 if let Some(netmap) = netmap {

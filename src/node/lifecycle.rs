@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, info};
 
 use super::{Config, JoinStage, Joined, NodeError, State, exit};
 use crate::control::{Client, Failure, HostReport, Phase};
@@ -82,6 +82,8 @@ pub(super) struct Limits {
     pub(super) join_timeout: Duration,
     /// The exit node that has to be there.
     pub(super) exit_node: Option<String>,
+    /// Tags that have to be granted.
+    pub(super) tags: Vec<String>,
 }
 
 /// Starts a task that sums up how far the node has come.
@@ -103,6 +105,7 @@ pub(super) fn watch_state(
         started,
         join_timeout: limits.join_timeout,
         exit_node: limits.exit_node,
+        asked_tags: limits.tags,
         joined_after: None,
         was_ready: false,
     };
@@ -120,6 +123,7 @@ struct Watcher {
     join_timeout: Duration,
     /// What is to be looked for in the first netmap; what becomes of it later is the dials' business.
     exit_node: Option<String>,
+    asked_tags: Vec<String>,
     joined_after: Option<Duration>,
     was_ready: bool,
 }
@@ -170,6 +174,11 @@ impl Watcher {
         if let Some(missing) = self.exit_node.take().and_then(|wanted| exit::missing(&netmap, wanted)) {
             return State::Failed(missing.into());
         }
+        if self.joined_after.is_none()
+            && let Err(differ) = compare_tags(&self.asked_tags, &netmap.self_node.tags)
+        {
+            return State::Failed(differ.into());
+        }
         let join_time = *self.joined_after.get_or_insert_with(|| self.started.elapsed());
         let home = *self.home.borrow_and_update();
         let told = self.accepted.borrow_and_update().net_info.as_ref().map_or(0, |info| info.preferred_derp);
@@ -200,6 +209,24 @@ impl Watcher {
     }
 }
 
+/// Whether all tags that the user asked for are granted. Further ones are only said: an auth key may bring its own.
+fn compare_tags(asked: &[String], granted: &[String]) -> Result<(), NodeError> {
+    let without = |tags: &[String], others: &[String]| {
+        let mut left: Vec<_> = tags.iter().filter(|tag| !others.contains(tag)).cloned().collect();
+        left.sort();
+        left
+    };
+    let missing = without(asked, granted);
+    if !missing.is_empty() {
+        return Err(NodeError::TagsDiffer { missing, granted: granted.to_vec() });
+    }
+    let besides = without(granted, asked);
+    if !asked.is_empty() && !besides.is_empty() {
+        info!(tags = besides.join(", "), "granted besides the tags asked for");
+    }
+    Ok(())
+}
+
 fn stage_of(phase: Phase) -> (JoinStage, Option<Arc<crate::control::RegisterError>>) {
     match phase {
         Phase::Connecting(error) => (JoinStage::Control, error),
@@ -219,5 +246,24 @@ fn failed(failure: &Failure) -> NodeError {
         Failure::KeyExpired => NodeError::KeyExpired,
         Failure::Deleted => NodeError::Deleted,
         Failure::LockedOut => NodeError::LockedOut,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tags(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| format!("tag:{name}")).collect()
+    }
+
+    #[test]
+    fn asked_tags_must_all_be_granted() {
+        assert!(compare_tags(&[], &tags(&["a"])).is_ok());
+        assert!(compare_tags(&tags(&["b", "a"]), &tags(&["a", "b", "c"])).is_ok());
+        let error = compare_tags(&tags(&["b", "a", "x"]), &tags(&["a", "c"])).unwrap_err();
+        assert_eq!(error.to_string(), "the tailnet did not grant tag:b, tag:x; it granted tag:a, tag:c");
+        let error = compare_tags(&tags(&["b"]), &[]).unwrap_err();
+        assert_eq!(error.to_string(), "the tailnet did not grant tag:b");
     }
 }

@@ -131,6 +131,18 @@ pub enum NodeError {
     /// The node key's time ended in mid-run.
     #[error("the node's key has expired")]
     KeyExpired,
+    /// Control granted other tags than the user asked for: policies written for those would not apply.
+    #[error(
+        "the tailnet did not grant {}{}",
+        missing.join(", "),
+        if granted.is_empty() { String::new() } else { format!("; it granted {}", granted.join(", ")) }
+    )]
+    TagsDiffer {
+        /// Asked for, but not granted.
+        missing: Vec<String>,
+        /// What was granted.
+        granted: Vec<String>,
+    },
     /// The tailnet is locked, and nobody has signed our key: peers will not talk to us.
     #[error("the tailnet lock is on and this node's key is not signed")]
     LockedOut,
@@ -217,9 +229,9 @@ impl Node {
                 url: config.login_server.clone(),
                 underlay: underlay.clone(),
                 machine: MachinePrivate::random(),
-                node: node_key.public(),
+                node: node_key.clone(),
                 disco: disco_key.public(),
-                // From here on the control client alone holds the key, and wipes it once it has done its work.
+                // From here on the control client alone holds the key, and wipes it once it has no more use for it.
                 auth_key,
                 coming_key,
                 hostinfo: lifecycle::hostinfo(&config),
@@ -274,12 +286,17 @@ impl Node {
         let underlay = parts.underlay.clone();
         let core: Shared = Rc::new(RefCell::new(Core::new(parts)));
         let stop = CancellationToken::new();
-        let inputs = driver::Inputs { netmap: client.netmap.clone(), derp_events, probes, stop: stop.clone() };
+        let (netmap, node_key) = (client.netmap.clone(), client.node_key.clone());
+        let inputs = driver::Inputs { netmap, node_key, derp_events, probes, stop: stop.clone() };
         tokio::task::spawn_local(driver::run(core.clone(), inputs));
         let netmap = core.borrow().netmap();
         let seen =
             lifecycle::Seen { netmap: netmap.clone(), home: core.borrow().home(), minting: minting.progress.clone() };
-        let limits = lifecycle::Limits { join_timeout: config.join_timeout, exit_node: config.exit_node.clone() };
+        let limits = lifecycle::Limits {
+            join_timeout: config.join_timeout,
+            exit_node: config.exit_node.clone(),
+            tags: config.advertise_tags.clone(),
+        };
         let state = lifecycle::watch_state(&client, seen, limits, started, stop.clone());
         tokio::task::spawn_local(overlap::watch(netmap.clone(), config.accept_routes));
         let resolvers = resolve::Resolvers::start(core.clone(), underlay, control, config.accept_dns);

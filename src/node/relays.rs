@@ -51,6 +51,13 @@ impl Relays {
         }
     }
 
+    /// Connections are made with this key from now on. Those that are open end; which they were.
+    pub(super) fn set_key(&mut self, key: NodePrivate) -> Vec<RegionId> {
+        self.dialler.key = key;
+        self.admitted.clear();
+        std::mem::take(&mut self.open).into_keys().collect()
+    }
+
     /// Closes a region's connection.
     pub(super) fn close(&mut self, region: RegionId) {
         self.open.remove(&region);

@@ -102,6 +102,11 @@ impl Magicsock {
         }
     }
 
+    /// We are known by this key from now on.
+    pub(super) fn set_node_key(&mut self, node: NodePublic) {
+        self.node = node;
+    }
+
     pub(super) fn host_state(&self) -> &HostState {
         self.netcheck.host()
     }

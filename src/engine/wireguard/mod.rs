@@ -128,6 +128,21 @@ impl WireGuard {
         }
     }
 
+    /// Ends all tunnels: new ones are made with this key. Returns the peers whose tunnels were in use.
+    pub(super) fn set_key(&mut self, key: &NodePrivate, now: Instant) -> Vec<Slot> {
+        self.private = StaticSecret::from(*key.as_bytes());
+        self.public = PublicKey::from(&self.private);
+        self.limiter = Arc::new(RateLimiter::new(&self.public, HANDSHAKES_A_SECOND));
+        self.limiter_reset = now;
+        for place in &mut self.places {
+            place.tunnel = None;
+        }
+        (self.tick_at, self.retry_at) = (None, None);
+        self.outbox.clear();
+        self.established.clear();
+        std::mem::take(&mut self.active).into_iter().collect()
+    }
+
     /// Forgets a peer.
     pub(super) fn remove(&mut self, slot: Slot) {
         if let Some(place) = self.places.get_mut(slot) {

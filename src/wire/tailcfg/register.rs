@@ -33,6 +33,9 @@ pub struct RegisterRequest<'a> {
     /// That the node is to be forgotten soon after it goes offline.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub ephemeral: bool,
+    /// The tailnet lock's signature of the node key; `None` if we have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_key_signature: Option<Bytes>,
 }
 
 /// What admits a node. The key is written to the wire and nowhere else.
@@ -86,6 +89,7 @@ mod tests {
             followup: "",
             hostinfo: &hostinfo,
             ephemeral: true,
+            node_key_signature: Some(Bytes(vec![1, 2, 3])),
         };
         assert!(!format!("{request:?}").contains("verysecret"));
         let json: serde_json::Value = serde_json::to_value(&request).unwrap();
@@ -93,6 +97,7 @@ mod tests {
         assert_eq!(json["Expiry"], "0001-01-01T00:00:00Z");
         assert_eq!(json["OldNodeKey"], format!("nodekey:{}", "0".repeat(64)));
         assert_eq!((&json["Ephemeral"], &json["Version"]), (&true.into(), &130.into()));
+        assert_eq!(json["NodeKeySignature"], "AQID");
     }
 
     #[test]
@@ -108,10 +113,12 @@ mod tests {
             followup: "",
             hostinfo: &hostinfo,
             ephemeral: false,
+            node_key_signature: None,
         };
         let json = serde_json::to_value(&request).unwrap();
         assert_eq!(json["Expiry"], "1970-01-01T00:00:00Z");
         assert!(json.get("Auth").is_none() && json.get("Ephemeral").is_none());
+        assert!(json.get("NodeKeySignature").is_none());
     }
 
     #[test]
