@@ -86,9 +86,10 @@ pub(crate) fn plain_http_to_a_public_name_is_refused(bed: &Bed) -> Result<(), Fa
     }
 }
 
-/// A node whose key the server has expired ends with that reason.
+/// A node whose key the server has expired, and whose auth key was for one use, ends with that reason.
 pub(crate) fn a_node_that_is_expired_mid_run_ends_with_that_reason(bed: &Bed) -> Result<(), Failed> {
-    let mut sidecar = Launch::new(bed).ready()?;
+    let key = bed.headscale().mint(KeyKind { reusable: false, ..BROWSER })?;
+    let mut sidecar = Launch::new(bed).secret(&key.secret).ready()?;
     sidecar.page("web", "web")?;
     let id = bed.headscale().id(&sidecar.hostname)?;
     bed.headscale().cli(&["nodes", "expire", "-i", &id])?;

@@ -1,5 +1,6 @@
 //! The scenarios, by subject. Each is one function that says in a sentence what must hold.
 
+mod admission;
 mod app_connectors;
 mod browser;
 mod closed;
@@ -155,6 +156,17 @@ const KEYS: [Scenario; 7] = [
     scenario!(keys::a_node_that_is_expired_mid_run_ends_with_that_reason),
 ];
 
+const ADMISSION: [Scenario; 8] = [
+    scenario!(admission::a_tailnet_lock_admits_who_is_signed).within(90),
+    scenario!(admission::a_wrapped_key_that_is_cut_short_is_told),
+    scenario!(admission::a_device_joins_when_it_is_approved),
+    scenario!(admission::a_device_that_is_not_approved_in_time_says_so),
+    scenario!(admission::tags_are_compared_with_those_asked_for),
+    scenario!(admission::a_deleted_node_comes_back).within(120),
+    scenario!(admission::a_deleted_node_with_a_used_key_ends).within(90),
+    scenario!(admission::an_expired_node_comes_back_with_another_key).within(90),
+];
+
 const CLOSED: [Scenario; 7] = [
     scenario!(closed::what_would_be_public_is_refused),
     scenario!(closed::direct_allow_opens_what_it_names_and_no_more).leaking(),
@@ -244,7 +256,7 @@ const UDP: [Scenario; 6] = [
 /// All of them, in the order in which they begin.
 pub(crate) fn all() -> impl Iterator<Item = Scenario> {
     let apps = APP_CONNECTORS.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.apps));
-    let on_client: [&[Scenario]; 18] = [
+    let on_client: [&[Scenario]; 19] = [
         &CONTROL_GROUP,
         &JOIN,
         &LEAVE,
@@ -253,6 +265,7 @@ pub(crate) fn all() -> impl Iterator<Item = Scenario> {
         &SHARED,
         &NAMES,
         &KEYS,
+        &ADMISSION,
         &PROVISION,
         &CLOSED,
         &CONFORMANCE,

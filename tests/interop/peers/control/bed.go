@@ -31,6 +31,7 @@ type bed struct {
 	config  *config
 	control *testcontrol.Server
 	front   *front
+	lock    *lock // nil while it is off
 	relays  [2]*relay
 	url     string // of control, no trailing slash
 	canary  string

@@ -116,6 +116,7 @@ func (c *clientConn) serveRegister(w http.ResponseWriter, r *http.Request, body 
 		return
 	}
 	c.forward(w, r, body)
+	c.front.keepSignature(&request)
 }
 
 // decodeRequest decodes and checks what testcontrol would end the process for.
