@@ -3,12 +3,14 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::sync::watch;
 use tokio::time::timeout_at;
 use tracing::{debug, info};
 
@@ -20,10 +22,16 @@ use crate::transport::race::race;
 
 /// Dials `target` on the underlay, until `deadline`. Only [`dial`](super::dial::dial) may call it, after a rule of the
 /// user's has matched and nobody in the tailnet knew the host.
-pub(super) async fn connect(netmap: &Netmap, target: &Target, deadline: Instant) -> Result<TcpStream, DialError> {
-    // A public name may point into the tailnet: such an address is nothing for the underlay.
+pub(super) async fn connect(
+    newest: &watch::Receiver<Option<Arc<Netmap>>>,
+    target: &Target,
+    deadline: Instant,
+) -> Result<TcpStream, DialError> {
+    // A public name may point into the tailnet, perhaps since it was asked for: such an address is nothing for the
+    // underlay.
     let mut addresses = addresses(target, deadline).await?;
-    addresses.retain(|address| is_public(netmap, address.ip().to_canonical()));
+    let public = |netmap: &Arc<Netmap>, ip: IpAddr| is_public(netmap, ip.to_canonical());
+    addresses.retain(|address| newest.borrow().as_ref().is_some_and(|netmap| public(netmap, address.ip())));
     let Some(&first) = addresses.first() else { return Err(DialError::Public { host: target.host.clone() }) };
     let attempts = addresses.into_iter().map(|address| async move {
         match timeout_at(deadline.into(), TcpStream::connect(address)).await {

@@ -16,7 +16,7 @@
 //! app      the apps' network: 10.30.0.53 dnsmasq; a site on 10.30.0.80 and up, 10.30.1.0/24, 10.30.2.0/24,
 //!          fdaa:1:ffff::80 and up, fdaa:2::80 and up, fdaa:2:1::/64
 //! ```
-//! The trap is the default route and the resolver of all but the connectors: it answers every name with
+//! The trap is the default route and the resolver of all but the connectors and the exit node: it answers every name with
 //! itself and serves a site, so that whatever leaks arrives somewhere and is seen.
 
 use libtest_mimic::Failed;
@@ -26,6 +26,9 @@ use crate::namespace::{Namespace, cable};
 
 /// The apps' resolver, which the connectors use.
 pub(crate) const APP_DNS: &str = "10.30.0.53";
+
+/// The exit node, and its own resolver.
+pub(crate) const EXIT: &str = "10.99.0.16";
 
 /// The namespaces.
 pub(crate) struct Hosts {
@@ -60,7 +63,7 @@ impl Hosts {
             web: make("web")?,
             router: make("router")?,
             router2: make("router2")?,
-            exit: make("exit")?,
+            exit: Namespace::create("exit", EXIT)?,
             corp: make("corp")?,
             conn: Namespace::create("conn", APP_DNS)?,
             conn2: Namespace::create("conn2", APP_DNS)?,

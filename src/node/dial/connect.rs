@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::super::core::Shared;
 use super::super::tunnel::{ConnectFailure, TunnelStream};
-use super::route::{in_order, no_family, unrouted};
+use super::route::{no_family, unrouted};
 use super::{DialError, Exhausted, Inner, RouteError};
 use crate::key::NodePublic;
 use crate::netmap::Netmap;
@@ -29,7 +29,7 @@ pub(super) async fn connect_any(
     deadline: Instant,
 ) -> Result<TunnelStream, DialError> {
     let exits = node.config.exit_node.is_some();
-    let attempts = in_order(netmap, &addresses).into_iter().map(|ip| async move {
+    let attempts = addresses.into_iter().map(|ip| async move {
         tokio::select! {
             connected = connect(&node.core, netmap, SocketAddr::new(ip, port), deadline) => connected,
             error = withdrawal(node.netmap.clone(), exits, ip) => Err(error),

@@ -25,7 +25,7 @@ use crate::netmap::Netmap;
 
 /// Where a target is.
 pub(super) enum Place {
-    /// At these addresses, which routes cover; at least one.
+    /// At these addresses, which routes cover, the best first; at least one.
     Tunnel(Arc<Netmap>, Vec<IpAddr>),
     /// Outside the tailnet, where the user allowed it.
     Outside(Arc<Netmap>),
@@ -40,7 +40,7 @@ pub(super) async fn dial(node: &Inner, target: &Target) -> Result<Stream, DialEr
             let connected = connect::connect_any(node, &netmap, target.port, addresses, deadline).await;
             connected.map(Stream::Tunnel)
         }
-        Place::Outside(netmap) => direct::connect(&netmap, target, deadline).await.map(Stream::Direct),
+        Place::Outside(_) => direct::connect(&node.netmap, target, deadline).await.map(Stream::Direct),
     }
 }
 
@@ -71,12 +71,14 @@ pub(super) async fn locate(
             }
         };
         let (netmap, addresses) = until_routed(node, netmap.clone(), sought, again, deadline).await?;
+        let addresses = route::in_order(&netmap, &addresses);
         return Ok(Place::Tunnel(netmap, addresses));
     }
     // The newest netmap counts: a route may have come or gone while the name was asked.
     let netmap = node.netmap.borrow().clone().unwrap_or(netmap);
     let routed = route::routed(&netmap, node.config.exit_node.is_some(), &target.host, &resolved)?;
-    Ok(Place::Tunnel(netmap, routed))
+    let addresses = route::in_order(&netmap, &routed);
+    Ok(Place::Tunnel(netmap, addresses))
 }
 
 /// Whether nobody in the tailnet knows `host`: only then may a rule let it out. What the tailnet names, routes or has

@@ -42,7 +42,10 @@ pub(crate) fn what_would_be_public_is_refused(bed: &Bed) -> Result<(), Failed> {
 
 /// What the user names is dialled directly; its neighbour is not.
 pub(crate) fn direct_allow_opens_what_it_names_and_no_more(bed: &Bed) -> Result<(), Failed> {
-    let sidecar = Launch::new(bed).args(&["--direct-allow", TRAP]).ready()?;
+    let status = bed.folder.join("direct-status");
+    let file = status.to_string_lossy();
+    let mut sidecar = Launch::new(bed).args(&["--direct-allow", TRAP, "--status-file", &file]).ready()?;
+    sidecar.page(TRAP, "trap")?;
     sidecar.page(TRAP, "trap")?;
     let (code, _) = sidecar.socks("10.99.0.253", 80)?;
     if code != 2 {
@@ -50,9 +53,16 @@ pub(crate) fn direct_allow_opens_what_it_names_and_no_more(bed: &Bed) -> Result<
     }
     let seen = leak::offenders(&bed.hosts.client)?;
     match seen.as_slice() {
-        [only] if only.contains(TRAP) && only.ends_with(" 80") => Ok(()),
-        other => Err(format!("sent directly: {other:?}").into()),
+        [only] if only.contains(TRAP) && only.ends_with(" 80") => {}
+        other => return Err(format!("sent directly: {other:?}").into()),
     }
+    sidecar.terminate()?;
+    let end: serde_json::Value = serde_json::from_slice(&std::fs::read(&status)?)?;
+    let (direct, refused) = (end["direct"][format!("{TRAP}:80")].as_u64(), end["refused"]["10.99.0.253:80"].as_u64());
+    if (direct, refused) != (Some(2), Some(1)) {
+        return Err(format!("counted otherwise: {end}").into());
+    }
+    Ok(())
 }
 
 /// Before the join the proxy is bound and holds connections: until ready, or until the hold expires.

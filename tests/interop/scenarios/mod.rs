@@ -8,6 +8,7 @@ mod conformance;
 mod control_faults;
 mod control_group;
 mod crowd;
+mod exit_node;
 mod failover;
 mod join;
 mod keys;
@@ -133,6 +134,12 @@ const FAILOVER: [Scenario; 3] = [
 const SHARED: [Scenario; 2] = [
     scenario!(shared::a_peer_that_knows_us_by_other_addresses_is_reached),
     scenario!(shared::a_name_of_another_tailnet_leads_to_its_peer),
+];
+
+const EXIT_NODE: [Scenario; 3] = [
+    scenario!(exit_node::what_is_public_goes_by_the_exit_node_that_was_named).within(60),
+    scenario!(exit_node::an_exit_node_that_is_not_there_ends_the_run).within(60),
+    scenario!(exit_node::without_its_exit_node_nothing_public_is_reached).within(100),
 ];
 
 const NAMES: [Scenario; 8] = [
@@ -263,6 +270,7 @@ pub(crate) fn all() -> impl Iterator<Item = Scenario> {
         &ROUTES,
         &FAILOVER,
         &SHARED,
+        &EXIT_NODE,
         &NAMES,
         &KEYS,
         &ADMISSION,
