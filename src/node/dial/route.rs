@@ -63,9 +63,9 @@ fn is_connector(peer: &Peer, connectors: &[IpAddr]) -> bool {
     peer.app_connector || connectors.iter().any(|ip| peer.addresses.contains(ip))
 }
 
-/// Whether we have an address of that family to send from.
+/// Whether we have an address of that family to send from, by the name that its router knows us by.
 pub(super) fn has_family(netmap: &Netmap, ip: IpAddr) -> bool {
-    netmap.self_node.addresses.iter().any(|own| own.is_ipv4() == ip.is_ipv4())
+    netmap.source_for(ip).is_some()
 }
 
 /// The failure for an address of a family that we have no address of.
