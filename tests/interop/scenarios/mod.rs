@@ -263,7 +263,7 @@ const UDP: [Scenario; 6] = [
 /// All of them, in the order in which they begin.
 pub(crate) fn all() -> impl Iterator<Item = Scenario> {
     let apps = APP_CONNECTORS.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.apps));
-    let on_client: [&[Scenario]; 19] = [
+    let on_client: [&[Scenario]; 20] = [
         &CONTROL_GROUP,
         &JOIN,
         &LEAVE,
