@@ -15,13 +15,12 @@ use libtest_mimic::Failed;
 use serde_json::{Map, Value, json};
 
 use crate::bed::{Bed, site};
-use crate::corp::stay;
-use crate::hosts::APP_DNS;
 use crate::namespace::Namespace;
 use crate::process::{Process, until};
 use crate::sidecar::Launch;
 use crate::tailscaled::{Places, Role, Tailscaled};
 use crate::testcontrol::{KEY, TestControl, admit};
+use crate::zone::{FRESH, records, resolver};
 
 /// Where their tbcontrol is.
 const CONTROL: &str = "10.99.0.4";
@@ -29,7 +28,7 @@ const CONTROL: &str = "10.99.0.4";
 /// The network that `conn` routes by configuration, so that no address in it needs to be learned.
 pub(crate) const STATIC: &str = "fdaa:1:ffff::/48";
 
-/// The network that `conn2` routes likewise.
+/// A network that no connector routes, with `wide.app.test` in it.
 pub(crate) const WIDE: &str = "10.30.2.0/24";
 
 /// What each connector serves. `both.test` is of both, `refused.test` is known to no resolver.
@@ -37,9 +36,6 @@ pub(crate) const SUFFIXES: [(&str, &[&str]); 2] = [
     ("conn", &["app.test", "one.test", "two.test", "three.test", "refused.test", "both.test"]),
     ("conn2", &["four.test", "five.test", "both.test"]),
 ];
-
-/// How many names there are of each kind that nobody has asked for.
-const FRESH: usize = 200;
 
 /// Long enough for a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -150,14 +146,15 @@ impl Apps {
     fn serve(&self, which: Which) -> Result<(), Failed> {
         until(PATIENCE, "a connector that says so", || Ok(self.peerapi(which).is_ok().then_some(())))?;
         let domains = suffixes(which).iter().flat_map(|suffix| [(*suffix).to_owned(), format!("*.{suffix}")]);
-        let routes = if which == Which::First { STATIC } else { WIDE };
+        let routes: &[&str] = if which == Which::First { &[STATIC] } else { &[] };
         let served = json!({
-            "name": which.name(), "domains": domains.collect::<Vec<_>>(), "routes": [routes], "connectors": ["*"],
+            "name": which.name(), "domains": domains.collect::<Vec<_>>(), "routes": routes, "connectors": ["*"],
         });
         let caps = json!({ "tailscale.com/app-connectors": [served] });
         self.ask("cap_map", json!({ "node": which.name(), "caps": caps }))?;
         until(PATIENCE, "a configured route to be approved", || {
-            Ok(self.routes(which)?.iter().any(|route| route == routes).then_some(()))
+            let approved = self.routes(which)?;
+            Ok(routes.iter().all(|route| approved.iter().any(|other| other == route)).then_some(()))
         })
     }
 
@@ -243,7 +240,12 @@ impl Apps {
     /// When it does not come back.
     pub(crate) fn restart(&self, bed: &Bed, which: Which) -> Result<(), Failed> {
         self.connector(which).process.end();
-        let daemon = join(&self.places(), bed, which)?;
+        // testcontrol wants a key of a node that it knows, too.
+        self.ask("require_auth_key", json!({ "key": "" }))?;
+        let places = self.places();
+        let daemon = with_role(&places, which, |role| Tailscaled::resume(&places, which.host(bed), role));
+        self.ask("require_auth_key", json!({ "key": KEY }))?;
+        let daemon = daemon?;
         *self.connector(which) = daemon;
         until(PATIENCE, "the connector to be one again", || Ok(self.peerapi(which).is_ok().then_some(())))
     }
@@ -266,11 +268,38 @@ impl Apps {
         (format!("{kind}{number}.{suffix}"), number)
     }
 
-    /// How often a connector's questions for a name have reached the resolver, and how often the other's have.
+    /// How often a connector's questions for a name have reached the resolver. tailscaled asks by UDP and TCP beside
+    /// each other: up to twice for each family.
     pub(crate) fn asked(&self, name: &str, by: Which) -> usize {
         let wanted = format!("] {name} from {}", by.address());
         let resolver = self.resolver.lock().unwrap_or_else(PoisonError::into_inner);
         resolver.log().lines().filter(|line| line.contains("query[") && line.ends_with(&wanted)).count()
+    }
+
+    /// Holds that names of connectors were asked of their own connectors and of nobody else: not of the other
+    /// connector, not of the trap, not of the LAN's resolver.
+    ///
+    /// # Errors
+    /// With what was asked elsewhere.
+    pub(crate) fn kept_to_themselves(&self, bed: &Bed) -> Result<(), Failed> {
+        let resolver = self.resolver.lock().unwrap_or_else(PoisonError::into_inner);
+        for which in [Which::First, Which::Second] {
+            let by = format!(" from {}", which.address());
+            let log = resolver.log();
+            let queries = log.lines().filter(|line| line.contains("query[")).filter_map(|line| line.split_once("] "));
+            let mut names = queries.filter_map(|(_, rest)| rest.strip_suffix(&by));
+            let served = |name: &str| suffixes(which).iter().any(|suffix| is_under(name, suffix));
+            let known = |name: &str| SUFFIXES.iter().flat_map(|(_, all)| *all).any(|suffix| is_under(name, suffix));
+            if let Some(name) = names.find(|name| known(name) && !served(name)) {
+                return Err(format!("{} was asked for {name}", which.name()).into());
+            }
+        }
+        for suffix in SUFFIXES.iter().flat_map(|(_, suffixes)| *suffixes) {
+            if bed.strayed_under(suffix) > 0 {
+                return Err(format!("a name under {suffix} was asked of no connector").into());
+            }
+        }
+        Ok(())
     }
 
     /// Lets `moving.app.test` have another address from now on.
@@ -292,66 +321,18 @@ fn suffixes(which: Which) -> &'static [&'static str] {
     found.map_or(&[], |(_, suffixes)| suffixes)
 }
 
-/// Joins a connector, as the node that it was the last time.
+/// Whether a name is `suffix` or below it.
+fn is_under(name: &str, suffix: &str) -> bool {
+    name.strip_suffix(suffix).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// Joins a connector for the first time.
 fn join(places: &Places<'_>, bed: &Bed, which: Which) -> Result<Tailscaled, Failed> {
+    with_role(places, which, |role| Tailscaled::join(places, which.host(bed), role, KEY))
+}
+
+/// Starts a connector with its flags; its state is kept.
+fn with_role<T>(places: &Places<'_>, which: Which, start: impl FnOnce(&Role<'_>) -> T) -> T {
     let state = format!("--state={}", places.folder.join(format!("{}.state", which.name())).display());
-    let role = Role { hostname: which.name(), tun: "ts0", daemon: &[&state], up: &["--advertise-connector"] };
-    Tailscaled::join(places, which.host(bed), &role, KEY)
-}
-
-/// The resolver of the apps' network. It refuses what it has no zone for.
-fn resolver(bed: &Bed, zone: &std::path::Path) -> Result<Process, Failed> {
-    let mut command = bed.hosts.app.command("dnsmasq");
-    command.args(stay()?).args(["--no-resolv", "--no-hosts", "--log-queries", "--log-facility=-"]);
-    command
-        .arg(format!("--listen-address={APP_DNS}"))
-        .arg("--bind-interfaces")
-        .arg(format!("--conf-file={}", zone.display()));
-    let started = |log: &str| log.lines().filter(|line| line.contains("started, version")).count();
-    let before = started(&fs::read_to_string(bed.folder.join("app-dnsmasq.log")).unwrap_or_default());
-    let mut process = Process::start(command, "app-dnsmasq", &bed.folder, false)?;
-    until(PATIENCE, "the apps' resolver", || match process.ended()? {
-        Some(status) => Err(format!("dnsmasq ended with {status}: {}", process.log()).into()),
-        None => Ok((started(&process.log()) > before).then_some(())),
-    })?;
-    Ok(process)
-}
-
-/// The zones. The last number of each line is the TTL in seconds.
-fn records(moving: &str) -> String {
-    let mut lines = String::from(
-        "host-record=web.app.test,10.30.0.80,300\n\
-         host-record=app.test,10.30.0.81,300\n\
-         host-record=v6.app.test,fdaa:1:ffff::80,300\n\
-         host-record=lone6.app.test,fdaa:2::81,300\n\
-         host-record=pair.app.test,10.30.0.82,fdaa:2::82,300\n\
-         host-record=target.app.test,10.30.0.83,300\n\
-         cname=alias.app.test,second.app.test,300\n\
-         cname=second.app.test,target.app.test,300\n\
-         host-record=cdn.elsewhere.test,10.30.0.84,300\n\
-         cname=far.app.test,cdn.elsewhere.test,300\n\
-         host-record=zero.app.test,10.30.0.85,0\n\
-         host-record=never.app.test,10.30.0.86,300\n\
-         host-record=withdrawn.app.test,10.30.0.87,300\n\
-         host-record=forbidden.app.test,10.30.0.88,300\n\
-         host-record=shared.both.test,10.30.0.90,300\n\
-         host-record=wide.app.test,10.30.2.80,300\n",
-    );
-    lines.push_str(&format!("host-record=moving.app.test,{moving},1\n"));
-    for last in 128..=160 {
-        lines.push_str(&format!("host-record=many.app.test,10.30.0.{last},300\n"));
-    }
-    let mut suffixes: Vec<_> = SUFFIXES.iter().flat_map(|(_, suffixes)| *suffixes).collect();
-    suffixes.sort_unstable();
-    suffixes.dedup();
-    for suffix in suffixes.iter().filter(|suffix| ***suffix != "refused.test") {
-        lines.push_str(&format!("local=/{suffix}/\n"));
-        for n in 1..=FRESH {
-            let (v4, v6) = (format!("10.30.1.{n}"), format!("fdaa:2:1::{n}"));
-            lines.push_str(&format!("host-record=n{n}.{suffix},{v4},60\nhost-record=s{n}.{suffix},{v6},60\n"));
-            lines.push_str(&format!("host-record=d{n}.{suffix},{v4},{v6},60\n"));
-        }
-    }
-    lines.push_str("local=/elsewhere.test/\n");
-    lines
+    start(&Role { hostname: which.name(), tun: "ts0", daemon: &[&state], up: &["--advertise-connector"] })
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 
 use crate::bed::Bed;
+use crate::namespace::Namespace;
 use crate::process::{Process, tail};
 
 /// How long a page may take to settle: four browsers start on a machine with two cores.
@@ -32,24 +33,24 @@ const FLAGS: [&str; 16] = [
     "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
 ];
 
-/// Loads `url` through `proxy` in a fresh profile; the document as it is once everything has loaded, or
+/// Loads `url` on `host` through `proxy` in a fresh profile; the document as it is once everything has loaded, or
 /// Chromium's own name for why it has none (`ERR_…`).
 ///
 /// # Errors
 /// When the browser fails, is not there, or does not end by itself in time.
-pub(crate) fn dom(bed: &Bed, proxy: &str, url: &str) -> Result<String, Failed> {
+pub(crate) fn dom(bed: &Bed, host: &Namespace, proxy: &str, url: &str) -> Result<String, Failed> {
     static COUNT: AtomicUsize = AtomicUsize::new(1);
     let name = format!("chromium-{}", COUNT.fetch_add(1, Ordering::Relaxed));
     let profile = bed.folder.join(&name);
     fs::create_dir_all(&profile)?;
     let page = bed.folder.join(format!("{name}.html"));
     let script = "exec chromium \"$@\" >\"$PAGE\"";
-    let mut command = bed.hosts.client.command("sh");
+    let mut command = host.command("sh");
     command.env("HOME", &profile).env("PAGE", &page).args(["-c", script, "chromium"]).args(FLAGS);
     command.arg(format!("--user-data-dir={}", profile.display())).arg(format!("--proxy-server={proxy}"));
     command.args(["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", "--virtual-time-budget=15000"]);
     command.args(["--dump-dom", url]);
-    let mut browser = Process::start(command, &name, &bed.folder, false)?.transient(&bed.hosts.client);
+    let mut browser = Process::start(command, &name, &bed.folder, false)?.transient(host);
     let ended = browser.wait(LIMIT);
     let log = browser.log();
     drop(browser);

@@ -36,7 +36,7 @@ table inet leak {
         ip daddr 10.99.0.1 tcp dport 8443 counter name control accept
         ip daddr 10.99.0.2 tcp dport 8444 counter name derp accept
         ip daddr { 10.99.0.1, 10.99.0.2 } udp dport 3478 counter name stun accept
-        ip daddr { 10.99.0.13-10.99.0.17, 10.99.0.31, 10.20.0.1, 10.20.0.2, 10.30.0.1, 10.30.0.2 } udp dport 41641 counter name peers accept
+        ip daddr { 10.99.0.13-10.99.0.17, 10.99.0.31, 10.20.0.1, 10.20.0.2, 10.30.0.1, 10.30.0.2 } udp dport { 41641, 41642 } counter name peers accept
         ip6 daddr { fd20::1, fd20::2, fdaa:1:ffff::1, fdaa:1:ffff::2, fdaa:2::1, fdaa:2::2, fe80::/10 } udp dport 41641 counter name peers accept
         icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld-listener-report, mld2-listener-report, mld-listener-done } counter name neighbours accept
         ip daddr 10.99.0.0/24 icmp type destination-unreachable counter name neighbours accept

@@ -23,6 +23,7 @@ mod scenarios;
 mod sidecar;
 mod tailscaled;
 mod testcontrol;
+mod zone;
 
 use std::collections::BTreeMap;
 use std::io::Write as _;

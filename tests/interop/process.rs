@@ -93,7 +93,7 @@ impl Process {
         }
     }
 
-    /// Its exit status, once it has ended by itself. It stays unreaped.
+    /// Its exit status, once it has ended. If that was by itself, it stays unreaped.
     ///
     /// # Errors
     /// Those of waiting for a child.
@@ -148,7 +148,7 @@ impl Process {
         // Before it is reaped: what is in the list may be signalled at any time.
         locked(&UNREAPED).retain(|leader| leader.id != id);
         kill_group(id);
-        drop(self.child.wait());
+        self.ended = self.child.wait().ok();
         self.reaped = true;
     }
 }

@@ -55,7 +55,22 @@ impl Tailscaled {
         secret: &str,
     ) -> Result<Self, Failed> {
         let program = namespace.command(places.peers.join("tailscaled"));
-        Self::join_as(program, places, namespace, role, secret)
+        let daemon = Self::start(program, places, namespace, role)?;
+        daemon.first_up(&places.folder.join(role.hostname), secret)?;
+        Ok(daemon)
+    }
+
+    /// Starts a daemon that has joined before: `role` names its state.
+    ///
+    /// # Errors
+    /// When it ends, or does not run within 20 seconds.
+    pub(crate) fn resume(places: &Places<'_>, namespace: &Namespace, role: &Role<'_>) -> Result<Self, Failed> {
+        let program = namespace.command(places.peers.join("tailscaled"));
+        let daemon = Self::start(program, places, namespace, role)?;
+        until(Duration::from_secs(20), "a daemon that is back", || {
+            Ok((daemon.status()?["BackendState"] == "Running").then_some(()))
+        })?;
+        Ok(daemon)
     }
 
     /// The same, and the daemon manages DNS, in an `/etc` of its own: it writes a new resolv.conf there, and
@@ -79,20 +94,23 @@ impl Tailscaled {
         let mut command = namespace.command("sh");
         command.args(["-c", "umount /etc/resolv.conf; mount --bind \"$0\" /etc && exec \"$@\""]);
         command.arg(etc).arg(places.peers.join("tailscaled"));
-        Self::join_as(command, places, namespace, role, secret)
+        let daemon = Self::start(command, places, namespace, role)?;
+        daemon.first_up(&places.folder.join(role.hostname), secret)?;
+        Ok(daemon)
     }
 
     /// `command` runs the daemon, once it has its flags.
-    fn join_as(
+    fn start(
         mut command: Command,
         places: &Places<'_>,
         namespace: &Namespace,
         role: &Role<'_>,
-        secret: &str,
     ) -> Result<Self, Failed> {
         let folder = places.folder.join(role.hostname);
         fs::create_dir_all(&folder)?;
         let socket = folder.join("tailscaled.sock");
+        // One that is left from an earlier run would be taken for this one's.
+        drop(fs::remove_file(&socket));
         environment(&mut command, places.authority, &folder);
         command.args(["--state=mem:", "--no-logs-no-support"]).arg(format!("--tun={}", role.tun));
         command.arg(format!("--port={UDP_PORT}")).arg("--statedir").arg(&folder).arg("--socket").arg(&socket);
@@ -105,16 +123,14 @@ impl Tailscaled {
             up: up_flags(role, places.control),
             process,
         };
-        daemon.first_up(&folder, secret)?;
+        until(Duration::from_secs(10), "tailscaled's socket", || match daemon.process.ended()? {
+            Some(status) => Err(format!("tailscaled ended with {status}: {}", daemon.process.log()).into()),
+            None => Ok(daemon.socket.exists().then_some(())),
+        })?;
         Ok(daemon)
     }
 
-    fn first_up(&mut self, folder: &Path, secret: &str) -> Result<(), Failed> {
-        let socket = self.socket.clone();
-        until(Duration::from_secs(10), "tailscaled's socket", || match self.process.ended()? {
-            Some(status) => Err(format!("tailscaled ended with {status}: {}", self.process.log()).into()),
-            None => Ok(socket.exists().then_some(())),
-        })?;
+    fn first_up(&self, folder: &Path, secret: &str) -> Result<(), Failed> {
         let key = folder.join("key");
         fs::write(&key, secret)?;
         let mut command = self.command();

@@ -5,6 +5,8 @@ mod app_connectors;
 mod browser;
 mod closed;
 mod conformance;
+mod connector_failures;
+mod connector_routes;
 mod control_faults;
 mod control_group;
 mod crowd;
@@ -91,10 +93,19 @@ const BESIDE: [Scenario; 2] = [
 ];
 
 /// About app connectors, one after the other on a host of their own.
-const APP_CONNECTORS: [Scenario; 3] = [
+const APP_CONNECTORS: [Scenario; 12] = [
     scenario!(app_connectors::a_real_client_gets_the_page_when_it_tries_again).within(90).leaking(),
     scenario!(app_connectors::the_first_request_of_a_new_name_gets_its_page),
+    scenario!(app_connectors::answers_of_every_shape_lead_to_their_site),
     scenario!(app_connectors::an_address_that_moves_is_followed_after_its_time),
+    scenario!(app_connectors::a_connectors_no_is_told_and_nobody_else_is_asked),
+    scenario!(connector_routes::a_route_that_is_never_approved_has_its_code),
+    scenario!(connector_routes::a_route_that_is_withdrawn_is_asked_for_anew),
+    scenario!(connector_routes::an_address_of_two_connectors_is_served_by_either),
+    scenario!(connector_routes::another_peers_wider_route_stands_in_and_the_log_says_so),
+    scenario!(connector_failures::of_several_connectors_one_is_asked_and_an_offline_one_is_not),
+    scenario!(connector_failures::a_connector_that_stops_is_replaced_until_it_is_back),
+    scenario!(browser::chromium_loads_a_page_of_connector_names_that_nobody_knows).within(120),
 ];
 
 const CONTROL_GROUP: [Scenario; 1] =
