@@ -16,6 +16,7 @@ mod derper;
 mod headscale;
 mod hosts;
 mod leak;
+mod measure;
 mod mint;
 mod namespace;
 mod process;
@@ -69,6 +70,9 @@ fn main() -> ExitCode {
     end_on_signals();
     if arguments.get(1).is_some_and(|first| first == "demo") {
         return demo::run(&peers, arguments.split_off(2));
+    }
+    if arguments.get(1).is_some_and(|first| first == "measure") {
+        return measure::run(&peers);
     }
     let mut arguments = Arguments::from_iter(arguments);
     let failures = Arc::new(Mutex::new(0_u32));

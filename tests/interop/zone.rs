@@ -12,6 +12,10 @@ use crate::corp::stay;
 use crate::hosts::APP_DNS;
 use crate::process::{Process, until};
 
+/// Where the resolver is within [`STATIC`](crate::apps::STATIC), and a suffix that no connector serves: `n1.split.test` and on are there too.
+pub(crate) const SPLIT_DNS: &str = "fdaa:1:ffff::80";
+pub(crate) const SPLIT: &str = "split.test";
+
 /// How many names there are of each kind that nobody has asked for.
 pub(crate) const FRESH: usize = 200;
 
@@ -23,7 +27,7 @@ pub(crate) fn resolver(bed: &Bed, zone: &Path) -> Result<Process, Failed> {
     let mut command = bed.hosts.app.command("dnsmasq");
     command.args(stay()?).args(["--no-resolv", "--no-hosts", "--log-queries", "--log-facility=-"]);
     command
-        .arg(format!("--listen-address={APP_DNS}"))
+        .arg(format!("--listen-address={APP_DNS},{SPLIT_DNS}"))
         .arg("--bind-interfaces")
         .arg(format!("--conf-file={}", zone.display()));
     let started = |log: &str| log.lines().filter(|line| line.contains("started, version")).count();
@@ -71,6 +75,9 @@ pub(crate) fn records(moving: &str) -> String {
             lines.push_str(&format!("host-record=d{n}.{suffix},{v4},{v6},60\n"));
         }
     }
-    lines.push_str("local=/elsewhere.test/\n");
+    for n in 1..=FRESH {
+        lines.push_str(&format!("host-record=n{n}.{SPLIT},fdaa:1:ffff::81,60\n"));
+    }
+    lines.push_str("local=/elsewhere.test/\nlocal=/split.test/\n");
     lines
 }
