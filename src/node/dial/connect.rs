@@ -31,7 +31,7 @@ pub(super) async fn connect_any(
     let exits = node.config.exit_node.is_some();
     let attempts = addresses.into_iter().map(|ip| async move {
         tokio::select! {
-            connected = connect(&node.core, netmap, SocketAddr::new(ip, port), deadline) => connected,
+            connected = connect_by_route(node, netmap, SocketAddr::new(ip, port), deadline) => connected,
             error = withdrawal(node.netmap.clone(), exits, ip) => Err(error),
         }
     });
@@ -39,6 +39,26 @@ pub(super) async fn connect_any(
         failures.into_iter().next().expect("there is at least one address, and each one's failure is kept")
     };
     race(attempts, NEXT_ADDRESS).await.map_err(first)
+}
+
+/// Connects to one address, and once more where its route moved to another peer meanwhile: what was sent by the first
+/// router and goes on by the second is a stranger's to the target, which resets it.
+async fn connect_by_route(
+    node: &Inner,
+    netmap: &Netmap,
+    address: SocketAddr,
+    deadline: Instant,
+) -> Result<TunnelStream, DialError> {
+    let router = |netmap: &Netmap| netmap.route(address.ip()).map(|route| route.peer.id);
+    let refused = match connect(&node.core, netmap, address, deadline).await {
+        Err(error @ DialError::Refused { .. }) => error,
+        outcome => return outcome,
+    };
+    let newest = node.netmap.borrow().clone();
+    match newest.filter(|newest| router(newest) != router(netmap)) {
+        Some(newest) => connect(&node.core, &newest, address, deadline).await,
+        None => Err(refused),
+    }
 }
 
 /// Waits until no route covers `ip` any more: whoever dials it need not wait for its silence.

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use super::super::resolve::{By, Resolved};
 use super::{DialError, Host, RouteError};
-use crate::netmap::{Netmap, Peer, RouteKind, is_internet, tailnet_range};
+use crate::netmap::{Netmap, Route, RouteKind, is_internet, tailnet_range};
 
 /// The most addresses of one name that are dialled. An app connector's answer may hold a hundred; if sixteen of them are
 /// dead, so is the name, and each attempt costs buffers and, where a peer is silent, a place beside the others.
@@ -44,10 +44,10 @@ pub(super) fn reach(netmap: &Netmap, addresses: &[IpAddr], connectors: &[IpAddr]
         match route.kind {
             RouteKind::Exit => {}
             RouteKind::Address => own.push(ip),
-            RouteKind::Subnet if is_connector(route.peer, connectors) => own.push(ip),
+            RouteKind::Subnet if is_connectors(&route, connectors) => own.push(ip),
             RouteKind::Subnet => {
                 wider.push(ip);
-                let exact = route.prefix.prefix_len() == route.prefix.max_prefix_len();
+                let exact = is_exact(&route);
                 router.get_or_insert_with(|| Router { id: route.peer.id, name: route.peer.name.clone(), exact });
             }
         }
@@ -59,8 +59,14 @@ pub(super) fn reach(netmap: &Netmap, addresses: &[IpAddr], connectors: &[IpAddr]
     }
 }
 
-fn is_connector(peer: &Peer, connectors: &[IpAddr]) -> bool {
-    peer.app_connector || connectors.iter().any(|ip| peer.addresses.contains(ip))
+/// Whether a route is one of the suffix's connectors. Another app connector counts where it routes the address alone: it
+/// has learned it as these do. A network behind it is as foreign as any router's.
+fn is_connectors(route: &Route<'_>, connectors: &[IpAddr]) -> bool {
+    connectors.iter().any(|ip| route.peer.addresses.contains(ip)) || (route.peer.app_connector && is_exact(route))
+}
+
+fn is_exact(route: &Route<'_>) -> bool {
+    route.prefix.prefix_len() == route.prefix.max_prefix_len()
 }
 
 /// Whether we have an address of that family to send from, by the name that its router knows us by.

@@ -18,12 +18,15 @@ fn a_connectors_own_route_is_taken_and_what_has_none_is_left_out() {
 }
 
 #[test]
-fn any_app_connector_counts_and_so_does_a_peer_that_serves_the_suffix() {
-    let other = peer(5, "other", &["203.0.113.7/32"], &json!({ "Hostinfo": { "AppConnector": true } }));
+fn an_app_connector_that_learned_the_address_counts_and_so_does_a_peer_that_serves_the_suffix() {
+    let app_connector = json!({ "Hostinfo": { "AppConnector": true } });
+    let other = peer(5, "other", &["203.0.113.7/32", "198.51.100.0/24"], &app_connector);
     let silent_about_it = peer(2, "connector", &["203.0.113.8/32"], &json!({}));
     let netmap = Tailnet::new().peers(&[other, silent_about_it]);
     assert_eq!(reached(&netmap, &["203.0.113.7"]), Reach::Own(ips(&["203.0.113.7"])));
     assert_eq!(reached(&netmap, &["203.0.113.8"]), Reach::Own(ips(&["203.0.113.8"])));
+    let router = Router { id: 5, name: "other.tb.example".to_owned(), exact: false };
+    assert_eq!(reached(&netmap, &["198.51.100.7"]), Reach::Wider(ips(&["198.51.100.7"]), router));
 }
 
 #[test]
