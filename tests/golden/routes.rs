@@ -26,6 +26,22 @@ const STRAYS: [&str; 10] = [
     "fd00::1",
 ];
 
+/// What an exit node is never given.
+const NOT_INTERNET: [&str; 9] = [
+    "0.0.0.0/8",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    "172.16.0.0/12",
+    "192.168.0.0/16",
+    "224.0.0.0/4",
+    "255.255.255.255/32",
+];
+
+/// All of IPv6 that it is given.
+const INTERNET_V6: &str = "2000::/3";
+
 /// Which routes the session was told to use.
 #[derive(Debug, Clone, Copy)]
 struct Wanted<'a> {
@@ -45,6 +61,7 @@ struct Prefix {
 struct Served<'a> {
     id: i64,
     online: bool,
+    primary: bool,
     prefix: Prefix,
     text: &'a str,
 }
@@ -70,14 +87,23 @@ pub(crate) fn compare(capture: &Capture, netmap: &Netmap, message: &MapResponse)
 
 fn agree(capture: &Capture, netmap: &Netmap, wanted: Wanted<'_>, probes: &[IpAddr]) -> Result<(), String> {
     let served = served(capture, wanted)?;
+    let not_internet = NOT_INTERNET.iter().map(|net| Prefix::parse(net)).collect::<Result<Vec<_>, _>>()?;
+    let internet_v6 = Prefix::parse(INTERNET_V6)?;
     for ip in probes {
         let number = number(*ip);
         let covering: Vec<_> = served.iter().filter(|served| served.prefix.covers(number)).collect();
         let longest = covering.iter().map(|served| served.prefix.length).max();
-        let best = || covering.iter().filter(|served| Some(served.prefix.length) == longest);
-        let online = best().any(|served| served.online);
+        let internet = match ip {
+            IpAddr::V4(_) => !not_internet.iter().any(|net| net.covers(number)),
+            IpAddr::V6(_) => internet_v6.covers(number),
+        };
+        let given = |served: &&&Served<'_>| Some(served.prefix.length) == longest && (internet || longest != Some(0));
+        let best = || covering.iter().filter(given);
+        // Online before offline, then whom control calls primary.
+        let rank = |served: &Served<'_>| (served.online, served.primary);
+        let first = best().map(|served| rank(served)).max();
         let may: Vec<_> =
-            best().filter(|served| served.online == online).map(|served| (served.id, served.text)).collect();
+            best().filter(|served| Some(rank(served)) == first).map(|served| (served.id, served.text)).collect();
         let route = netmap.route(*ip).map(|route| (route.peer.id, route.prefix.to_string()));
         let fits = match &route {
             Some((id, prefix)) => may.contains(&(*id, prefix.as_str())),
@@ -86,8 +112,10 @@ fn agree(capture: &Capture, netmap: &Netmap, wanted: Wanted<'_>, probes: &[IpAdd
         if !fits {
             return Err(format!("{wanted:?}: {ip} is routed by {route:?}, and should be by one of {may:?}"));
         }
-        if netmap.was_routed(*ip) == covering.is_empty() {
-            return Err(format!("{wanted:?}: was_routed({ip}) is {}", covering.is_empty()));
+        // What only an exit node serves was never the tailnet's.
+        let was_routed = covering.iter().any(|served| served.prefix.length > 0);
+        if netmap.was_routed(*ip) != was_routed {
+            return Err(format!("{wanted:?}: was_routed({ip}) is not {was_routed}"));
         }
         let mut expected: Vec<_> = covering.iter().map(|served| served.id).collect();
         expected.sort_unstable();
@@ -107,7 +135,8 @@ fn served<'a>(capture: &'a Capture, wanted: Wanted<'_>) -> Result<Vec<Served<'a>
         let id = peer["ID"].as_i64().ok_or("a peer has no id")?;
         for text in texts(&peer["AllowedIPs"]) {
             if is_wanted(peer, text, wanted) {
-                all.push(Served { id, online: peer["Online"] == true, prefix: Prefix::parse(text)?, text });
+                let primary = texts(&peer["PrimaryRoutes"]).contains(&text);
+                all.push(Served { id, online: peer["Online"] == true, primary, prefix: Prefix::parse(text)?, text });
             }
         }
     }
