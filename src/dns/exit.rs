@@ -5,8 +5,6 @@
 //! as it is, and the fallback resolvers are the default where no other is named.
 //! Source: Tailscale, ipn/ipnlocal/node_backend.go, `dnsConfigForNetmap`, `exitNodeCanProxyDNS`.
 
-use std::net::SocketAddr;
-
 use crate::netmap::{Netmap, Peer};
 use crate::wire::tailcfg::dns::Resolver;
 
@@ -22,12 +20,7 @@ fn exit_node(netmap: &Netmap) -> Option<&Peer> {
 /// also decides, headscale's peers would all be resolvers, since it sends our own version as theirs.
 fn proxy(netmap: &Netmap) -> Option<Resolver> {
     let peer = exit_node(netmap).filter(|peer| peer.peerapi_dns_proxy)?;
-    let ours = |ipv4: bool| netmap.self_node.addresses.iter().any(|ip| ip.is_ipv4() == ipv4);
-    let base = |ipv4: bool, port: u16| {
-        let ip = peer.addresses.iter().find(|ip| ip.is_ipv4() == ipv4).filter(|_| port != 0 && ours(ipv4))?;
-        Some(SocketAddr::new(*ip, port))
-    };
-    let base = base(true, peer.peerapi.0).or_else(|| base(false, peer.peerapi.1))?;
+    let base = netmap.peerapi(peer)?;
     Some(Resolver { addr: format!("http://{base}{PATH}"), ..Resolver::default() })
 }
 

@@ -69,7 +69,8 @@ fn kind(peer: &Peer, prefix: IpNet) -> RouteKind {
     RouteKind::Subnet
 }
 
-fn usable(peer: &Peer) -> bool {
+/// Whether anything may be sent to a peer, and can be.
+pub(super) fn usable(peer: &Peer) -> bool {
     !peer.expired && (peer.disco.is_some() || peer.home_derp.is_some() || peer.wireguard_only)
 }
 

@@ -5,6 +5,7 @@
 //! accepts no inbound connection, so control's rules for inbound have nothing to decide.
 
 mod accept;
+mod apps;
 pub mod diff;
 mod internet;
 mod lock;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 pub use self::accept::tailnet_range;
+pub use self::apps::{App, Apps, Extent};
 pub use self::internet::is_internet;
 use self::routes::{Prefixes, Routes};
 pub use self::standing::{Measured, Standing};
@@ -55,6 +57,8 @@ pub struct SelfNode {
     pub tags: Vec<String>,
     /// The attributes that control gives us, with their raw values.
     pub attributes: BTreeMap<String, Vec<serde_json::Value>>,
+    /// The apps that are reached by transit addresses.
+    pub apps: Apps,
 }
 
 /// Our addresses as one peer knows us, where they are not our own: in its tailnet somebody else may have those.
@@ -219,6 +223,25 @@ impl Netmap {
     #[must_use]
     pub fn with_standing(&self, standing: &Standing) -> Self {
         Self { routes: self.routes.ranked(standing), ..self.clone() }
+    }
+
+    /// The same netmap, in which each of these addresses leads to its peer alone: what was agreed upon with that peer,
+    /// and no other has a part in.
+    #[must_use]
+    pub fn with_transits(&self, transits: &BTreeMap<IpAddr, NodeId>) -> Self {
+        let routes = self.routes.with_transits(transits, |id| self.peers.get(&id).cloned());
+        Self { routes, ..self.clone() }
+    }
+
+    /// Where a peer's PeerAPI answers us: by IPv4 where both have that, else by IPv6.
+    /// Source: Tailscale, ipn/ipnlocal, `peerAPIBase`.
+    pub fn peerapi(&self, peer: &Peer) -> Option<SocketAddr> {
+        let ours = |ipv4: bool| self.self_node.addresses.iter().any(|ip| ip.is_ipv4() == ipv4);
+        let base = |ipv4: bool, port: u16| {
+            let ip = peer.addresses.iter().find(|ip| ip.is_ipv4() == ipv4).filter(|_| port != 0 && ours(ipv4))?;
+            Some(SocketAddr::new(*ip, port))
+        };
+        base(true, peer.peerapi.0).or_else(|| base(false, peer.peerapi.1))
     }
 
     /// The peers that serve a prefix which another serves too: only their standing matters.

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use jiff::Timestamp;
 
+use super::apps::Apps;
 use super::{Masquerade, Peer, SelfNode};
 use crate::wire::tailcfg::node::Node;
 
@@ -80,6 +81,7 @@ pub(super) fn self_node(node: &Node, clock: Timestamp) -> SelfNode {
         expired: ended(node, clock),
         authorized: node.machine_authorized,
         tags: node.tags.clone(),
+        apps: Apps::of(&attributes),
         attributes,
     }
 }

@@ -5,14 +5,14 @@
 //! contests are kept beside the table, so that another order of them costs no new table.
 //! Source: Tailscale, net/routemanager, and wgengine/wgcfg/nmcfg, `WGCfg`.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use prefix_trie::joint::{JointPrefixMap, JointPrefixSet};
 
-use super::accept::Accept;
+use super::accept::{Accept, usable};
 use super::standing::{LatencyClass, Standing};
 use super::{NodeId, Peer, Route, RouteKind};
 
@@ -60,6 +60,8 @@ pub(super) struct Routes {
     /// The claims to each prefix that several peers serve, the best first.
     contests: Arc<Vec<Vec<Claim>>>,
     rivals: Arc<BTreeSet<NodeId>>,
+    /// Addresses that are agreed upon with one peer, ahead of everything else.
+    transits: Arc<HashMap<IpAddr, Arc<Peer>>>,
 }
 
 impl Routes {
@@ -79,7 +81,8 @@ impl Routes {
             }
         }
         let rivals = contests.iter().flatten().map(|claim: &Claim| claim.peer.id).collect();
-        let routes = Self { table: Arc::new(table), contests: Arc::new(contests), rivals: Arc::new(rivals) };
+        let (table, contests, rivals) = (Arc::new(table), Arc::new(contests), Arc::new(rivals));
+        let routes = Self { table, contests, rivals, transits: Arc::default() };
         routes.ranked(&Standing::default())
     }
 
@@ -93,6 +96,17 @@ impl Routes {
         Self { contests: Arc::new(self.contests.iter().map(ranked).collect()), ..self.clone() }
     }
 
+    /// The same routes, but for addresses that are agreed upon with one peer each.
+    pub(super) fn with_transits(
+        &self,
+        transits: &BTreeMap<IpAddr, NodeId>,
+        peer: impl Fn(NodeId) -> Option<Arc<Peer>>,
+    ) -> Self {
+        let peer = |id| peer(id).filter(|peer| usable(peer));
+        let transits = transits.iter().filter_map(|(ip, id)| Some((*ip, peer(*id)?))).collect();
+        Self { transits: Arc::new(transits), ..self.clone() }
+    }
+
     /// The peers that serve a prefix which another serves too.
     pub(super) fn rivals(&self) -> &BTreeSet<NodeId> {
         &self.rivals
@@ -101,6 +115,9 @@ impl Routes {
     /// The best claim to the longest prefix that covers `ip`.
     pub(super) fn find(&self, ip: IpAddr) -> Option<Route<'_>> {
         let host = IpNet::from(ip);
+        if let Some(peer) = self.transits.get(&ip) {
+            return Some(Route { prefix: host, peer, kind: RouteKind::Subnet });
+        }
         let (prefix, holder) = match self.table.single.get(&ip) {
             Some(holder) => (host, holder),
             None => self.table.wide.get_lpm(&host)?,
@@ -111,6 +128,9 @@ impl Routes {
 
     /// Whether the peer with this id has a claim to any prefix that covers `ip`.
     pub(super) fn serves(&self, id: NodeId, ip: IpAddr) -> bool {
+        if let Some(peer) = self.transits.get(&ip) {
+            return peer.id == id;
+        }
         let has = |holder: &Holder| self.claims(holder).iter().any(|claim| claim.peer.id == id);
         self.table.single.get(&ip).is_some_and(has) || self.table.wide.cover_values(&IpNet::from(ip)).any(has)
     }

@@ -9,6 +9,7 @@ pub mod ip;
 pub mod noise;
 pub mod stun;
 pub mod tailcfg;
+pub mod transit;
 pub mod tsmp;
 
 /// Why bytes are not what they claim to be.

@@ -55,6 +55,24 @@ fn the_longest_prefix_wins() {
 }
 
 #[test]
+fn a_transit_address_leads_to_its_peer_alone_while_that_can_be_used() {
+    let table = routes(vec![peer(1, &["10.0.0.0/8", "10.7.0.1/32"]), peer(2, &[])], &SUBNETS);
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    let transits =
+        BTreeMap::from([(ip("10.7.0.1"), 2), (ip("169.254.7.1"), 2), (ip("10.7.0.2"), 3), (ip("10.7.0.3"), 4)]);
+    let expired = Arc::new(Peer { expired: true, ..peer(3, &[]) });
+    let peers = [Arc::new(peer(1, &[])), Arc::new(peer(2, &[])), expired];
+    let with = table.with_transits(&transits, |id| peers.iter().find(|peer| peer.id == id).cloned());
+    for (address, owned_by) in [("10.7.0.1", 2), ("169.254.7.1", 2), ("10.7.0.2", 1), ("10.7.0.3", 1), ("10.7.0.4", 1)]
+    {
+        assert_eq!(owner(&with, address), Some((owned_by, RouteKind::Subnet)), "{address}");
+        assert!(with.serves(owned_by, ip(address)) && !with.serves(3 - owned_by, ip(address)), "{address}");
+    }
+    assert_eq!(owner(&with.with_transits(&BTreeMap::new(), |_| None), "169.254.7.1"), None);
+    assert_eq!(owner(&with.ranked(&Standing::default()), "10.7.0.1"), Some((2, RouteKind::Subnet)));
+}
+
+#[test]
 fn an_online_peer_comes_first_and_then_the_lowest_id() {
     let with = |id, online| Peer { online, ..peer(id, &["10.0.0.0/8"]) };
     let first = |peers| owner(&routes(peers, &SUBNETS), "10.0.0.1").unwrap().0;
