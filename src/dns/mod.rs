@@ -5,6 +5,7 @@
 //! that it claims without naming a resolver has no names besides those it knows.
 //! Source: Tailscale, net/dns/resolver/tsdns.go, `resolveLocal`, and forwarder.go, `resolvers`.
 
+mod app;
 mod exit;
 mod resolver;
 mod suffix;
@@ -12,6 +13,7 @@ mod via;
 
 use std::net::IpAddr;
 
+pub use self::app::connectors;
 pub use self::resolver::ResolverAddr;
 pub use self::suffix::BadName;
 use self::suffix::{canonical, is_under, suffixes};
@@ -56,6 +58,13 @@ pub enum Decision {
         /// Whether app connectors answer: routes to what they say follow their answers.
         connector: bool,
     },
+    /// Those who serve an app and nobody else, and what they say is reached by addresses agreed upon with them.
+    App {
+        /// The app's name.
+        app: String,
+        /// Perhaps none.
+        resolvers: Vec<ResolverAddr>,
+    },
     /// The tailnet's resolvers for everything else.
     Default {
         /// At least one; perhaps all unsupported.
@@ -83,9 +92,10 @@ pub fn decide(netmap: &Netmap, name: &str) -> Result<Decision, BadName> {
         addresses.sort_by_key(IpAddr::is_ipv6);
         return Ok(Decision::Addresses { addresses, source });
     }
-    let claim = suffixes(&name).find_map(|suffix| Some((suffix, claimed(netmap, suffix)?)));
-    if let Some((suffix, resolvers)) = claim {
-        return Ok(by_suffix(suffix, &resolvers));
+    let by_route = |suffix| Some(by_suffix(suffix, &claimed(netmap, suffix)?));
+    let claim = suffixes(&name).find_map(|suffix| app::claimed(netmap, &name, suffix).or_else(|| by_route(suffix)));
+    if let Some(decision) = claim {
+        return Ok(decision);
     }
     // An extra record without a route above it makes its name a zone of its own.
     if let Some(zone) = suffixes(&name).find(|zone| records(netmap, zone).next().is_some()) {

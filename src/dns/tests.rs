@@ -57,6 +57,7 @@ fn brief(decision: Decision) -> String {
         Decision::Resolvers { suffix, resolvers, connector } => {
             format!("{}{suffix} {}", if connector { "connector " } else { "" }, resolvers.len())
         }
+        Decision::App { app, resolvers } => format!("app {app} {}", resolvers.len()),
         Decision::Default { resolvers } => format!("default {}", resolvers.len()),
         Decision::Nobody => String::from("nobody"),
     }

@@ -268,6 +268,7 @@ impl From<&RouteError> for Fault {
             RouteError::Own { .. } => &LOOP,
             RouteError::Family { .. } => &ROUTE_FAMILY,
             RouteError::Connector { .. } | RouteError::ConnectorIgnored { .. } => &ROUTE_OF_CONNECTOR,
+            RouteError::Transit { .. } => &NO_TRANSIT,
         };
         Self::new(row, error.to_string())
     }

@@ -239,6 +239,9 @@ rows! {
     NO_EXIT_NODE: 1507 Route, exit 78, again NO, UNROUTABLE
         "the exit node is not there"
         "check the spelling in --exit-node, and that control has approved the node's routes to everything (0.0.0.0/0, ::/0)";
+    NO_TRANSIT: 1508 Route, exit 69, again YES, UNROUTABLE
+        "no app connector agrees to a transit address"
+        "check that a connector that the cause names runs and serves this app, and that a grant lets this node use it";
 
     PEER_SILENT: 1601 Peer, exit 69, again YES, SILENT_PEER
         "the peer never answered a WireGuard handshake"

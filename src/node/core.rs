@@ -5,7 +5,7 @@
 //! another task first would cost a scheduler pass for every message.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use super::relays::Relays;
 use crate::control::HostReport;
 use crate::engine::{Engine, Flow, Output, Protocol};
 use crate::key::{NodePrivate, NodePublic};
-use crate::netmap::{Netmap, RegionId};
+use crate::netmap::{Netmap, NodeId, RegionId};
 use crate::netstack::{FlowId, Netstack, OpenError};
 use crate::transport::derp::{ConnectionId, Event, Packet};
 use crate::transport::udp::{ReceiveBuffers, Udp};
@@ -52,6 +52,10 @@ pub(super) struct Core {
     newest: Option<Arc<Netmap>>,
     /// The same, once engine and netstack have taken it over.
     netmap: watch::Sender<Option<Arc<Netmap>>>,
+    /// Addresses that are agreed upon with one peer each.
+    transits: BTreeMap<IpAddr, NodeId>,
+    /// Who hears of those that their peer does not know.
+    unknown_transits: Option<mpsc::Sender<IpAddr>>,
     /// Flows that a peer's filter has rejected.
     rejected: HashMap<FlowId, Reason>,
     by_flow: HashMap<Flow, FlowId>,
@@ -73,6 +77,8 @@ impl Core {
             buffers: ReceiveBuffers::default(),
             newest: None,
             netmap: watch::Sender::new(None),
+            transits: BTreeMap::new(),
+            unknown_transits: None,
             rejected: HashMap::new(),
             by_flow: HashMap::new(),
             pongs: HashMap::new(),
@@ -121,10 +127,50 @@ impl Core {
     /// Takes over a new netmap.
     pub(super) fn handle_netmap(&mut self, netmap: Arc<Netmap>, now: Instant) {
         self.parts.netstack.set_addresses(&netmap.self_node.addresses);
-        self.newest = Some(netmap.clone());
+        self.newest = Some(netmap);
+        self.go_by_newest(now);
+    }
+
+    fn go_by_newest(&mut self, now: Instant) {
+        let Some(newest) = &self.newest else { return };
+        let netmap = match self.transits.is_empty() {
+            true => newest.clone(),
+            false => Arc::new(newest.with_transits(&self.transits)),
+        };
         self.parts.engine.handle_netmap(netmap, now);
         self.publish();
         self.pump(now);
+    }
+
+    /// Has each of these addresses lead to its peer alone, and no others any more.
+    pub(super) fn set_transits(&mut self, transits: BTreeMap<IpAddr, NodeId>, now: Instant) {
+        if self.transits != transits {
+            self.transits = transits;
+            self.go_by_newest(now);
+        }
+    }
+
+    /// Tells of transit addresses that their peer does not know, instead of rejecting flows to them.
+    pub(super) fn tell_unknown_transits(&mut self, unknown: mpsc::Sender<IpAddr>) {
+        self.unknown_transits = Some(unknown);
+    }
+
+    /// Begins connections to `remote` anew that have had no answer.
+    pub(super) fn repeat_syns(&mut self, remote: IpAddr, now: Instant) {
+        self.parts.netstack.repeat_syns(|ip| ip == remote);
+        self.pump(now);
+    }
+
+    /// Whether any flow to `remote` is open.
+    pub(super) fn has_flow_to(&self, remote: IpAddr) -> bool {
+        self.by_flow.keys().any(|flow| flow.remote.ip() == remote)
+    }
+
+    /// Rejects every flow to `remote`.
+    pub(super) fn reject(&mut self, remote: IpAddr, reason: Reason) {
+        let flows = self.by_flow.iter().filter(|(flow, _)| flow.remote.ip() == remote);
+        self.rejected.extend(flows.map(|(_, id)| (*id, reason)));
+        self.peer_changed.notify_waiters();
     }
 
     /// Shows everybody the routes that the engine uses now, and repeats what the routers before may have lost.
@@ -352,6 +398,9 @@ impl Core {
                     self.parts.relays.set_home(state.home);
                 }
                 Output::Rejected { flow, reason } => {
+                    if reason == Reason::UnknownTransit && self.is_told(flow.remote.ip()) {
+                        continue;
+                    }
                     if let Some(id) = self.by_flow.get(&flow) {
                         self.rejected.insert(*id, reason);
                         self.peer_changed.notify_waiters();
@@ -367,6 +416,12 @@ impl Core {
                 Output::PeerChanged { .. } => self.peer_changed.notify_waiters(),
             }
         }
+    }
+
+    /// Whether somebody hears that the peer of a transit address does not know it.
+    fn is_told(&self, remote: IpAddr) -> bool {
+        let unknown = self.unknown_transits.as_ref().filter(|_| self.transits.contains_key(&remote));
+        unknown.is_some_and(|unknown| unknown.try_send(remote).is_ok())
     }
 
     fn flush_outbox(&mut self) {

@@ -168,6 +168,16 @@ pub enum RouteError {
         /// Its addresses, as the connector gave them.
         addresses: String,
     },
+    /// The connectors of an app agree to no transit address.
+    #[error("no transit address for {name} of the app {app}: {detail}")]
+    Transit {
+        /// The name.
+        name: String,
+        /// The app that it belongs to.
+        app: String,
+        /// What each connector said, or why none was asked.
+        detail: String,
+    },
     /// We have no address of that family.
     #[error("this node has no {family} address for {address}")]
     Family {

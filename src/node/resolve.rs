@@ -10,6 +10,7 @@ mod doh;
 mod question;
 mod roads;
 mod servers;
+mod transit;
 mod warm;
 
 use std::cell::RefCell;
@@ -26,9 +27,10 @@ use self::cache::{Answers, Key, Outcome};
 use self::question::{Concluded, Desk};
 use self::roads::Roads;
 use self::servers::{Candidate, candidates};
+use self::transit::Transits;
 use super::bridge::Tunnel;
 use super::core::Shared;
-use super::dial::{DialError, Host};
+use super::dial::{DialError, Host, RouteError};
 use super::error::ResolveError;
 use crate::dns::{self, Decision, ResolverAddr, Source, decide};
 use crate::netmap::Netmap;
@@ -78,6 +80,7 @@ pub(super) struct Resolvers {
     /// Whether the tailnet's DNS settings count, or only its nodes' names.
     accept_dns: bool,
     memory: Rc<RefCell<Memory>>,
+    transits: Transits,
 }
 
 /// What the run knows of names.
@@ -118,15 +121,19 @@ impl Resolvers {
             let netmaps = core.borrow().netmap();
             tokio::task::spawn_local(warm::keep_warm(Rc::downgrade(&core), netmaps));
         }
+        let transits = Transits::start(core.clone(), control.clone(), roads.clone());
         let memory = Rc::new(RefCell::new(Memory::new(roads, Arc::default())));
-        Self { core, control, accept_dns, memory }
+        Self { core, control, accept_dns, memory, transits }
     }
 
     /// Whether nobody in the tailnet decides `name`, so that a rule of the user's may let it out.
     pub(super) fn is_outside(&self, netmap: &Netmap, name: &str) -> Result<bool, DialError> {
         Ok(match self.decide(netmap, name)? {
             Decision::Default { .. } | Decision::Nobody => true,
-            Decision::Addresses { .. } | Decision::Nonexistent { .. } | Decision::Resolvers { .. } => false,
+            Decision::Addresses { .. }
+            | Decision::Nonexistent { .. }
+            | Decision::Resolvers { .. }
+            | Decision::App { .. } => false,
         })
     }
 
@@ -177,6 +184,7 @@ impl Resolvers {
                 return Err(ResolveError::NxDomain { name: name.to_owned(), resolver }.into());
             }
             Decision::Nobody => return Err(DialError::Public { host: Host::Name(given.to_owned()) }),
+            Decision::App { app, resolvers } => return self.resolve_app(netmap, (name, &app), resolvers, ask).await,
             Decision::Resolvers { suffix, resolvers, connector } => (Some(suffix), resolvers, connector),
             Decision::Default { resolvers } => (None, resolvers, false),
         };
@@ -189,6 +197,23 @@ impl Resolvers {
         };
         let (addresses, remembered) = self.ask(netmap, (name.to_owned(), resolvers), ask).await?;
         Ok(Resolved { addresses, by, remembered })
+    }
+
+    /// The addresses by which what an app's connectors say is reached.
+    async fn resolve_app(
+        &self,
+        netmap: &Netmap,
+        (name, app): (&str, &str),
+        resolvers: Vec<ResolverAddr>,
+        ask: Ask,
+    ) -> Result<Resolved, DialError> {
+        if resolvers.is_empty() {
+            let detail = "no connector that the tailnet shows serves it".to_owned();
+            return Err(RouteError::Transit { name: name.to_owned(), app: app.to_owned(), detail }.into());
+        }
+        let (addresses, remembered) = self.ask(netmap, (name.to_owned(), resolvers), ask).await?;
+        let addresses = self.transits.agree(netmap, (name, app), &addresses).await?;
+        Ok(Resolved { addresses, by: By::Tailnet, remembered })
     }
 
     /// The answer to a question: the one that is remembered, the one that somebody else waits for, or a new one. Whoever

@@ -112,6 +112,7 @@ fn brief(decision: &Decision) -> String {
         }
         Decision::Nonexistent { zone } => format!("none in {zone}"),
         Decision::Resolvers { suffix, resolvers, .. } => format!("{suffix} by {}", shown(resolvers)),
+        Decision::App { app, resolvers } => format!("app {app} by {}", shown(resolvers)),
         Decision::Default { resolvers } => format!("default {}", shown(resolvers)),
         Decision::Nobody => String::from("nobody"),
     }

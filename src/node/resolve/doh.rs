@@ -102,24 +102,38 @@ pub(super) async fn ask(
     question: &Message,
 ) -> Result<Message, Failure> {
     let question = question.to_vec().map_err(|error| Failure::Unreachable(error.to_string()))?;
-    let question = Bytes::from(question);
+    answer(post(roads, lines, server, DNS_MESSAGE, question.into()).await?).await
+}
+
+/// Posts octets of a media type; a response with success. The caller bounds the time.
+pub(super) async fn post(
+    roads: &Arc<Roads>,
+    lines: &Lines,
+    server: &Server,
+    media_type: &'static str,
+    octets: Bytes,
+) -> Result<Response<Incoming>, Failure> {
     let (line, was_there) = lines.line(roads, server);
     // An attempt fails only where the connection did: another one may serve. What the resolver says counts.
     let mut tries = vec![Some(line)];
     tries.extend(was_there.then_some(None));
     let attempts = tries.into_iter().map(|line| {
-        let question = question.clone();
-        async move { line.unwrap_or_else(|| lines.renew(roads, server)).request(request(server, question)).await }
+        let request = request(server, media_type, octets.clone());
+        async move { line.unwrap_or_else(|| lines.renew(roads, server)).request(request).await }
     });
     let response = race(attempts, STALE_AFTER).await.map_err(unreachable)?;
-    answer(response).await
+    match response.status() {
+        StatusCode::OK => Ok(response),
+        StatusCode::FORBIDDEN => Err(Failure::Forbidden),
+        status => Err(Failure::Answered(format!("HTTP {}", status.as_u16()))),
+    }
 }
 
-fn request(server: &Server, question: Bytes) -> Request<Full<Bytes>> {
-    let mut request = Request::new(Full::from(question));
+fn request(server: &Server, media_type: &'static str, octets: Bytes) -> Request<Full<Bytes>> {
+    let mut request = Request::new(Full::from(octets));
     *request.method_mut() = hyper::Method::POST;
     *request.uri_mut() = server.uri.clone();
-    let media_type = header::HeaderValue::from_static(DNS_MESSAGE);
+    let media_type = header::HeaderValue::from_static(media_type);
     request.headers_mut().insert(header::CONTENT_TYPE, media_type.clone());
     request.headers_mut().insert(header::ACCEPT, media_type);
     request
@@ -140,11 +154,6 @@ fn unreachable(failures: Vec<hyper_util::client::legacy::Error>) -> Failure {
 
 /// The message in a response, or what is wrong with it.
 async fn answer(response: Response<Incoming>) -> Result<Message, Failure> {
-    match response.status() {
-        StatusCode::OK => {}
-        StatusCode::FORBIDDEN => return Err(Failure::Forbidden),
-        status => return Err(Failure::Answered(format!("HTTP {}", status.as_u16()))),
-    }
     let media_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let media_type = media_type.unwrap_or("none").split(';').next().unwrap_or_default().trim();
     if !media_type.eq_ignore_ascii_case(DNS_MESSAGE) {

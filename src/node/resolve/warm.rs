@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::super::core::Core;
 use super::servers::candidates;
-use crate::dns::ResolverAddr;
+use crate::dns::{ResolverAddr, connectors};
 use crate::key::NodePublic;
 use crate::netmap::Netmap;
 
@@ -41,5 +41,9 @@ fn first_choices(netmap: &Netmap) -> Vec<NodePublic> {
     let exit = netmap.exit_node.and_then(|id| netmap.peers.get(&id)).map(|peer| peer.key);
     let lists = netmap.dns.routes.values().map(|list| list.iter().map(ResolverAddr::parse).collect::<Vec<_>>());
     let served = lists.filter(|list| list.iter().any(|resolver| matches!(resolver, ResolverAddr::PeerApi { .. })));
-    exit.into_iter().chain(served.filter_map(|list| candidates(netmap, &list, None).ok()?.first()?.peer)).collect()
+    let apps = netmap.self_node.apps.iter().filter_map(|app| connectors(netmap, app).next()).map(|peer| peer.key);
+    exit.into_iter()
+        .chain(apps)
+        .chain(served.filter_map(|list| candidates(netmap, &list, None).ok()?.first()?.peer))
+        .collect()
 }
