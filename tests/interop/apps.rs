@@ -145,13 +145,8 @@ impl Apps {
     /// Waits until a joined connector says what it is, and tells it what it serves.
     fn serve(&self, which: Which) -> Result<(), Failed> {
         until(PATIENCE, "a connector that says so", || Ok(self.peerapi(which).is_ok().then_some(())))?;
-        let domains = suffixes(which).iter().flat_map(|suffix| [(*suffix).to_owned(), format!("*.{suffix}")]);
-        let routes: &[&str] = if which == Which::First { &[STATIC] } else { &[] };
-        let served = json!({
-            "name": which.name(), "domains": domains.collect::<Vec<_>>(), "routes": routes, "connectors": ["*"],
-        });
-        let caps = json!({ "tailscale.com/app-connectors": [served] });
-        self.ask("cap_map", json!({ "node": which.name(), "caps": caps }))?;
+        self.ask("cap_map", json!({ "node": which.name(), "caps": caps(which) }))?;
+        let routes = routes(which);
         until(PATIENCE, "a configured route to be approved", || {
             let approved = self.routes(which)?;
             Ok(routes.iter().all(|route| approved.iter().any(|other| other == route)).then_some(()))
@@ -313,6 +308,20 @@ impl Apps {
         *running = resolver(bed, &self.zone)?;
         Ok(())
     }
+}
+
+/// What control tells a connector that it serves.
+pub(crate) fn caps(which: Which) -> Value {
+    let domains = suffixes(which).iter().flat_map(|suffix| [(*suffix).to_owned(), format!("*.{suffix}")]);
+    let served = json!({
+        "name": which.name(), "domains": domains.collect::<Vec<_>>(), "routes": routes(which), "connectors": ["*"],
+    });
+    json!({ "tailscale.com/app-connectors": [served] })
+}
+
+/// What a connector routes by configuration.
+fn routes(which: Which) -> &'static [&'static str] {
+    if which == Which::First { &[STATIC] } else { &[] }
 }
 
 /// The suffixes of a connector.

@@ -213,6 +213,8 @@ fn environment(command: &mut Command, authority: &Path, folder: &Path) {
     command
         .env("TS_ASSUME_NETWORK_UP_FOR_TEST", "1")
         .env("TS_NETCHECK_GENERATE_204_URL", "http://10.99.0.254/status/204");
+    // Without it no tailscaled of this version takes part in connectors with transit addresses.
+    command.env("TAILSCALE_USE_WIP_CODE", "1");
     command.env("TS_DEBUG_FIREWALL_MODE", "nftables").env("TS_LOGS_DIR", folder);
     command.env("SSL_CERT_FILE", authority).env("HOME", folder);
 }

@@ -19,6 +19,15 @@ pub(crate) const SPLIT: &str = "split.test";
 /// How many names there are of each kind that nobody has asked for.
 pub(crate) const FRESH: usize = 200;
 
+/// Names that only connectors with transit addresses serve, at addresses that no other name has.
+const TRANSIT: &str = "local=/transit.test/\n\
+    host-record=transit.test,10.30.0.170,300\n\
+    host-record=web.transit.test,10.30.0.171,300\n\
+    host-record=v6.transit.test,fdaa:2::97,300\n\
+    host-record=pair.transit.test,10.30.0.172,fdaa:2::98,300\n\
+    host-record=target.transit.test,10.30.0.173,300\n\
+    cname=alias.transit.test,target.transit.test,300\n";
+
 /// Long enough for a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -79,5 +88,6 @@ pub(crate) fn records(moving: &str) -> String {
         lines.push_str(&format!("host-record=n{n}.{SPLIT},fdaa:1:ffff::81,60\n"));
     }
     lines.push_str("local=/elsewhere.test/\nlocal=/split.test/\n");
+    lines.push_str(TRANSIT);
     lines
 }

@@ -5,6 +5,7 @@ mod app_connectors;
 mod browser;
 mod closed;
 mod conformance;
+mod conn25;
 mod connector_failures;
 mod connector_routes;
 mod control_faults;
@@ -106,6 +107,15 @@ const APP_CONNECTORS: [Scenario; 12] = [
     scenario!(connector_failures::of_several_connectors_one_is_asked_and_an_offline_one_is_not),
     scenario!(connector_failures::a_connector_that_stops_is_replaced_until_it_is_back),
     scenario!(browser::chromium_loads_a_page_of_connector_names_that_nobody_knows).within(120),
+];
+
+/// About app connectors that are reached by transit addresses, on the same host.
+const CONN25: [Scenario; 5] = [
+    scenario!(conn25::a_real_client_and_a_plain_request_reach_an_app_by_transit_addresses).within(90).leaking(),
+    scenario!(conn25::names_of_an_app_are_reached_at_once_and_without_a_route),
+    scenario!(conn25::a_connector_that_forgot_is_agreed_with_anew),
+    scenario!(conn25::another_connector_takes_over).within(90),
+    scenario!(conn25::an_app_that_no_connector_serves_fails_with_its_code),
 ];
 
 const CONTROL_GROUP: [Scenario; 1] =
@@ -273,7 +283,7 @@ const UDP: [Scenario; 6] = [
 
 /// All of them, in the order in which they begin.
 pub(crate) fn all() -> impl Iterator<Item = Scenario> {
-    let apps = APP_CONNECTORS.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.apps));
+    let apps = APP_CONNECTORS.into_iter().chain(CONN25).map(|scenario| scenario.beside(|hosts| &hosts.apps));
     let on_client: [&[Scenario]; 20] = [
         &CONTROL_GROUP,
         &JOIN,
