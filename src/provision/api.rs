@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -45,6 +46,15 @@ pub(super) struct Access {
     token: Zeroizing<String>,
 }
 
+/// How often a request is repeated whose answer got lost, so that it may have done what it asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Repeat {
+    /// As often as there is time: a second token replaces the first.
+    Freely,
+    /// Once: each time may leave a key behind that nobody knows, and so nobody takes back.
+    Once,
+}
+
 /// Tries until the deadline, and says what it last failed of.
 pub(super) struct Tries<'a> {
     pub(super) deadline: Instant,
@@ -75,7 +85,7 @@ pub(super) async fn client(client: &ClientSecret, underlay: &Underlay, tries: &T
     let fields = [("grant_type", "client_credentials"), ("client_id", client.id()), ("client_secret", client.expose())];
     let ask = || form(&http, "/api/v2/oauth/token", &fields, client.expose());
     let refused = |status, message| MintError::Secret { status, message };
-    let answer: TokenAnswer = tries.until_answered(&http, ask, refused).await?;
+    let answer: TokenAnswer = tries.until_answered(&http, ask, Repeat::Freely, refused).await?;
     Ok(Access { http, token: answer.access_token.into() })
 }
 
@@ -93,7 +103,7 @@ pub(super) async fn identity(
     let fields = [("client_id", identity.client.id.as_str()), ("jwt", token.expose())];
     let ask = || form(&http, "/api/v2/oauth/token-exchange", &fields, token.expose());
     let refused = |status, message| MintError::Token { by: "the API refused the ID token", status, message };
-    let answer: TokenAnswer = tries.until_answered(&http, ask, refused).await?;
+    let answer: TokenAnswer = tries.until_answered(&http, ask, Repeat::Freely, refused).await?;
     Ok(Access { http, token: answer.access_token.into() })
 }
 
@@ -106,7 +116,7 @@ async fn ask_github(job: &GitHub, underlay: &Underlay, tries: &Tries<'_>) -> Res
         Ask { method: Method::GET, url, bearer: Some(&job.bearer), body: None, secret: &job.bearer }
     };
     let refused = |status, message| MintError::Token { by: "GitHub Actions gave no ID token", status, message };
-    let answer: GitHubAnswer = tries.until_answered(&http, ask, refused).await?;
+    let answer: GitHubAnswer = tries.until_answered(&http, ask, Repeat::Freely, refused).await?;
     let value = Zeroizing::new(answer.value);
     IdToken::parse(&value).map_err(|error| MintError::NotApi { host: http.place(), detail: error.to_string() })
 }
@@ -119,7 +129,7 @@ impl Access {
         order: &Order,
         tries: &Tries<'_>,
     ) -> Result<Minted, MintError> {
-        let body = key_request(attributes, order).to_string();
+        let body = Bytes::from(key_request(attributes, order).to_string());
         let ask = || Ask {
             method: Method::POST,
             url: self.http.url("/api/v2/tailnet/-/keys"),
@@ -128,7 +138,7 @@ impl Access {
             secret: &self.token,
         };
         let refused = |status, message| MintError::Key { status, message };
-        let answer: KeyAnswer = tries.until_answered(&self.http, ask, refused).await?;
+        let answer: KeyAnswer = tries.until_answered(&self.http, ask, Repeat::Once, refused).await?;
         let secret = Zeroizing::new(answer.key);
         let key = AuthKey::parse(&secret)
             .map_err(|error| MintError::NotApi { host: self.http.place(), detail: error.to_string() })?;
@@ -172,31 +182,39 @@ fn path_segment(id: &str) -> String {
 }
 
 fn form<'a>(http: &Http, path: &str, fields: &[(&str, &str)], secret: &'a str) -> Ask<'a> {
-    let body = form_urlencoded::Serializer::new(String::new()).extend_pairs(fields).finish();
+    // Each octet becomes three at most; growing would leave copies of the secret behind that nobody wipes.
+    let room = fields.iter().map(|(name, value)| 3 * (name.len() + value.len()) + 2).sum();
+    let body = form_urlencoded::Serializer::new(String::with_capacity(room)).extend_pairs(fields).finish();
+    let body = Bytes::from_owner(Zeroizing::new(body.into_bytes()));
     Ask { method: Method::POST, url: http.url(path), bearer: None, body: Some((FORM, body)), secret }
 }
 
 impl Tries<'_> {
-    /// Asks until there is an answer, in growing pauses and as the server wishes. A key that was made although its
-    /// answer was lost is made once more: the first expires by itself.
+    /// Asks until there is an answer, in growing pauses and as the server wishes; what may have been done already, no
+    /// more often than `repeat` says.
     async fn until_answered<'a, T: serde::de::DeserializeOwned>(
         &self,
         http: &Http,
         ask: impl Fn() -> Ask<'a>,
+        repeat: Repeat,
         refused: impl Fn(u16, String) -> MintError,
     ) -> Result<T, MintError> {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut lost = 0;
         loop {
             let answered = tokio::time::timeout_at(self.deadline, http.ask(ask())).await;
-            let late = || Trouble::Passing { detail: String::from("it did not answer in time"), wait: None };
-            let (detail, wait) = match answered.unwrap_or_else(|_| Err(late())) {
+            let late =
+                || Trouble::Passing { detail: String::from("it did not answer in time"), wait: None, done: true };
+            let (detail, wait, done) = match answered.unwrap_or_else(|_| Err(late())) {
                 Ok(answer) => return Ok(answer),
                 Err(Trouble::Refused { status, message }) => return Err(refused(status, message)),
                 Err(Trouble::Foreign { detail }) => return Err(MintError::NotApi { host: http.place(), detail }),
-                Err(Trouble::Passing { detail, wait }) => (detail, wait),
+                Err(Trouble::Passing { detail, wait, done }) => (detail, wait, done),
             };
+            lost += u32::from(done);
             let pause = wait.unwrap_or_default().max(backoff.next_delay());
-            if Instant::now() + pause >= self.deadline {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if pause >= left || (repeat == Repeat::Once && lost > 1) {
                 let asks = wait.map(|wait| format!(", and asks to wait {wait:?}")).unwrap_or_default();
                 return Err(MintError::Unreachable { host: http.place(), detail: detail + &asks });
             }

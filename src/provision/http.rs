@@ -5,13 +5,16 @@
 
 use std::error::Error;
 use std::io;
+use std::num::IntErrorKind;
 use std::time::Duration;
 
+use bytes::Bytes;
 use reqwest::redirect::Policy;
 use reqwest::{Client, Method, Proxy, Response, StatusCode, header};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use url::Url;
+use zeroize::Zeroizing;
 
 use super::MintError;
 use crate::transport::underlay::{Underlay, authority};
@@ -20,6 +23,8 @@ use crate::transport::underlay::{Underlay, authority};
 pub(super) const LIMIT: Duration = Duration::from_secs(10);
 /// The most octets of an answer; those of the API have less than one thousand.
 const BODY_MAX: usize = 64 << 10;
+/// A longer wait than this is not told apart from it: no run waits so long for its key.
+const WAIT_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// A client of one host.
 pub(super) struct Http {
@@ -33,8 +38,8 @@ pub(super) struct Ask<'a> {
     pub(super) url: Url,
     /// The token of `Authorization: Bearer`.
     pub(super) bearer: Option<&'a str>,
-    /// Content type and body.
-    pub(super) body: Option<(&'static str, String)>,
+    /// Content type and body. One that holds a secret wipes itself; the HTTP library's own copies are not wiped.
+    pub(super) body: Option<(&'static str, Bytes)>,
     /// What no error may repeat, even where the answer does.
     pub(super) secret: &'a str,
 }
@@ -48,6 +53,8 @@ pub(super) enum Trouble {
         detail: String,
         /// How long the server asks to wait.
         wait: Option<Duration>,
+        /// Whether the request may have done what it asks for all the same.
+        done: bool,
     },
     /// The answer is no, in its own words.
     Refused {
@@ -74,7 +81,9 @@ impl Http {
             .user_agent(concat!("tailcar/", env!("CARGO_PKG_VERSION")))
             .no_proxy();
         let broken = |error: reqwest::Error| MintError::NotApi { host: place(&base), detail: chain(error) };
+        // A proxy reads what plain HTTP carries; that is for loopback and private addresses, which need none.
         if let Some(proxy) = &underlay.proxy
+            && base.scheme() == "https"
             && !underlay.bypasses(base.host_str().unwrap_or_default())
         {
             builder = builder.proxy(Proxy::all(proxy.as_str()).map_err(broken)?);
@@ -102,7 +111,7 @@ impl Http {
     }
 
     /// Asks once; the body of a good answer.
-    pub(super) async fn exchange(&self, ask: Ask<'_>) -> Result<Vec<u8>, Trouble> {
+    pub(super) async fn exchange(&self, ask: Ask<'_>) -> Result<Zeroizing<Vec<u8>>, Trouble> {
         let secret = ask.secret;
         let mut request = self.client.request(ask.method, ask.url).header(header::ACCEPT, "application/json");
         if let Some(bearer) = ask.bearer {
@@ -118,11 +127,12 @@ impl Http {
         match status {
             _ if status.is_success() => Ok(body),
             StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => {
-                Err(Trouble::Passing { detail: format!("it answered {status}"), wait })
+                let done = status != StatusCode::TOO_MANY_REQUESTS;
+                Err(Trouble::Passing { detail: format!("it answered {status}"), wait, done })
             }
             _ if status.is_server_error() => {
                 let words = message(&body, secret).map(|words| format!(": {words}")).unwrap_or_default();
-                Err(Trouble::Passing { detail: format!("it answered {status}{words}"), wait })
+                Err(Trouble::Passing { detail: format!("it answered {status}{words}"), wait, done: true })
             }
             _ if status.is_redirection() => Err(Trouble::Foreign { detail: format!("it answered {status}{moved}") }),
             _ => match message(&body, secret) {
@@ -139,9 +149,10 @@ fn place(url: &Url) -> String {
     authority(url.host_str().unwrap_or_default().trim_matches(['[', ']']), url.port_or_known_default().unwrap_or(443))
 }
 
-/// Reads a body that is short enough.
-async fn read(mut response: Response) -> Result<Vec<u8>, Trouble> {
-    let mut body = Vec::new();
+/// Reads a body that is short enough. It may be a token or a key: the capacity is there from the start, since growing
+/// would leave copies behind that nobody wipes.
+async fn read(mut response: Response) -> Result<Zeroizing<Vec<u8>>, Trouble> {
+    let mut body = Zeroizing::new(Vec::with_capacity(BODY_MAX));
     while let Some(chunk) = response.chunk().await.map_err(broken)? {
         if body.len() + chunk.len() > BODY_MAX {
             return Err(Trouble::Foreign { detail: format!("its answer has more than {BODY_MAX} octets") });
@@ -158,9 +169,14 @@ fn broken(error: reqwest::Error) -> Trouble {
         return Trouble::Foreign { detail: format!("TLS failed: {}", chain(error)) };
     }
     if error.is_timeout() {
-        return Trouble::Passing { detail: format!("it did not answer within {LIMIT:?}"), wait: None };
+        return Trouble::Passing {
+            detail: format!("it did not answer within {LIMIT:?}"),
+            wait: None,
+            done: !error.is_connect(),
+        };
     }
-    Trouble::Passing { detail: chain(error), wait: None }
+    let done = !error.is_connect();
+    Trouble::Passing { detail: chain(error), wait: None, done }
 }
 
 /// Whether TLS is what failed. An `io::Error` names as its source the source of what it wraps, so that is looked into.
@@ -187,8 +203,16 @@ fn chain(error: reqwest::Error) -> String {
 
 /// The seconds of `Retry-After`. A date is not understood: the API does not send one.
 fn retry_after(response: &Response) -> Option<Duration> {
-    let text = response.headers().get(header::RETRY_AFTER)?.to_str().ok()?;
-    text.trim().parse().ok().map(Duration::from_secs)
+    seconds(response.headers().get(header::RETRY_AFTER)?.to_str().ok()?.trim())
+}
+
+/// Whole seconds, [`WAIT_MAX`] at most.
+fn seconds(text: &str) -> Option<Duration> {
+    match text.parse() {
+        Ok(seconds) => Some(WAIT_MAX.min(Duration::from_secs(seconds))),
+        Err(error) if *error.kind() == IntErrorKind::PosOverflow => Some(WAIT_MAX),
+        Err(_) => None,
+    }
 }
 
 /// Where a redirect points, without path and query.
@@ -219,6 +243,15 @@ mod tests {
         assert_eq!(said(oauth).unwrap(), "no client with [redacted]");
         assert_eq!(said("<html>"), None);
         assert_eq!(said(&format!(r#"{{"error":"{}"}}"#, "x".repeat(999))).unwrap().len(), 200);
+    }
+
+    #[test]
+    fn no_wait_is_too_long_to_be_read() {
+        assert_eq!(seconds("7"), Some(Duration::from_secs(7)));
+        for endless in ["86401", "18446744073709551615", "99999999999999999999"] {
+            assert_eq!(seconds(endless), Some(WAIT_MAX), "{endless}");
+        }
+        assert_eq!((seconds("-1"), seconds("Wed, 21 Oct 2026 07:28:00 GMT")), (None, None));
     }
 
     #[test]

@@ -243,6 +243,15 @@ pub(crate) fn limited_for_an_hour(stream: &mut TcpStream) {
     let _ = stream.write_all(head.as_bytes());
 }
 
+/// 429, for longer than a clock counts.
+pub(crate) fn limited_for_ever(stream: &mut TcpStream) {
+    let wait = u64::MAX;
+    let head = format!(
+        "HTTP/1.1 429 Too Many Requests\r\nRetry-After: {wait}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    );
+    let _ = stream.write_all(head.as_bytes());
+}
+
 /// What a load balancer says when nobody is behind it.
 pub(crate) fn bad_gateway(stream: &mut TcpStream) {
     answer(stream, "502 Bad Gateway", "text/html", "<html><h1>502 Bad Gateway</h1></html>");
