@@ -145,23 +145,25 @@ impl CredentialSource {
         }
     }
 
-    /// Reads it, within `limit`: a pipe or a terminal may stay silent.
+    /// Reads it, within `limit`: a pipe or a terminal may stay silent. Nothing stays behind here.
     ///
     /// # Errors
     /// The faults of family 10xx.
-    pub(super) async fn read(&self, limit: Duration) -> Result<Credential, Fault> {
+    pub(super) async fn read(self, limit: Duration) -> Result<Credential, Fault> {
         let (client, token) = match self {
             Self::Key(source) => {
+                let name = source.name();
                 let text = source.read("auth key", limit).await?;
-                return key(&text).map_err(|fault| from_source(&fault, source));
+                return key(&text).map_err(|fault| from_source(&fault, &name));
             }
-            Self::Identity { client, token } => (client.clone(), token),
+            Self::Identity { client, token } => (client, token),
         };
         let token = match token {
-            TokenFrom::GitHub(job) => TokenSource::GitHub(job.clone()),
+            TokenFrom::GitHub(job) => TokenSource::GitHub(job),
             TokenFrom::Source(source) => {
+                let name = source.name();
                 let text = source.read("ID token", limit).await?;
-                let token = IdToken::parse(&text).map_err(|error| from_source(&Fault::from(&error), source))?;
+                let token = IdToken::parse(&text).map_err(|error| from_source(&Fault::from(&error), &name))?;
                 TokenSource::Given(token)
             }
         };
@@ -178,8 +180,8 @@ fn key(text: &str) -> Result<Credential, Fault> {
     AuthKey::parse(text).map(Credential::AuthKey).map_err(|error| Fault::from(&error))
 }
 
-fn from_source(fault: &Fault, source: &KeySource) -> Fault {
-    Fault::new(fault.row, format!("{} (from {})", fault.detail, source.name()))
+fn from_source(fault: &Fault, name: &str) -> Fault {
+    Fault::new(fault.row, format!("{} (from {name})", fault.detail))
 }
 
 /// A source that a flag names; a bare value is refused.

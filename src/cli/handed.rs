@@ -23,6 +23,7 @@ use zeroize::Zeroizing;
 use super::environment::{Environment, KEY_PIPE, SECRETS, present};
 use super::key_source::READ_MAX;
 use crate::fault::{self, Fault};
+use crate::provision::IdToken;
 
 /// What a variable held. Wiped when dropped, and never shown.
 #[derive(Clone, PartialEq, Eq)]
@@ -42,7 +43,10 @@ impl fmt::Debug for Handed {
 }
 
 /// The most octets of one value: all of them, with their names, have to fit into a pipe that nobody reads yet (64 KiB).
-const VALUE_MAX: usize = 15 * 1024;
+const VALUE_MAX: usize = IdToken::MAX;
+
+/// What stands for a longer one, and has no secret's form: a beginning alone could pass for the whole.
+static TOO_LONG: [u8; VALUE_MAX + 1] = [b'x'; VALUE_MAX + 1];
 
 /// Takes what was handed over out of its pipe, by variable. A child inherits the pipe, and must find it empty.
 ///
@@ -52,7 +56,7 @@ pub(super) fn take(env: &Environment) -> Result<BTreeMap<String, Handed>, Fault>
     let number = present(env, KEY_PIPE).and_then(|text| text.to_str()?.parse().ok());
     let Some(number) = number else { return Ok(BTreeMap::new()) };
     let all = empty_pipe(number).map_err(|error| {
-        Fault::new(&fault::KEY_UNREADABLE, format!("cannot read the auth key from the environment: {error}"))
+        Fault::new(&fault::KEY_UNREADABLE, format!("cannot read the secret from the environment: {error}"))
     })?;
     let pairs = all.split(|byte| *byte == 0).filter_map(|pair| {
         let at = pair.iter().position(|byte| *byte == b'=')?;
@@ -93,14 +97,15 @@ pub(super) fn leave_environment(env: &Environment) -> Result<(), Fault> {
         return Ok(());
     }
     let refused = |what: &str, error: io::Error| {
-        Fault::new(&fault::OS_REFUSED, format!("cannot take the auth key out of the environment: {what}: {error}"))
+        Fault::new(&fault::OS_REFUSED, format!("cannot take the secrets out of the environment: {what}: {error}"))
     };
     // Where the system grants only a small pipe, a full one is an error and not a wait without end.
     let (reader, writer) =
         rustix::pipe::pipe_with(PipeFlags::NONBLOCK).map_err(|error| refused("pipe", error.into()))?;
     let mut writer = File::from(writer);
     for (name, value) in found {
-        let value = &value[..value.len().min(VALUE_MAX)];
+        let value = value.trim_ascii();
+        let value = if value.len() > VALUE_MAX { TOO_LONG.as_slice() } else { value };
         for part in [name.as_bytes(), b"=", value, b"\0"] {
             writer.write_all(part).map_err(|error| refused("pipe", error))?;
         }

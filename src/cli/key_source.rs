@@ -68,8 +68,8 @@ impl KeySource {
     ///
     /// # Errors
     /// `TC-1005` and `TC-1006` when it cannot be read, `TC-1002` when it is not text.
-    pub(super) async fn read(&self, what: &'static str, limit: Duration) -> Result<Zeroizing<String>, Fault> {
-        let source = self.pointed_at().unwrap_or_else(|| self.clone());
+    pub(super) async fn read(self, what: &'static str, limit: Duration) -> Result<Zeroizing<String>, Fault> {
+        let source = self.pointed_at().unwrap_or(self);
         let name = source.name();
         let (sender, receiver) = oneshot::channel();
         // Nobody is left to hear it once the limit has passed.

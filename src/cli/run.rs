@@ -121,7 +121,8 @@ async fn session(settings: Settings, job: &Job, report: &mut Report, control: Ha
     // Before the pid file, whose readers may send one at once; as process 1 we would not even notice it.
     let mut stops = Stops::watch(&settings.life, signals)?;
     let prepared = prepare(&settings, job, report)?;
-    let Settings { node: mut config, credential, life, .. } = settings;
+    let Settings { node: mut config, credential, life, listen: _, proxy_auth: _, max_connections: _, output: _ } =
+        settings;
     config.credential = tokio::select! {
         credential = credential.read(config.join_timeout) => Some(credential?),
         end = stopped_early(&mut stops, job) => return Ok(unjoined(job, report, end)),

@@ -133,8 +133,8 @@ impl Settings {
     /// Checks the flags against each other.
     ///
     /// # Errors
-    /// The faults of [`CredentialSource::choose`], `TC-1109` for plain HTTP to a public host, `TC-2009` for a listener that
-    /// other machines could reach.
+    /// The faults of [`CredentialSource::choose`], `TC-1109` for plain HTTP to a public host, `TC-2009` for a listener
+    /// that other machines could reach.
     pub(super) fn new(args: SessionArgs, output: Output, on_stdin_eof: bool, env: &Environment) -> Result<Self, Fault> {
         let listen = listeners(&args)?;
         let SessionArgs { node, underlay, proxy, limits, .. } = args;

@@ -76,10 +76,10 @@ rows! {
         "the auth key has an unknown form"
         "a key begins with tskey-auth-, tskey-client- or hskey-auth-, or is older hexadecimal; check that it was copied whole";
     KEY_FILE_MISSING: 1005 Key, exit 66, again NO, NOT_JOINED_REPLY
-        "the auth key's file does not exist"
+        "the secret's file does not exist"
         "check the path in --auth-key, --id-token or the variable, and that the secret is mounted";
     KEY_UNREADABLE: 1006 Key, exit 66, again NO, NOT_JOINED_REPLY
-        "the auth key cannot be read"
+        "the secret cannot be read"
         "check that this user may read the file, or that somebody writes to the descriptor";
     KEY_ON_ARGV: 1007 Key, exit 64, again NO, NOT_JOINED_REPLY
         "an auth key on the command line can be read by every process of the machine"

@@ -159,11 +159,23 @@ fn what_passes_is_tried_again() {
 }
 
 #[test]
+fn a_key_whose_answer_is_lost_is_made_once_more_and_not_again() {
+    let (api, ended) = faulty(KEYS_PATH, usize::MAX, api::bad_gateway);
+    ended.refused(75, "TC-1010");
+    assert_eq!(api.lines(), [MADE[0], MADE[1], MADE[1]]);
+    // What was limited made nothing.
+    let (api, ended) = faulty(KEYS_PATH, 2, api::limited);
+    assert!(ended.stderr.contains("minted an auth key"), "{}", ended.stderr);
+    assert_eq!(api.lines()[..4], [MADE[0], MADE[1], MADE[1], MADE[1]]);
+}
+
+#[test]
 fn what_does_not_pass_is_told() {
     for (answer, words) in [
         (api::bad_gateway as fn(&mut _), "502 Bad Gateway"),
         (api::silent, "did not answer"),
         (api::limited_for_an_hour, "asks to wait 3600s"),
+        (api::limited_for_ever, "asks to wait 86400s"),
     ] {
         let json = faulty(TOKEN_PATH, usize::MAX, answer).1.refused(75, "TC-1010");
         assert!(json["cause"].as_str().unwrap().contains(words), "{json}");
@@ -227,6 +239,19 @@ fn the_api_is_reached_through_the_corporate_proxy() {
 }
 
 #[test]
+fn a_secret_over_plain_http_is_shown_to_no_proxy() {
+    let (sender, heads) = std::sync::mpsc::channel();
+    let proxy = serve(move |mut stream| drop(sender.send(read_head(&mut stream))));
+    let api = Api::start(MINTED);
+    let words = format!("--login-server http://{} --advertise-tags tag:browser", closed_port());
+    // Loopback in a form that is no exception from the proxy.
+    let base = format!("{CLIENT}?baseURL=http://[::ffff:127.0.0.1]:{}", api.address.port());
+    run(&format!("{words} --proxy http://{proxy}")).env("TS_AUTHKEY", &base).run().refused(75, "TC-1102");
+    assert_eq!(heads.try_recv().ok(), None, "the proxy was shown the secret");
+    assert_eq!(api.lines()[..2], MADE);
+}
+
+#[test]
 fn an_id_token_is_exchanged_at_the_login_server() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("token");
@@ -272,6 +297,10 @@ fn an_identity_without_a_token_is_told_the_ways_to_one() {
     run("--client-id kFED --auth-key -").run().refused(64, "TC-2009");
     run("--client-id kFED --id-token file:/nowhere/token").run().refused(66, "TC-1005");
     run("--client-id kFED").env("TS_ID_TOKEN", "geheimgeheimgeheim").run().refused(65, "TC-1017");
+    // Its beginning would have the right form.
+    let long = format!("{TOKEN}{}", "x".repeat(15 << 10));
+    run("--client-id kFED").env("TS_ID_TOKEN", &long).run().refused(65, "TC-1017");
+    run("").env("TS_CLIENT_ID", CLIENT).env("TS_ID_TOKEN", TOKEN).run().refused(65, "TC-1004");
     run(&format!("--client-id kFED --id-token {TOKEN}")).run().refused(64, "TC-1007");
     run(&format!("--client-id kFED --id-tokn={TOKEN}")).run().refused(64, "TC-2009");
 }
