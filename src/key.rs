@@ -282,6 +282,11 @@ impl AuthKey {
         &self.0
     }
 
+    /// The key that control is shown, without what the tailnet lock added to it.
+    pub fn bare(&self) -> Self {
+        Self(self.0.clone(), None)
+    }
+
     /// What signs our node key, if the key comes from a tailnet with a lock.
     pub fn wrapping(&self) -> Option<&Wrapping> {
         self.1.as_ref()

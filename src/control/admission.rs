@@ -80,7 +80,7 @@ impl Admission {
         Registration {
             node,
             old_node: self.next.as_ref().map(|_| self.node.public()).unwrap_or_default(),
-            auth_key: self.auth_key.clone(),
+            auth_key: self.auth_key.as_ref().map(AuthKey::bare),
             signature: self.signature(&node),
             ..self.leaving(hostinfo)
         }

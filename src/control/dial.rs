@@ -52,14 +52,14 @@ impl Session {
         &self,
         method: Method,
         path: &str,
-        body: Vec<u8>,
+        body: impl Into<Bytes>,
     ) -> Result<Response<Incoming>, ConnectError> {
         let failed = |detail: String| ConnectError::Noise { detail };
         let mut sender = self.sender.clone();
         let request = Request::builder()
             .method(method)
             .uri(format!("https://{}{path}", self.authority))
-            .body(Full::from(body))
+            .body(Full::new(body.into()))
             .map_err(|error| failed(error.to_string()))?;
         sender.ready().await.map_err(|error| failed(error.to_string()))?;
         sender.send_request(request).await.map_err(|error| failed(chain(&error)))

@@ -7,6 +7,7 @@ use http_body_util::{BodyExt, Limited};
 use hyper::{Method, StatusCode, header};
 use jiff::Timestamp;
 use tokio::time::timeout;
+use zeroize::Zeroizing;
 
 use super::dial::{CAPABILITY_VERSION, Session, excerpt};
 use super::{ConnectError, RegisterError};
@@ -19,6 +20,8 @@ use crate::wire::tailcfg::{self, Bytes};
 const LIMIT: Duration = Duration::from_secs(30);
 /// The most octets of an answer. Source: direct.go, `msg` limit of 1 MiB.
 const BODY_MAX: usize = 1 << 20;
+/// Room for a request, so that it does not grow: that would leave copies of the auth key behind that nobody wipes.
+const REQUEST_ROOM: usize = 64 << 10;
 /// How long to wait after a 429 that does not say. Source: direct.go, 5 to 10 s.
 const RATE_LIMIT_WAIT: Duration = Duration::from_secs(7);
 /// A longer wait than this is not believed. Source: direct.go.
@@ -89,12 +92,14 @@ impl Registration {
             ephemeral: true,
             node_key_signature: self.signature.clone().map(Bytes),
         };
-        let body = serde_json::to_vec(&request).expect("a request of plain values is JSON");
+        let mut body = Zeroizing::new(Vec::with_capacity(REQUEST_ROOM));
+        serde_json::to_writer(&mut *body, &request).expect("a request of plain values is JSON");
+        let body = bytes::Bytes::from_owner(body);
         let silent = |_| ConnectError::Noise { detail: format!("no answer to the registration within {LIMIT:?}") };
         timeout(LIMIT, self.exchange(session, body)).await.map_err(silent)?
     }
 
-    async fn exchange(&self, session: &Session, body: Vec<u8>) -> Result<RegisterResponse, RegisterError> {
+    async fn exchange(&self, session: &Session, body: bytes::Bytes) -> Result<RegisterResponse, RegisterError> {
         let response = session.request(Method::POST, "/machine/register", body).await?;
         let status = response.status();
         let retry_after = response.headers().get(header::RETRY_AFTER).cloned();

@@ -327,7 +327,8 @@ impl MapRequester {
     }
 }
 
-/// Tells control of our network: at once, then whenever it changed, and every [`CHECK`] that we are still here. One update is under way at a time, the newest wins.
+/// Tells control of our network: at once, then whenever it changed, and every [`CHECK`] that we are still here. One
+/// update is under way at a time, the newest wins.
 struct Updates {
     session: Session,
     requester: MapRequester,

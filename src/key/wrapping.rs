@@ -39,12 +39,13 @@ pub enum WrappingError {
     PrivateKey,
 }
 
-/// A credential and its private key. Never printed, wiped when dropped.
+/// A credential and its private key. Never printed, wiped when dropped; what ring derives from the key for as long as
+/// it takes to sign, on the stack and in its `Ed25519KeyPair`, ring does not wipe.
 #[derive(Clone)]
 pub struct Wrapping {
     credential: NodeKeySignature,
-    /// Seed and public key.
-    private: Zeroizing<[u8; 64]>,
+    /// Seed and public key, 64 octets. On the heap: a move would leave a copy behind.
+    private: Zeroizing<Vec<u8>>,
 }
 
 impl Wrapping {
@@ -60,9 +61,11 @@ impl Wrapping {
             return Err(WrappingError::NoCredential);
         }
         credential.verify_root()?;
-        let octets = Zeroizing::new(decode("private key", private)?);
-        let octets: &[u8; 64] = octets.as_slice().try_into().map_err(|_| WrappingError::PrivateKey)?;
-        let wrapping = Self { credential, private: Zeroizing::new(*octets) };
+        let private = Zeroizing::new(decode("private key", private)?);
+        if private.len() != 64 {
+            return Err(WrappingError::PrivateKey);
+        }
+        let wrapping = Self { credential, private };
         let pair = wrapping.pair().ok_or(WrappingError::PrivateKey)?;
         match wrapping.credential.wrapping_key() {
             Some(named) if pair.public_key().as_ref() == named.as_bytes() => Ok(wrapping),
