@@ -1,0 +1,130 @@
+//! The proxy as a whole: its limit, its end, and what it speaks.
+
+use proptest::prelude::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
+use crate::proxy::bed::{expect_bytes, read_head};
+
+#[test]
+fn connection_over_the_limit_is_answered_in_its_own_protocol() {
+    bed::run(async {
+        let bed = bed::start(Config { max_connections: 1, ..Config::default() });
+        let echo = bed::echo().await;
+        let mut first = bed.connect().await;
+        first.write_all(format!("CONNECT {echo} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
+        read_head(&mut first).await;
+        let answer = bed.ask_text(&format!("CONNECT {echo} HTTP/1.1\r\n\r\n")).await;
+        assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("retry-after: 1\r\n"), "{answer}");
+        assert!(answer.contains("error=connection_limit_reached"), "{answer}");
+        let port = echo.port().to_be_bytes();
+        let answer = bed.ask(&[5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1, port[0], port[1]]).await;
+        assert_eq!(answer[..4], [5, 0, 5, 1]);
+        assert_eq!(bed.stats.counters().active, 1);
+        // The open one is none the worse for it.
+        first.write_all(b"still here").await.unwrap();
+        expect_bytes(&mut first, b"still here").await;
+    });
+}
+
+#[test]
+fn drain_lets_open_tunnels_finish_and_answers_newcomers() {
+    bed::run(async {
+        let (bed, echo) = (bed::start(Config::default()), bed::echo().await);
+        let mut open = bed.connect().await;
+        open.write_all(format!("CONNECT {echo} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
+        read_head(&mut open).await;
+        let mut idle = bed.connect().await;
+        bed.drain.cancel();
+        assert_eq!(idle.read(&mut [0]).await.unwrap(), 0);
+        let answer = bed.ask_text("GET http://a.corp/ HTTP/1.1\r\n\r\n").await;
+        assert!(
+            answer.starts_with("HTTP/1.1 503 ") && answer.contains(&Fault::from(&fault::DRAINING).code()),
+            "{answer}"
+        );
+        open.write_all(b"bye").await.unwrap();
+        expect_bytes(&mut open, b"bye").await;
+        assert!(!bed.served.is_finished());
+        drop(open);
+        bed.served.await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn drain_answers_connections_that_wait_for_their_dial() {
+    bed::run(async {
+        let (bed, silent) = (bed::start(Config::default()), bed::Silent::new().await);
+        let port = silent.address.port().to_be_bytes();
+        let requests = [
+            vec![5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1, port[0], port[1]],
+            format!("CONNECT {} HTTP/1.1\r\n\r\n", silent.address).into_bytes(),
+            format!("GET http://{}/ HTTP/1.1\r\n\r\n", silent.address).into_bytes(),
+        ];
+        let asking = requests.iter().map(|request| bed.ask(request));
+        let drained = async {
+            bed::settle().await;
+            assert_eq!(bed.stats.counters().active, 3);
+            bed.drain.cancel();
+        };
+        let (answers, ()) = tokio::join!(futures_util::future::join_all(asking), drained);
+        assert_eq!(answers[0], [5, 0, 5, 1, 0, 1, 0, 0, 0, 0, 0, 0]);
+        for answer in &answers[1..] {
+            let answer = String::from_utf8_lossy(answer);
+            assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("TC-2010"), "{answer}");
+        }
+        bed.served.await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn little_of_a_connection_stays_in_memory_while_it_carries_bytes() {
+    bed::run(async {
+        let bed = bed::start(Config::default());
+        let node = Node::alone(crate::node::Config::default());
+        let proxy = Rc::new(Proxy {
+            node,
+            config: Config::default(),
+            stats: Arc::clone(&bed.stats),
+            own: RefCell::new(OwnListeners::new(Vec::new())),
+            drain: CancellationToken::new(),
+            overflow: Arc::new(Semaphore::new(1)),
+            mappings: Arc::new(Semaphore::new(1)),
+        });
+        let client = bed.connect().await;
+        let size = size_of_val(&counted(proxy, client, bed.address));
+        assert!(size < 2_048, "{size} bytes");
+    });
+}
+
+#[test]
+fn protocols_are_counted() {
+    bed::run(async {
+        let bed = bed::start(Config::default());
+        for first in [&[5, 0][..], &[4, 1], b"G\n", &[0]] {
+            bed.ask(first).await;
+        }
+        let accepted = bed.stats.counters().accepted;
+        let once =
+            [Protocol::Socks5, Protocol::Socks4, Protocol::Http, Protocol::Unknown].map(|protocol| (protocol, 1));
+        assert_eq!(accepted, once.into());
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_bytes_end_without_panic(first in prop_oneof![Just(4_u8), Just(5), Just(b'G'), any::<u8>()], rest: Vec<u8>) {
+        bed::run(async {
+            let bed = bed::start(Config { head_timeout: Duration::from_millis(20), ..Config::default() });
+            let mut client = bed.connect().await;
+            client.write_all(&[&[first][..], &rest].concat()).await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).await.unwrap();
+            bed.drain.cancel();
+            bed.served.await.unwrap().unwrap();
+            assert!(!answer.is_empty());
+        });
+    }
+}
