@@ -8,7 +8,7 @@
 //! A reply carries the address that it came from, also where the client named a name (RFC 1928, 7, knows no other way to
 //! say which of several hosts has answered).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -105,6 +105,8 @@ enum Known {
 
 struct Mapping {
     way: Way,
+    /// The targets that it was opened or used for, where it leads outside.
+    noted: HashSet<Target>,
     /// When a datagram last went either way.
     used: Instant,
     receiver: AbortOnDropHandle<()>,
@@ -239,6 +241,7 @@ impl Association {
         self.held -= held.iter().map(Vec::len).sum::<usize>();
         match found.map_err(DatagramError::from).and_then(|remote| self.map(remote).map(|()| remote)) {
             Ok(remote) => {
+                self.note(&target, remote);
                 self.targets.insert(target, Known::At(remote));
                 for octets in held {
                     // What is lost here was sent before anybody knew its way; the client sends again.
@@ -250,6 +253,18 @@ impl Association {
                 self.targets.insert(target.clone(), Known::Refused(Instant::now() + REFUSED));
                 Some(Event::Failed { target, error, lost: held.len() })
             }
+        }
+    }
+
+    /// Counts a target outside, once for each mapping: new netmaps have it located again and again.
+    fn note(&mut self, target: &Target, remote: Remote) {
+        if let (Remote::Outside(_), Some(mapping)) = (remote, self.mappings.get_mut(&remote))
+            && !mapping.noted.contains(target)
+        {
+            if mapping.noted.len() < TARGETS {
+                mapping.noted.insert(target.clone());
+            }
+            dial::note_outside(&self.node, target);
         }
     }
 
@@ -271,7 +286,8 @@ impl Association {
         let way = Way::open(&self.node.core, remote)?;
         let receiver = tokio::task::spawn_local(receive(way.clone(), remote, self.arriving.clone()));
         let receiver = AbortOnDropHandle::new(receiver);
-        self.mappings.insert(remote, Mapping { way, used: Instant::now(), receiver, _permit: permit });
+        let mapping = Mapping { way, noted: HashSet::new(), used: Instant::now(), receiver, _permit: permit };
+        self.mappings.insert(remote, mapping);
         debug!(mappings = self.mappings.len(), "mapping opened");
         Ok(())
     }

@@ -4,15 +4,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
 use super::{Config, JoinStage, Joined, NodeError, State, exit};
-use crate::control::{Client, Failure, HostReport, Phase};
-use crate::key::AuthKey;
+use crate::control::{self, Client, Failure, HostReport, Phase, PingJob};
+use crate::key::{AuthKey, DiscoPrivate, MachinePrivate, NodePrivate};
 use crate::netmap::{Netmap, RegionId};
-use crate::provision::{self, Maker, Minting, Progress};
+use crate::provision::{self, Credential, Maker, Minting, Progress};
 use crate::transport::underlay::Underlay;
 use crate::wire::tailcfg::hostinfo::Hostinfo;
 
@@ -41,8 +41,55 @@ pub(super) fn hostinfo(config: &Config) -> Hostinfo {
     }
 }
 
+/// What has come of [`log_in`].
+pub(super) struct Login {
+    pub(super) client: Client,
+    pub(super) minting: Minting,
+    /// Takes what control is told of our network.
+    pub(super) report: watch::Sender<HostReport>,
+    /// The pings of peers that control asks for.
+    pub(super) pings: mpsc::Receiver<PingJob>,
+}
+
+/// Starts logging in on the `control` runtime. Takes the credential out of `config`.
+pub(super) fn log_in(
+    config: &mut Config,
+    control: &Handle,
+    underlay: &Underlay,
+    (node, disco): (&NodePrivate, &DiscoPrivate),
+) -> Login {
+    let (report, reports) = watch::channel(HostReport::default());
+    let (pings, jobs) = mpsc::channel(4);
+    let (auth_key, maker) = match config.credential.take() {
+        Some(Credential::AuthKey(key)) => (Some(key), None),
+        Some(Credential::Maker(maker)) => (None, Some(maker)),
+        None => (None, None),
+    };
+    let (key_out, coming_key) = maker.is_some().then(oneshot::channel).unzip();
+    let client = Client::start(
+        control,
+        control::Config {
+            url: config.login_server.clone(),
+            underlay: underlay.clone(),
+            machine: MachinePrivate::random(),
+            node: node.clone(),
+            disco: disco.public(),
+            // From here on the control client alone holds the key, and wipes it once it has no more use for it.
+            auth_key,
+            coming_key,
+            hostinfo: hostinfo(config),
+            accept_routes: config.accept_routes,
+            exit_node: config.exit_node.clone(),
+            pings,
+        },
+        reports,
+    );
+    let minting = start_minting(control, maker.zip(key_out), config, (underlay, &client));
+    Login { client, minting, report, pings: jobs }
+}
+
 /// Starts making the auth key, where it has to be made; what could unmake it is kept until the first netmap.
-pub(super) fn start_minting(
+fn start_minting(
     control: &Handle,
     order: Option<(Maker, oneshot::Sender<AuthKey>)>,
     config: &Config,
@@ -227,7 +274,7 @@ fn compare_tags(asked: &[String], granted: &[String]) -> Result<(), NodeError> {
     Ok(())
 }
 
-fn stage_of(phase: Phase) -> (JoinStage, Option<Arc<crate::control::RegisterError>>) {
+fn stage_of(phase: Phase) -> (JoinStage, Option<Arc<control::RegisterError>>) {
     match phase {
         Phase::Connecting(error) => (JoinStage::Control, error),
         Phase::AwaitingKey => (JoinStage::Mint, None),

@@ -31,7 +31,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub use config::{Config, Transport};
@@ -43,12 +43,12 @@ pub use stream::{Spliced, Stream};
 use self::core::{Core, Parts, Shared};
 use self::outbox::Outbox;
 use self::relays::{Dialler, Relays};
-use crate::control::{Client, HostReport, RegisterError};
+use crate::control::{Client, RegisterError};
 use crate::engine::Engine;
-use crate::key::{DiscoPrivate, MachinePrivate, NodePrivate};
+use crate::key::{DiscoPrivate, NodePrivate};
 use crate::netmap::Netmap;
 use crate::netstack::Netstack;
-use crate::provision::{Credential, MintError, Minting};
+use crate::provision::{MintError, Minting};
 use crate::transport::derp::{ConnectionId, Event};
 use crate::transport::interfaces::local_endpoints;
 use crate::transport::tls::{RootsError, Tls};
@@ -215,34 +215,9 @@ impl Node {
         let underlay = Underlay { tls, proxy, no_proxy: config.no_proxy.clone().into() };
         let udp = bind(config.transport)?;
         let (node_key, disco_key) = (NodePrivate::random(), DiscoPrivate::random());
-        let (report_out, report) = watch::channel(HostReport::default());
-        let (pings, jobs) = mpsc::channel(4);
-        let (auth_key, maker) = match config.credential.take() {
-            Some(Credential::AuthKey(key)) => (Some(key), None),
-            Some(Credential::Maker(maker)) => (None, Some(maker)),
-            None => (None, None),
-        };
-        let (key_out, coming_key) = maker.is_some().then(oneshot::channel).unzip();
-        let client = Client::start(
-            &control,
-            crate::control::Config {
-                url: config.login_server.clone(),
-                underlay: underlay.clone(),
-                machine: MachinePrivate::random(),
-                node: node_key.clone(),
-                disco: disco_key.public(),
-                // From here on the control client alone holds the key, and wipes it once it has no more use for it.
-                auth_key,
-                coming_key,
-                hostinfo: lifecycle::hostinfo(&config),
-                accept_routes: config.accept_routes,
-                exit_node: config.exit_node.clone(),
-                pings,
-            },
-            report,
-        );
-        let minting = lifecycle::start_minting(&control, maker.zip(key_out), &config, (&underlay, &client));
-
+        let keys = (&node_key, &disco_key);
+        let lifecycle::Login { client, minting, report, pings } =
+            lifecycle::log_in(&mut config, &control, &underlay, keys);
         let mut engine = Engine::new(
             crate::engine::Config {
                 node_key: node_key.clone(),
@@ -267,10 +242,10 @@ impl Node {
             underlay,
             control: control.clone(),
             probes,
-            report: report_out,
+            report,
         };
         let node = Self::assemble(config, (client, minting), parts, (derp_in, probes_in), control, started);
-        tokio::task::spawn_local(ping::serve(node.inner.core.clone(), jobs));
+        tokio::task::spawn_local(ping::serve(node.inner.core.clone(), pings));
         Ok(node)
     }
 

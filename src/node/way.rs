@@ -1,5 +1,7 @@
 //! The way of a mapping's datagrams: a flow inside the tunnel, or a socket for one address outside.
 
+use std::cell::RefCell;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
 
@@ -17,6 +19,12 @@ use crate::netmap::Netmap;
 
 /// The longest datagram that IP carries.
 const LONGEST: usize = 65_535;
+
+thread_local! {
+    /// Takes one datagram from outside at a time, for all mappings of the data thread: a datagram's length is known
+    /// only when it is there, and 64 KiB for each mapping would be most of what it costs.
+    static ARRIVING: RefCell<Box<[u8]>> = RefCell::new(vec![0; LONGEST].into());
+}
 
 /// Where a mapping leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -104,7 +112,7 @@ fn unopened(failure: ConnectFailure, address: SocketAddr) -> DialError {
 }
 
 /// A socket of the machine's own, for `address` alone.
-fn outside(address: SocketAddr) -> std::io::Result<UdpSocket> {
+fn outside(address: SocketAddr) -> io::Result<UdpSocket> {
     let any = match address.ip() {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
@@ -115,16 +123,27 @@ fn outside(address: SocketAddr) -> std::io::Result<UdpSocket> {
     UdpSocket::from_std(socket)
 }
 
+/// The next datagram from outside.
+async fn recv_outside(socket: &UdpSocket) -> io::Result<Vec<u8>> {
+    loop {
+        socket.readable().await?;
+        let received = ARRIVING.with_borrow_mut(|buffer| {
+            let length = socket.try_recv(buffer)?;
+            Ok(buffer[..length].to_vec())
+        });
+        match received {
+            Err(error) if io::Error::kind(&error) == io::ErrorKind::WouldBlock => {}
+            received => return received,
+        }
+    }
+}
+
 /// Passes on what comes by `way`, until it fails or nobody wants it.
 pub(super) async fn receive(way: Way, remote: Remote, arriving: mpsc::Sender<(Remote, Vec<u8>)>) {
-    let mut buffer = match &way {
-        Way::Tunnel(_) => Vec::new(),
-        Way::Outside(_) => vec![0; LONGEST],
-    };
     loop {
         let received = match &way {
             Way::Tunnel(flow) => flow.recv().await,
-            Way::Outside(socket) => socket.recv(&mut buffer).await.map(|length| buffer[..length].to_vec()),
+            Way::Outside(socket) => recv_outside(socket).await,
         };
         match received {
             Ok(octets) => {
@@ -133,7 +152,7 @@ pub(super) async fn receive(way: Way, remote: Remote, arriving: mpsc::Sender<(Re
                 }
             }
             // Nobody listens there now. The error is told once for each datagram of ours, so this cannot spin.
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
             Err(error) => {
                 debug!(%error, "mapping failed");
                 return;

@@ -69,6 +69,19 @@ async fn datagrams_are_held_until_the_target_is_located_and_answers_carry_its_ad
 }
 
 #[tokio::test(flavor = "local")]
+async fn a_target_outside_is_counted_when_it_gets_a_mapping_and_not_with_each_netmap() {
+    let (mut association, peer) = (association(9), peer().await);
+    let target = to(&peer);
+    for _ in 0..3 {
+        association.send(&target, b"x").unwrap();
+        arrives(&mut association, &peer).await;
+        assert!(association.review().is_none() && !association.knows(&target));
+    }
+    let counted = association.node.outside.borrow().destinations().clone();
+    assert_eq!(counted, [(target.to_string(), 1)].into());
+}
+
+#[tokio::test(flavor = "local")]
 async fn nobody_but_the_target_is_heard() {
     let (mut association, peer, stranger) = (association(9), peer().await, peer().await);
     association.send(&to(&peer), b"x").unwrap();

@@ -40,7 +40,10 @@ pub(super) async fn dial(node: &Inner, target: &Target) -> Result<Stream, DialEr
             let connected = connect::connect_any(node, &netmap, target.port, addresses, deadline).await;
             connected.map(Stream::Tunnel)
         }
-        Place::Outside(_) => direct::connect(&node.netmap, target, deadline).await.map(Stream::Direct),
+        Place::Outside(_) => {
+            note_outside(node, target);
+            direct::connect(&node.netmap, target, deadline).await.map(Stream::Direct)
+        }
     }
 }
 
@@ -51,10 +54,7 @@ pub(super) async fn locate(
     target: &Target,
     deadline: Instant,
 ) -> Result<Place, DialError> {
-    if let Some(rule) = node.config.direct_allow.iter().find(|rule| rule.allows(&target.host))
-        && is_outside(node, &netmap, &target.host)?
-    {
-        node.outside.borrow_mut().note(target, rule);
+    if rule_for(node, &target.host).is_some() && is_outside(node, &netmap, &target.host)? {
         return Ok(Place::Outside(netmap));
     }
     let resolved = match &target.host {
@@ -79,6 +79,18 @@ pub(super) async fn locate(
     let routed = route::routed(&netmap, node.config.exit_node.is_some(), &target.host, &resolved)?;
     let addresses = route::in_order(&netmap, &routed);
     Ok(Place::Tunnel(netmap, addresses))
+}
+
+/// The rule of the user's that lets `host` out, if nobody in the tailnet knows it.
+fn rule_for<'n>(node: &'n Inner, host: &Host) -> Option<&'n DirectRule> {
+    node.config.direct_allow.iter().find(|rule| rule.allows(host))
+}
+
+/// Counts a target that is about to be reached outside.
+pub(super) fn note_outside(node: &Inner, target: &Target) {
+    if let Some(rule) = rule_for(node, &target.host) {
+        node.outside.borrow_mut().note(target, rule);
+    }
 }
 
 /// Whether nobody in the tailnet knows `host`: only then may a rule let it out. What the tailnet names, routes or has
