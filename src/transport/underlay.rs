@@ -1,4 +1,9 @@
-//! TCP connections on the underlay, for control and DERP only: plain, by TLS, and through a corporate HTTP proxy.
+//! TCP connections on the underlay: plain, by TLS, and through a corporate HTTP proxy.
+//!
+//! For control, DERP, and resolvers that the tailnet names by a public address. By the same settings, but with a client
+//! of its own ([`crate::provision`]), the API that makes auth keys is reached, and GitHub's runner. Beside these, UDP
+//! goes to STUN, peers' endpoints and such resolvers, and whatever goes to a host that `--direct-allow` names. Nothing
+//! else leaves the machine outside the tunnel; README lists these hosts for a firewall.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
