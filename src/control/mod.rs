@@ -13,6 +13,7 @@ mod noise;
 mod ping;
 mod register;
 mod session;
+mod update;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
