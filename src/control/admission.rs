@@ -16,6 +16,9 @@ use crate::key::signature::NodeKeySignature;
 use crate::key::{AuthKey, LockPublic, NodePrivate, NodePublic};
 use crate::wire::tailcfg::hostinfo::Hostinfo;
 
+/// How often a node registers again that control forgets before its first netmap.
+const FORGOTTEN_MAX: u8 = 3;
+
 /// How a node that was in lost its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lost {
@@ -37,8 +40,8 @@ impl From<Lost> for Failure {
 /// How often the node has come in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// Not yet: no netmap has come.
-    First,
+    /// Not yet: no netmap has come. Carries how often control has forgotten us since.
+    First { forgotten: u8 },
     /// Once.
     In,
     /// It lost its place and is coming back.
@@ -61,7 +64,8 @@ pub(super) struct Admission {
 
 impl Admission {
     pub(super) fn new(node: NodePrivate, auth_key: Option<AuthKey>) -> Self {
-        Self { node, next: None, lock: Arc::new(lock_pair()), old_signature: None, auth_key, stage: Stage::First }
+        let stage = Stage::First { forgotten: 0 };
+        Self { node, next: None, lock: Arc::new(lock_pair()), old_signature: None, auth_key, stage }
     }
 
     /// The auth key was still being made when the run began.
@@ -135,7 +139,7 @@ impl Admission {
 
     /// A netmap has come: from now on, losing the place is something else than not coming in.
     pub(super) fn joined(&mut self) {
-        if self.stage == Stage::First {
+        if matches!(self.stage, Stage::First { .. }) {
             self.stage = Stage::In;
         }
     }
@@ -145,9 +149,13 @@ impl Admission {
         if self.auth_key.is_none() {
             return false;
         }
-        match self.stage {
-            // Between registration and the first poll a server may have forgotten an ephemeral node.
-            Stage::First => return lost == Lost::Deleted,
+        match &mut self.stage {
+            // Between registration and the first poll a server may have forgotten an ephemeral node. One that always
+            // does is broken, and is not registered with for ever.
+            Stage::First { forgotten } => {
+                *forgotten += 1;
+                return lost == Lost::Deleted && *forgotten <= FORGOTTEN_MAX;
+            }
             Stage::In => self.stage = Stage::Back(lost),
             Stage::Back(_) | Stage::Again => return false,
         }
@@ -161,7 +169,7 @@ impl Admission {
     pub(super) fn lost(&self) -> Option<Lost> {
         match self.stage {
             Stage::Back(lost) => Some(lost),
-            Stage::First | Stage::In | Stage::Again => None,
+            Stage::First { .. } | Stage::In | Stage::Again => None,
         }
     }
 }
@@ -216,14 +224,26 @@ mod tests {
     }
 
     #[test]
-    fn before_the_first_netmap_a_forgotten_node_just_registers() {
+    fn before_the_first_netmap_a_forgotten_node_registers_again_three_times() {
+        let mut forgotten = admission();
+        for _ in 0..3 {
+            assert!(forgotten.admitted().is_none());
+            assert!(forgotten.come_back(Lost::Deleted));
+            assert!(forgotten.lost().is_none());
+        }
+        assert!(!forgotten.come_back(Lost::Deleted));
+        assert!(!admission().come_back(Lost::Expired));
+    }
+
+    #[test]
+    fn what_was_forgotten_before_the_first_netmap_does_not_count_later() {
         let mut admission = admission();
         for _ in 0..3 {
-            assert!(admission.admitted().is_none());
             assert!(admission.come_back(Lost::Deleted));
-            assert!(admission.lost().is_none());
         }
-        assert!(!admission.come_back(Lost::Expired));
+        admission.joined();
+        assert!(admission.come_back(Lost::Deleted));
+        assert_eq!(admission.lost(), Some(Lost::Deleted));
     }
 
     #[test]

@@ -253,7 +253,7 @@ impl Task {
                         .send_replace(Phase::Registering(Some(Arc::new(RegisterError::RateLimited { wait }))));
                     wait
                 }
-                Ended::Again => FIRST_PAUSE,
+                Ended::Again => backoff.next_delay(),
                 Ended::Over(failure) => {
                     self.out.phase.send_replace(Phase::Failed(Arc::new(failure)));
                     return;

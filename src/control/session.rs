@@ -29,7 +29,7 @@ pub(super) enum Ended {
     Lost(RegisterError),
     /// To be tried again after so long.
     RateLimited(Duration),
-    /// To be opened again at once, to register anew.
+    /// To be opened again after a pause, to register anew.
     Again,
     /// For good.
     Over(Failure),
