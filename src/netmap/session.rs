@@ -125,19 +125,22 @@ impl Session {
         Ok(applied)
     }
 
-    /// When [`expire`](Self::expire) is due by our own clock: a key in the netmap ends then, ours included.
+    /// When [`expire`](Self::expire) is due by our own clock: a key in the netmap ends then, ours included. While a new
+    /// stream has said nothing yet, ours is not: what is known of it may be of the key that we had before.
     pub fn next_expiry(&self) -> Option<Timestamp> {
         let state = self.state.as_ref()?;
         let peers = state.peers.values().filter(|tracked| !tracked.peer.expired).map(|tracked| &tracked.node);
-        let due = peers.chain([&state.node]).filter(|node| !node.expired).filter_map(|node| node.key_expiry).min()?;
+        let ours = (!self.awaits_full).then_some(&state.node);
+        let due = peers.chain(ours).filter(|node| !node.expired).filter_map(|node| node.key_expiry).min()?;
         due.max(CLOCK_IS_SET).checked_sub(self.correction()).ok()
     }
 
     /// The netmap without the peers whose keys have ended by `now`, if any has since the last one.
     pub fn expire(&mut self, now: Timestamp) -> Option<Arc<Netmap>> {
         let clock = self.control_clock(now);
+        let awaits_full = self.awaits_full;
         let state = self.state.as_mut()?;
-        let self_ended = !state.node.expired && ended(&state.node, clock);
+        let self_ended = !awaits_full && !state.node.expired && ended(&state.node, clock);
         // What has ended once stays so until control sends the node anew, and is reported once.
         state.node.expired |= self_ended;
         let stale = state.peers.values().any(|tracked| tracked.peer.expired != ended(&tracked.node, clock));
@@ -201,7 +204,11 @@ impl Session {
                 }
             }
         }
-        Some(Arc::new(state.netmap(&self.accept, Arc::clone(&self.routed), clock)))
+        let mut netmap = state.netmap(&self.accept, Arc::clone(&self.routed), clock);
+        if self.awaits_full {
+            Arc::make_mut(&mut netmap.self_node).expired = false;
+        }
+        Some(Arc::new(netmap))
     }
 }
 

@@ -141,6 +141,23 @@ fn a_peer_whose_key_ends_serves_until_then_and_never_after() {
 }
 
 #[test]
+fn an_end_of_our_own_key_that_an_earlier_stream_told_does_not_count_in_the_next() {
+    let (one, two) = (json!({"KeyExpiry": "2026-08-01T13:00:00Z"}), json!({"KeyExpiry": "2026-08-01T14:00:00Z"}));
+    let mut session = Session::new(true);
+    apply(&mut session, json!({"Node": with(node(1), one.clone()), "Peers": [with(node(2), two)]}));
+    let ends = |hour: u8| -> Timestamp { format!("2026-08-01T{hour}:00:00Z").parse().unwrap() };
+    assert_eq!(session.next_expiry(), Some(ends(13)));
+    session.restart();
+    assert_eq!((session.next_expiry(), session.expire(ends(13)).is_none()), (Some(ends(14)), true));
+    let netmap = session.expire(ends(14)).unwrap();
+    assert!(netmap.peers[&2].expired && !netmap.self_node.expired);
+    assert_eq!(session.next_expiry(), None);
+    // What the new stream says counts.
+    let netmap = session.apply(message(json!({"Node": with(node(1), one)})), ends(14)).unwrap().netmap.unwrap();
+    assert!(netmap.self_node.expired);
+}
+
+#[test]
 fn controls_clock_decides_when_ours_is_wrong() {
     let ending = json!({"KeyExpiry": "2026-08-01T13:00:00Z"});
     let mut session = Session::new(true);
