@@ -50,6 +50,15 @@ enum Stage {
     Again,
 }
 
+/// What a node key is to control when we leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Key {
+    /// The one that it knows.
+    Known,
+    /// One that was being registered: it may know it or not.
+    Coming,
+}
+
 /// The keys and what has become of them.
 pub(super) struct Admission {
     node: NodePrivate,
@@ -82,19 +91,23 @@ impl Admission {
     pub(super) fn registration(&self, hostinfo: &Hostinfo) -> Registration {
         let node = self.next.as_ref().unwrap_or(&self.node).public();
         Registration {
-            node,
             old_node: self.next.as_ref().map(|_| self.node.public()).unwrap_or_default(),
             auth_key: self.auth_key.as_ref().map(AuthKey::bare),
             signature: self.signature(&node),
-            ..self.leaving(hostinfo)
+            ..self.bare(node, hostinfo)
         }
     }
 
-    /// What is sent to leave.
-    pub(super) fn leaving(&self, hostinfo: &Hostinfo) -> Registration {
+    /// What is sent to leave, one after the other. A key whose registration had no answer may be in already.
+    pub(super) fn leaving(&self, hostinfo: &Hostinfo) -> Vec<(Registration, Key)> {
+        let coming = self.next.as_ref().map(|next| (self.bare(next.public(), hostinfo), Key::Coming));
+        coming.into_iter().chain([(self.bare(self.node.public(), hostinfo), Key::Known)]).collect()
+    }
+
+    fn bare(&self, node: NodePublic, hostinfo: &Hostinfo) -> Registration {
         let public: &[u8] = self.lock.public_key().as_ref();
         Registration {
-            node: self.node.public(),
+            node,
             old_node: NodePublic::default(),
             lock: LockPublic::from_bytes(public.try_into().expect("an Ed25519 key has 32 octets")),
             auth_key: None,
@@ -216,10 +229,13 @@ mod tests {
         let registration = admission.registration(&Hostinfo::default());
         assert_eq!(registration.old_node, old);
         assert_ne!(registration.node, old);
-        // Until control agrees, the old key is the one to log out with.
-        assert_eq!((admission.node(), admission.leaving(&Hostinfo::default()).node), (old, old));
+        // Until control has agreed, either may be the one that it knows.
+        let leaving = admission.leaving(&Hostinfo::default());
+        let leaving: Vec<_> = leaving.into_iter().map(|(leaving, key)| (leaving.node, key)).collect();
+        assert_eq!(leaving, [(registration.node, Key::Coming), (old, Key::Known)]);
+        assert_eq!(admission.node(), old);
         assert_eq!(admission.admitted().unwrap().public(), registration.node);
-        assert_eq!(admission.node(), registration.node);
+        assert_eq!((admission.node(), admission.leaving(&Hostinfo::default()).len()), (registration.node, 1));
         assert!(!admission.come_back(Lost::Expired));
     }
 

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinError, JoinHandle};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tracing::{debug, info, warn};
 use url::Url;
 
@@ -33,7 +33,7 @@ use crate::transport::backoff::Backoff;
 use crate::transport::underlay::Underlay;
 use crate::wire::tailcfg::hostinfo::{Hostinfo, NetInfo};
 use crate::wire::tailcfg::map::EndpointType;
-use admission::Admission;
+use admission::{Admission, Key, Lost};
 use dial::{Dialer, Session};
 use ping::Answerer;
 pub use ping::PingJob;
@@ -66,6 +66,8 @@ pub struct Config {
     pub accept_routes: bool,
     /// Whose routes to everything are used: a name, an address or a stable id.
     pub exit_node: Option<String>,
+    /// The longest that a node which lost its place may take to come back.
+    pub return_limit: Duration,
     /// Takes the pings of peers that control asks for.
     pub pings: mpsc::Sender<PingJob>,
 }
@@ -208,6 +210,8 @@ struct Task {
     /// tells whether there is a node to log out.
     registering: Option<JoinHandle<Result<Answer, RegisterError>>>,
     registered: bool,
+    /// Until when the node must be back in, and what put it out. `None` while it is in, or has never been.
+    back_by: watch::Sender<Option<(Instant, Lost)>>,
     /// Whether control may know this node: it was admitted, or the answer to its registration was lost.
     known: bool,
 }
@@ -220,7 +224,8 @@ impl Task {
         let map = config.exit_node.clone().into_iter().fold(map, crate::netmap::session::Session::with_exit_node);
         let answerer = Arc::new(Answerer::new(config.url.clone(), config.underlay.tls.clone(), config.pings.clone()));
         let (session, registering, registered, known) = (None, None, false, false);
-        Self { config, dialer, admission, report, out, session, map, answerer, registering, registered, known }
+        let back_by = watch::Sender::new(None);
+        Self { config, dialer, admission, report, out, session, map, answerer, registering, registered, back_by, known }
     }
 
     async fn run(mut self, mut logouts: mpsc::Receiver<(Instant, oneshot::Sender<LoggedOut>)>) {
@@ -236,6 +241,19 @@ impl Task {
 
     /// Keeps the node registered and its map up to date, until that is over for good.
     async fn stay(&mut self) {
+        let overdue = overdue(self.back_by.subscribe());
+        let failure = tokio::select! {
+            failure = self.keep_in() => failure,
+            lost = overdue => {
+                warn!(limit_s = self.config.return_limit.as_secs(), "the node did not come back in time");
+                lost.into()
+            }
+        };
+        self.out.phase.send_replace(Phase::Failed(Arc::new(failure)));
+    }
+
+    /// Opens one session after the other.
+    async fn keep_in(&mut self) -> Failure {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
             let ended = self.session(&mut backoff).await;
@@ -254,10 +272,7 @@ impl Task {
                     wait
                 }
                 Ended::Again => backoff.next_delay(),
-                Ended::Over(failure) => {
-                    self.out.phase.send_replace(Phase::Failed(Arc::new(failure)));
-                    return;
-                }
+                Ended::Over(failure) => return failure,
             };
             tokio::time::sleep(pause).await;
         }
@@ -300,7 +315,7 @@ impl Task {
                 }
                 Err(error) => debug!(%error, "logout failed, trying anew"),
             }
-            tokio::time::sleep_until(deadline.min(Instant::now() + backoff.next_delay())).await;
+            sleep_until(deadline.min(Instant::now() + backoff.next_delay())).await;
         }
         LoggedOut::Unconfirmed
     }
@@ -311,13 +326,22 @@ impl Task {
         // needs up to a second for its answer.
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = if open.is_some() { left * 3 / 4 } else { left };
-        let registration = self.admission.leaving(&self.config.hostinfo);
+        let registrations = self.admission.leaving(&self.config.hostinfo);
         let attempt = async {
             let session = match open {
                 Some(session) => session,
                 None => self.dialer.connect().await?,
             };
-            registration.log_out(&session).await
+            for (registration, key) in registrations {
+                match (registration.log_out(&session).await, key) {
+                    // Control may never have heard of it.
+                    (Err(error), Key::Coming) if !matches!(error, RegisterError::Connect(_)) => {
+                        debug!(%error, "control does not log out the key that was being registered");
+                    }
+                    (outcome, _) => outcome?,
+                }
+            }
+            Ok(())
         };
         let silent = |_| ConnectError::Noise { detail: format!("no answer to the logout within {limit:?}") };
         timeout(limit, attempt).await.map_err(silent)?
@@ -330,5 +354,44 @@ impl Task {
         {
             self.out.node_key.send_replace(key);
         }
+    }
+}
+
+/// Waits until the node has not come back in time; for ever while it is in. Says what put it out.
+async fn overdue(mut back_by: watch::Receiver<Option<(Instant, Lost)>>) -> Lost {
+    loop {
+        let due = *back_by.borrow_and_update();
+        let Some((deadline, lost)) = due else {
+            match back_by.changed().await {
+                Ok(()) => continue,
+                Err(_) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = sleep_until(deadline) => return lost,
+            Ok(()) = back_by.changed() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_does_not_come_back_in_time_is_told_by_what_put_it_out() {
+        let back_by = watch::Sender::new(None);
+        let mut overdue = std::pin::pin!(overdue(back_by.subscribe()));
+        assert!(timeout(LIMIT * 60, &mut overdue).await.is_err());
+        back_by.send_replace(Some((Instant::now() + LIMIT, Lost::Deleted)));
+        assert!(timeout(LIMIT / 2, &mut overdue).await.is_err());
+        back_by.send_replace(None);
+        assert!(timeout(LIMIT * 60, &mut overdue).await.is_err());
+        let lost = Instant::now();
+        back_by.send_replace(Some((lost + LIMIT, Lost::Expired)));
+        assert_eq!(overdue.await, Lost::Expired);
+        assert_eq!(lost.elapsed().as_secs(), LIMIT.as_secs());
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Limited};
 use hyper::{Method, StatusCode};
 use jiff::Timestamp;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::admission::Lost;
@@ -80,14 +80,14 @@ impl Task {
         let session = match self.dialer.connect().await {
             Ok(session) => session,
             Err(error) if self.registered => return error.into(),
-            Err(error) => return RegisterError::Connect(error).into(),
+            Err(error) => return refused(RegisterError::Connect(error).into(), self.admission.lost()),
         };
         debug!("session with control open");
         self.session = Some(session.clone());
         if !self.registered
             && let Err(error) = self.register(&session).await
         {
-            return self.refused(error.into());
+            return refused(error.into(), self.admission.lost());
         }
         match self.poll_map(&session, backoff).await {
             Ok(never) => match never {},
@@ -124,25 +124,18 @@ impl Task {
         outcome.map_err(broken)?
     }
 
-    /// A node that may not come back ends by what put it out, not by what became of its key meanwhile.
-    fn refused(&self, ended: Ended) -> Ended {
-        match (ended, self.admission.lost()) {
-            (Ended::Over(failure), Some(lost)) => {
-                warn!(error = %failure, "the auth key does not bring this node back");
-                Ended::Over(lost.into())
-            }
-            (ended, _) => ended,
-        }
-    }
-
     /// The place in the tailnet is lost: registers again where that may help.
     fn put_out(&mut self, lost: Lost) -> Ended {
         if !self.admission.come_back(lost) {
             return Ended::Over(lost.into());
         }
+        let limit = self.config.return_limit;
         match lost {
-            Lost::Expired => warn!("the node key has expired, registering a new one"),
-            Lost::Deleted => warn!("control forgot this node, registering again"),
+            Lost::Expired => warn!(limit_s = limit.as_secs(), "the node key has expired, registering a new one"),
+            Lost::Deleted => warn!(limit_s = limit.as_secs(), "control forgot this node, registering again"),
+        }
+        if self.admission.lost().is_some() {
+            self.back_by.send_replace(Some((Instant::now() + limit, lost)));
         }
         self.registered = false;
         Ended::Again
@@ -241,9 +234,13 @@ impl Task {
     fn publish(&mut self, netmap: Arc<Netmap>) {
         self.admission.joined();
         if !netmap.self_node.authorized {
+            if self.back_by.borrow().is_some() {
+                warn!("waiting for an administrator to approve the device anew");
+            }
             self.out.phase.send_replace(Phase::AwaitingApproval);
             return;
         }
+        self.back_by.send_replace(None);
         self.config.hostinfo.exit_node_id = exit_node_id(Some(&netmap));
         let before = self.out.netmap.send_replace(Some(netmap.clone()));
         let unsigned = before.as_ref().map_or(0, |before| before.unsigned_peers);
@@ -270,9 +267,38 @@ impl Task {
     }
 }
 
+/// A node that may not come back ends by what put it out, not by what became of its key meanwhile. One that does not
+/// reach control on its way back tries again, since control was right once.
+fn refused(ended: Ended, lost: Option<Lost>) -> Ended {
+    match (ended, lost) {
+        (Ended::Over(Failure::Register(RegisterError::Connect(error))), Some(_)) => Ended::Lost(error.into()),
+        (Ended::Over(failure), Some(lost)) => {
+            warn!(error = %failure, "the auth key does not bring this node back");
+            Ended::Over(lost.into())
+        }
+        (ended, _) => ended,
+    }
+}
+
 /// Waits until `time`; for ever if there is none.
 async fn until(time: Option<Timestamp>) {
     let Some(time) = time else { return std::future::pending().await };
     let left = time.duration_since(Timestamp::now());
-    sleep_until(tokio::time::Instant::now() + Duration::try_from(left).unwrap_or_default()).await;
+    sleep_until(Instant::now() + Duration::try_from(left).unwrap_or_default()).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn on_the_way_back_only_controls_own_word_ends_the_run() {
+        let tls = || ConnectError::Tls { host: "control.example:443".to_owned(), detail: "expired".to_owned() };
+        let ended = |error: RegisterError, lost| refused(error.into(), lost);
+        assert!(matches!(ended(tls().into(), None), Ended::Over(Failure::Register(_))));
+        assert!(matches!(ended(tls().into(), Some(Lost::Deleted)), Ended::Lost(_)));
+        let used = || RegisterError::KeyUsed { message: "used".to_owned() };
+        assert!(matches!(ended(used(), None), Ended::Over(Failure::Register(_))));
+        assert!(matches!(ended(used(), Some(Lost::Expired)), Ended::Over(Failure::KeyExpired)));
+    }
 }

@@ -80,6 +80,7 @@ pub(super) fn log_in(
             hostinfo: hostinfo(config),
             accept_routes: config.accept_routes,
             exit_node: config.exit_node.clone(),
+            return_limit: config.join_timeout,
             pings,
         },
         reports,
