@@ -69,8 +69,6 @@ pub struct NodeKeySignature {
 /// What a valid signature says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Authorised {
-    /// The key at the chain's root, which the tailnet must trust.
-    pub by: LockPublic,
     /// Whether the key follows another, or came by a credential.
     pub rotation: bool,
     /// Node keys that were rotated out.
@@ -253,22 +251,20 @@ impl NodeKeySignature {
             }
             link = nested;
         }
-        let by = link.verify_root()?;
+        link.verify_root()?;
         let rotated_by = match link.kind {
             SignatureKind::Direct => link.wrapping_key(),
             SignatureKind::Rotation | SignatureKind::Credential => None,
         };
-        Ok(Authorised { by, rotation: self.kind == SignatureKind::Rotation, previous, rotated_by })
+        Ok(Authorised { rotation: self.kind == SignatureKind::Rotation, previous, rotated_by })
     }
 
-    /// The key that signed the direct signature or credential, if it did.
-    pub(super) fn verify_root(&self) -> Result<LockPublic, SignatureError> {
+    /// Whether the direct signature or credential was made by the key that it names.
+    pub(super) fn verify_root(&self) -> Result<(), SignatureError> {
         if self.nested.is_some() {
             return Err(SignatureError::Fields);
         }
-        let by = lock_key(&self.signer)?;
-        self.check(&by)?;
-        Ok(by)
+        self.check(&lock_key(&self.signer)?)
     }
 
     fn check(&self, key: &LockPublic) -> Result<(), SignatureError> {

@@ -1,8 +1,9 @@
 //! Which peers the tailnet lock lets us talk to.
 //!
-//! While the lock is on, a node key counts only with a signature that vouches for it, so that control alone cannot put
-//! a node of its own into a tailnet. Keys that a rotation has replaced count no more. Nodes that are not covered by
-//! the lock are left in; they get no more than their own addresses anyway.
+//! While the lock is on, a node key counts only with a signature that vouches for it. Form and chain are checked, trust
+//! is not: the keys that a tailnet trusts are not asked for, so control is believed about who may sign, and about
+//! whether the lock is on. Keys that a rotation has replaced count no more. Nodes that are not covered by the lock are
+//! left in; they get no more than their own addresses anyway.
 //! Source: Tailscale, ipn/ipnlocal/tailnet-lock.go, `tkaFilterNetmapLocked` and `rotationTracker`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -97,7 +98,6 @@ mod tests {
     fn two_equally_long_histories_of_one_key_are_both_hidden() {
         let rotated_by = Some(LockPublic::from_bytes([9; 32]));
         let chain = |previous: &[u8]| Authorised {
-            by: LockPublic::default(),
             rotation: true,
             previous: previous.iter().map(|octet| node(*octet)).collect(),
             rotated_by,
