@@ -20,9 +20,10 @@ use crate::wire::tailcfg::map::MapRequest;
 
 /// The longest that an update may take. headscale answers after its tick of half a second.
 pub(super) const UPDATE_LIMIT: Duration = Duration::from_secs(15);
-/// How long control is not asked for. Besides what changes, this is how we learn that the node was deleted: headscale
-/// (0.29) leaves the map stream of a deleted node open and goes on sending keep-alives.
-const CHECK: Duration = Duration::from_secs(30);
+/// How many seconds control is not asked for; spread, so that many runs do not ask at once. Besides what changes, this
+/// is how we learn that the node was deleted: headscale (0.29) leaves the map stream of a deleted node open and goes on
+/// sending keep-alives.
+const CHECK: std::ops::RangeInclusive<f64> = 45.0..=75.0;
 /// How long the first update waits for our home DERP to be chosen.
 const HOME_WAIT: Duration = Duration::from_millis(500);
 /// The most octets of an error's body.
@@ -76,9 +77,10 @@ impl Updates {
             match timeout(UPDATE_LIMIT, self.send(&report)).await {
                 Ok(Ok(())) => {
                     backoff.reset();
-                    self.accepted.send_replace(report);
-                    // Without news in time, the same is said again.
-                    let _ = timeout(CHECK, self.await_news()).await;
+                    // Whoever watches is not woken by the same said again.
+                    self.accepted.send_if_modified(|accepted| replace(accepted, report));
+                    let check = Duration::from_secs_f64(rand::random_range(CHECK));
+                    let _ = timeout(check, self.await_news()).await;
                     continue;
                 }
                 Ok(Err(error)) if is_unknown(&error) => return error,
@@ -132,4 +134,11 @@ pub(super) fn exit_node_id(netmap: Option<&Netmap>) -> String {
 pub(super) fn is_unknown(refusal: &ConnectError) -> bool {
     let ConnectError::Server { status, body } = refusal else { return false };
     *status == 404 || (*status == 400 && body.contains("not found"))
+}
+
+/// Stores `new` and says whether it was another.
+fn replace<T: PartialEq>(known: &mut T, new: T) -> bool {
+    let other = *known != new;
+    *known = new;
+    other
 }
