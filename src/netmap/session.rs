@@ -175,7 +175,7 @@ impl Session {
         }
         let Some(state) = &mut self.state else { return };
         if let Some(node) = node {
-            state.node = node;
+            state.set_node(node);
         }
         if message.peers.is_empty() {
             state.update_peers(message, clock);
@@ -195,16 +195,16 @@ impl Session {
                 tracked.peer = Arc::new(peer(&tracked.node, clock));
             }
         }
-        let exit_node = state.exit_node(&self.accept);
-        for tracked in state.peers.values() {
-            for (prefix, kind) in self.accept.served(&tracked.peer, exit_node) {
+        let view = state.view(&self.accept);
+        for (_, tracked) in state.shown(&view) {
+            for (prefix, kind) in self.accept.served(&tracked.peer, view.exit_node) {
                 // An exit node's would cover everything, and nothing could be told apart any more.
                 if kind != RouteKind::Exit {
                     Prefixes::add(&mut self.routed, prefix);
                 }
             }
         }
-        let mut netmap = state.netmap(&self.accept, Arc::clone(&self.routed), clock);
+        let mut netmap = state.netmap(&self.accept, &view, Arc::clone(&self.routed), clock);
         if self.awaits_full {
             Arc::make_mut(&mut netmap.self_node).expired = false;
         }

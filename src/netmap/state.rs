@@ -19,6 +19,8 @@ use crate::wire::tailcfg::node::Node;
 pub(super) struct State {
     /// Ourselves.
     pub(super) node: Node,
+    /// What [`lock::verdict`] says of ourselves, once somebody asked.
+    verdict: OnceLock<Result<Authorised, SignatureError>>,
     /// Everybody else.
     pub(super) peers: BTreeMap<NodeId, Tracked>,
     domain: String,
@@ -27,6 +29,15 @@ pub(super) struct State {
     health: Vec<String>,
     messages: BTreeMap<String, DisplayMessage>,
     lock: LockState,
+}
+
+/// What follows for a netmap from all peers together.
+#[derive(Debug)]
+pub(super) struct View {
+    /// The peers that the tailnet lock hides.
+    hidden: BTreeSet<NodeId>,
+    /// The peer whose routes to everything are used.
+    pub(super) exit_node: Option<NodeId>,
 }
 
 /// A peer in control's words and in ours.
@@ -50,6 +61,7 @@ impl State {
     pub(super) fn new(node: Node) -> Self {
         Self {
             node,
+            verdict: OnceLock::new(),
             peers: BTreeMap::new(),
             domain: String::new(),
             derp: Arc::default(),
@@ -58,6 +70,12 @@ impl State {
             messages: BTreeMap::new(),
             lock: LockState::default(),
         }
+    }
+
+    /// Control has described ourselves anew.
+    pub(super) fn set_node(&mut self, node: Node) {
+        self.node = node;
+        self.verdict = OnceLock::new();
     }
 
     /// Makes `nodes` the only peers. Those that are as before in `known` stay the same value.
@@ -152,29 +170,32 @@ impl State {
         Some(self.health.iter().cloned().chain(shown).collect())
     }
 
-    /// The peer whose routes to everything are used.
-    pub(super) fn exit_node(&self, accept: &Accept) -> Option<NodeId> {
+    /// Who is there, and whose routes to everything are used.
+    pub(super) fn view(&self, accept: &Accept) -> View {
         let ours = name(&self.node.name);
         let suffix = ours.split_once('.').map_or("", |(_, suffix)| suffix);
-        let hidden = self.hidden();
-        let shown = self.peers.iter().filter(|(id, _)| !hidden.contains(id));
-        accept.exit_node(shown.map(|(_, tracked)| &tracked.peer), suffix)
+        let hidden = if self.is_locked() { lock::hidden(&self.peers) } else { BTreeSet::new() };
+        let mut view = View { hidden, exit_node: None };
+        view.exit_node = accept.exit_node(self.shown(&view).map(|(_, tracked)| &tracked.peer), suffix);
+        view
     }
 
-    /// The peers that the tailnet lock hides.
-    fn hidden(&self) -> BTreeSet<NodeId> {
-        if self.is_locked() { lock::hidden(&self.peers) } else { BTreeSet::new() }
+    /// The peers that the tailnet lock does not hide.
+    pub(super) fn shown<'a>(&'a self, view: &'a View) -> impl Iterator<Item = (NodeId, &'a Tracked)> {
+        self.peers.iter().map(|(id, tracked)| (*id, tracked)).filter(|(id, _)| !view.hidden.contains(id))
     }
 
     fn is_locked(&self) -> bool {
         !self.lock.head.is_empty() && !self.lock.disabled
     }
 
+    fn is_locked_out(&self) -> bool {
+        self.is_locked() && self.verdict.get_or_init(|| lock::verdict(&self.node)).is_err()
+    }
+
     /// All of it as one netmap.
-    pub(super) fn netmap(&self, accept: &Accept, routed: Arc<Prefixes>, clock: Timestamp) -> Netmap {
-        let hidden = self.hidden();
-        let shown = || self.peers.iter().filter(|(id, _)| !hidden.contains(id));
-        let peers: BTreeMap<_, _> = shown().map(|(id, tracked)| (*id, Arc::clone(&tracked.peer))).collect();
+    pub(super) fn netmap(&self, accept: &Accept, view: &View, routed: Arc<Prefixes>, clock: Timestamp) -> Netmap {
+        let peers: BTreeMap<_, _> = self.shown(view).map(|(id, tracked)| (id, Arc::clone(&tracked.peer))).collect();
         let mut by_name = HashMap::new();
         let mut by_ip = HashMap::new();
         for (id, peer) in &peers {
@@ -183,20 +204,19 @@ impl State {
                 by_ip.entry(*ip).or_insert(*id);
             }
         }
-        let nodes = shown().map(|(_, tracked)| &tracked.node).chain([&self.node]);
-        let exit_node = self.exit_node(accept);
+        let nodes = self.shown(view).map(|(_, tracked)| &tracked.node).chain([&self.node]);
         Netmap {
             self_node: Arc::new(self_node(&self.node, clock)),
             index: Arc::new(Index { by_key: peers.values().map(|peer| (peer.key, peer.id)).collect(), by_ip, by_name }),
-            routes: Routes::new(peers.values(), accept, exit_node),
-            exit_node,
+            routes: Routes::new(peers.values(), accept, view.exit_node),
+            exit_node: view.exit_node,
             routed,
             peers: Arc::new(peers),
             domain: self.domain.clone(),
             derp: Arc::clone(&self.derp),
             dns: Arc::clone(&self.dns),
-            locked_out: self.is_locked() && lock::verdict(&self.node).is_err(),
-            unsigned_peers: hidden.len(),
+            locked_out: self.is_locked_out(),
+            unsigned_peers: view.hidden.len(),
             subdomain_hosts: Arc::new(nodes.filter(|node| has_subdomains(node)).map(|node| name(&node.name)).collect()),
         }
     }

@@ -236,7 +236,7 @@ fn a_tailnet_lock_hides_peers_until_they_are_signed() {
     let key = vectors::node(0x22);
     let peers =
         json!([node(2), with(node(3), json!({"Key": key})), with(node(4), json!({"UnsignedPeerAPIOnly": true}))]);
-    let (mut session, netmap) = started(peers);
+    let (mut session, netmap) = started(peers.clone());
     assert_eq!((ids(&netmap), netmap.unsigned_peers), (vec![2, 3, 4], 0));
     let netmap = apply(&mut session, json!({"TKAInfo": {"Head": "AAAA"}}));
     assert_eq!((ids(&netmap), netmap.unsigned_peers), (vec![4], 2));
@@ -247,6 +247,11 @@ fn a_tailnet_lock_hides_peers_until_they_are_signed() {
     assert_eq!((ids(&netmap), netmap.unsigned_peers), (vec![3, 4], 1));
     let netmap = apply(&mut session, json!({"TKAInfo": {"Head": "AAAA", "Disabled": true}}));
     assert_eq!(ids(&netmap), [2, 3, 4]);
+    // Where they were hidden from the beginning, they never had a route.
+    let first = json!({"Node": node(1), "Peers": peers, "TKAInfo": {"Head": "AAAA"}});
+    let netmap = apply(&mut Session::new(true), first);
+    let routed = |ip: &str| netmap.was_routed(ip.parse().unwrap());
+    assert_eq!((routed("100.64.0.3"), routed("100.64.0.4")), (false, true));
 }
 
 #[test]
