@@ -156,6 +156,7 @@ impl Association {
     /// # Errors
     /// [`Lost`], when it will not be sent.
     pub fn send(&mut self, target: &Target, octets: &[u8]) -> Result<(), Lost> {
+        self.catch_up();
         match self.targets.get_mut(target) {
             Some(Known::At(remote)) => {
                 let remote = *remote;
@@ -234,8 +235,16 @@ impl Association {
         self.targets.len() < TARGETS
     }
 
+    /// Sees to a netmap that nobody has looked at: no datagram goes by an older one.
+    fn catch_up(&mut self) {
+        if self.netmap.has_changed().unwrap_or(false) {
+            self.review();
+        }
+    }
+
     /// A target has been located, or not.
     fn settle(&mut self, target: Target, found: Result<Remote, DialError>) -> Option<Event> {
+        self.catch_up();
         // Whatever replaced the question has taken its datagrams along.
         let Some(Known::Asked(held)) = self.targets.remove(&target) else { return None };
         self.held -= held.iter().map(Vec::len).sum::<usize>();

@@ -6,6 +6,7 @@ use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
 use super::super::Config;
+use super::super::dial::bed::Tailnet;
 use super::super::target::{DirectRule, Host};
 use super::*;
 
@@ -29,6 +30,11 @@ fn to(peer: &UdpSocket) -> Target {
 
 fn public(port: u16) -> Target {
     Target { host: Host::Ip("192.0.2.1".parse().unwrap()), port }
+}
+
+/// Has the data plane go by a netmap, as its driver does.
+fn publish(association: &Association, netmap: Arc<Netmap>) {
+    association.node.core.borrow_mut().handle_netmap(netmap, std::time::Instant::now());
 }
 
 /// Lets the association work until `done` has happened.
@@ -223,4 +229,17 @@ async fn longest_datagram_goes_and_a_longer_one_is_told() {
     association.send(&to(&peer), &longest).unwrap();
     assert_eq!(arrives(&mut association, &peer).await.0, longest);
     assert_eq!(association.send(&to(&peer), &[7; 65_508]), Err(Lost::TooLong));
+}
+
+#[tokio::test(flavor = "local")]
+async fn nothing_goes_outside_once_a_route_covers_the_address() {
+    let (mut association, peer) = (association(9), peer().await);
+    association.send(&to(&peer), b"x").unwrap();
+    arrives(&mut association, &peer).await;
+    publish(&association, Tailnet::new().map(&[], &["127.0.0.0/8"], &[]));
+    association.send(&to(&peer), b"for the tailnet").unwrap();
+    until(&mut association, tokio::time::sleep(Duration::from_millis(20))).await;
+    assert_eq!(peer.try_recv(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    assert!(association.mappings.keys().all(|remote| matches!(remote, Remote::Tunnel(_))));
+    assert_eq!(association.mappings(), 1);
 }

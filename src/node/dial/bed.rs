@@ -10,31 +10,31 @@ use crate::netmap::Netmap;
 use crate::netmap::session::Session;
 
 /// The connector's address.
-pub(super) const CONNECTOR: &str = "100.64.0.2";
+pub(in crate::node) const CONNECTOR: &str = "100.64.0.2";
 
 /// A tailnet of ours: we have both families.
-pub(super) struct Tailnet {
+pub(in crate::node) struct Tailnet {
     session: Session,
     own: Vec<&'static str>,
 }
 
 impl Tailnet {
-    pub(super) fn new() -> Self {
+    pub(in crate::node) fn new() -> Self {
         Self { session: Session::new(true), own: vec!["100.64.0.1/32", "fd7a:115c:a1e0::1/128"] }
     }
 
     /// The same with `exit` as exit node.
-    pub(super) fn exiting() -> Self {
+    pub(in crate::node) fn exiting() -> Self {
         Self { session: Session::new(true).with_exit_node("exit".to_owned()), ..Self::new() }
     }
 
     /// The same for a node without IPv6.
-    pub(super) fn v4() -> Self {
+    pub(in crate::node) fn v4() -> Self {
         Self { own: vec!["100.64.0.1/32"], ..Self::new() }
     }
 
     /// The netmap in which the connector, the router and the exit node route so.
-    pub(super) fn map(&mut self, connector: &[&str], router: &[&str], exit: &[&str]) -> Arc<Netmap> {
+    pub(in crate::node) fn map(&mut self, connector: &[&str], router: &[&str], exit: &[&str]) -> Arc<Netmap> {
         self.peers(&[
             peer(2, "connector", connector, &json!({ "Hostinfo": { "AppConnector": true } })),
             peer(3, "router", router, &json!({})),
@@ -43,7 +43,7 @@ impl Tailnet {
     }
 
     /// The netmap with these peers.
-    pub(super) fn peers(&mut self, peers: &[Value]) -> Arc<Netmap> {
+    pub(in crate::node) fn peers(&mut self, peers: &[Value]) -> Arc<Netmap> {
         self.session.restart();
         let key = format!("nodekey:{}", "11".repeat(32));
         let node = json!({ "ID": 1, "Name": "me.tb.example.", "Key": key, "Addresses": self.own });
@@ -53,7 +53,7 @@ impl Tailnet {
 }
 
 /// A peer with 100.64.0.ID, and further fields.
-pub(super) fn peer(id: u8, name: &str, routes: &[&str], fields: &Value) -> Value {
+pub(in crate::node) fn peer(id: u8, name: &str, routes: &[&str], fields: &Value) -> Value {
     let address = format!("100.64.0.{id}/32");
     let allowed: Vec<&str> = routes.iter().copied().chain([address.as_str()]).collect();
     let mut peer = json!({
@@ -67,6 +67,6 @@ pub(super) fn peer(id: u8, name: &str, routes: &[&str], fields: &Value) -> Value
 }
 
 /// Addresses from their texts.
-pub(super) fn ips(texts: &[&str]) -> Vec<IpAddr> {
+pub(in crate::node) fn ips(texts: &[&str]) -> Vec<IpAddr> {
     texts.iter().map(|text| text.parse().unwrap()).collect()
 }

@@ -1,7 +1,7 @@
 //! From a target to a stream: who decides its name, whether a route covers it, and the connection itself.
 
 #[cfg(test)]
-mod bed;
+pub(super) mod bed;
 mod connect;
 mod route;
 mod wait;
