@@ -14,7 +14,8 @@ use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, oneshot};
 
 use super::core::Shared;
-use super::tunnel::{ConnectFailure, TunnelDatagrams, TunnelStream};
+use super::tunnel::flow::{TunnelDatagrams, Unopened};
+use super::tunnel::{ConnectFailure, TunnelStream};
 
 /// Octets between the two ends of a bridged connection.
 const PIPE: usize = 64 << 10;
@@ -24,7 +25,7 @@ const DATAGRAMS: usize = 16;
 /// What the control thread asks of the data thread.
 enum Request {
     Tcp(SocketAddr, Duration, oneshot::Sender<Result<DuplexStream, ConnectFailure>>),
-    Udp(SocketAddr, oneshot::Sender<Result<Datagrams, ConnectFailure>>),
+    Udp(SocketAddr, oneshot::Sender<Result<Datagrams, Unopened>>),
 }
 
 /// The control thread's end.
@@ -56,7 +57,7 @@ impl Tunnel {
     pub(super) async fn open_udp(&self, remote: SocketAddr) -> io::Result<Datagrams> {
         let (reply, answer) = oneshot::channel();
         self.ask(Request::Udp(remote, reply)).await?;
-        answer.await.map_err(stopped)?.map_err(|failure| failed(remote, failure))
+        answer.await.map_err(stopped)?.map_err(|unopened| failed(remote, unopened.into()))
     }
 
     async fn ask(&self, request: Request) -> io::Result<()> {
@@ -109,7 +110,7 @@ async fn serve(core: Shared, request: Request) {
 async fn carry_datagrams(
     flow: TunnelDatagrams,
     remote: SocketAddr,
-    reply: oneshot::Sender<Result<Datagrams, ConnectFailure>>,
+    reply: oneshot::Sender<Result<Datagrams, Unopened>>,
 ) {
     let (outgoing, mut from_resolver) = mpsc::channel::<Vec<u8>>(DATAGRAMS);
     let (to_resolver, incoming) = mpsc::channel(DATAGRAMS);

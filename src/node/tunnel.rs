@@ -1,10 +1,11 @@
-//! A TCP connection or a UDP flow inside the tunnel, as the data thread sees it.
+//! A TCP connection inside the tunnel, as the data thread sees it.
+
+pub(super) mod flow;
 
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -13,9 +14,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use self::flow::Unopened;
 use super::core::Shared;
 use super::stream::Spliced;
-use crate::netstack::{self, FlowId, OpenError};
+use crate::netstack::FlowId;
 use crate::wire::tsmp::Reason;
 
 /// Octets that one direction may carry before other tasks have their turn.
@@ -53,11 +55,12 @@ pub(super) enum ConnectFailure {
     Unanswered,
 }
 
-impl From<OpenError> for ConnectFailure {
-    fn from(error: OpenError) -> Self {
-        match error {
-            OpenError::PortsExhausted => Self::Ports,
-            OpenError::Memory(_) => Self::Memory,
+impl From<Unopened> for ConnectFailure {
+    fn from(unopened: Unopened) -> Self {
+        match unopened {
+            Unopened::Family => Self::Family,
+            Unopened::Ports => Self::Ports,
+            Unopened::Memory => Self::Memory,
         }
     }
 }
@@ -70,7 +73,8 @@ pub struct TunnelStream {
 impl TunnelStream {
     /// Connects to `remote`, within `limit`.
     pub(super) async fn connect(core: &Shared, remote: SocketAddr, limit: Duration) -> Result<Self, ConnectFailure> {
-        let id = core.borrow_mut().connect(remote, Instant::now())?.ok_or(ConnectFailure::Family)?;
+        let id =
+            core.borrow_mut().connect(remote, Instant::now()).map_err(Unopened::from)?.ok_or(ConnectFailure::Family)?;
         let handle = Handle { core: core.clone(), id };
         let rejected = core.borrow().peer_changed.clone();
         let established = async {
@@ -336,60 +340,5 @@ impl AsyncWrite for TunnelStream {
         self.with(|socket| socket.close());
         self.pump();
         Poll::Ready(Ok(()))
-    }
-}
-
-/// Why a datagram was not sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Unsent {
-    /// It is longer than a packet inside the tunnel may be, and nothing is fragmented there.
-    TooLong,
-    /// The flow's ring is full, or the flow is gone.
-    NoRoom,
-}
-
-/// A UDP flow inside the tunnel.
-#[derive(Clone)]
-pub(super) struct TunnelDatagrams {
-    handle: Rc<Handle>,
-}
-
-impl TunnelDatagrams {
-    /// Opens a flow to `remote`.
-    pub(super) fn open(core: &Shared, remote: SocketAddr) -> Result<Self, ConnectFailure> {
-        let id = core.borrow_mut().open_udp(remote)?.ok_or(ConnectFailure::Family)?;
-        Ok(Self { handle: Rc::new(Handle { core: core.clone(), id }) })
-    }
-
-    /// Sends one datagram. It may still be lost further on, as datagrams are.
-    pub(super) fn send(&self, octets: &[u8]) -> Result<(), Unsent> {
-        let mut core = self.handle.core.borrow_mut();
-        let Some((_, remote)) = core.netstack().addresses_of(self.handle.id) else { return Err(Unsent::NoRoom) };
-        if octets.len() > netstack::datagram_limit(remote.ip()) {
-            return Err(Unsent::TooLong);
-        }
-        let to = smoltcp::wire::IpEndpoint::new(remote.ip().into(), remote.port());
-        let sent = core.netstack().with_udp(self.handle.id, |socket| socket.send_slice(octets, to));
-        core.touch(self.handle.id, Instant::now());
-        match sent {
-            Some(Ok(())) => Ok(()),
-            Some(Err(_)) | None => Err(Unsent::NoRoom),
-        }
-    }
-
-    /// The next datagram.
-    pub(super) async fn recv(&self) -> io::Result<Vec<u8>> {
-        poll_fn(|cx| {
-            let received = self.handle.core.borrow_mut().netstack().with_udp(self.handle.id, |socket| {
-                socket.register_recv_waker(cx.waker());
-                socket.recv().ok().map(|(octets, _)| octets.to_vec())
-            });
-            match received {
-                Some(Some(octets)) => Poll::Ready(Ok(octets)),
-                Some(None) => Poll::Pending,
-                None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
-            }
-        })
-        .await
     }
 }

@@ -14,7 +14,7 @@ use tracing::debug;
 use super::core::Shared;
 use super::datagrams::Lost;
 use super::dial::{DialError, DirectError, Exhausted, RouteError, is_public};
-use super::tunnel::{ConnectFailure, TunnelDatagrams, Unsent};
+use super::tunnel::flow::{TunnelDatagrams, Unopened, Unsent};
 use crate::netmap::Netmap;
 
 /// The longest datagram that IP carries.
@@ -65,7 +65,7 @@ impl Way {
     pub(super) fn open(core: &Shared, remote: Remote) -> Result<Self, DialError> {
         match remote {
             Remote::Tunnel(address) => {
-                TunnelDatagrams::open(core, address).map(Self::Tunnel).map_err(|failure| unopened(failure, address))
+                TunnelDatagrams::open(core, address).map(Self::Tunnel).map_err(|why| unopened(why, address))
             }
             Remote::Outside(address) => match outside(address) {
                 Ok(socket) => Ok(Self::Outside(Rc::new(socket))),
@@ -97,17 +97,14 @@ fn send_outside(socket: &UdpSocket, octets: &[u8]) -> Result<(), Lost> {
     }
 }
 
-fn unopened(failure: ConnectFailure, address: SocketAddr) -> DialError {
-    match failure {
-        ConnectFailure::Family => {
+fn unopened(why: Unopened, address: SocketAddr) -> DialError {
+    match why {
+        Unopened::Family => {
             let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
             RouteError::Family { address: address.ip(), family }.into()
         }
-        ConnectFailure::Ports => Exhausted::Ports { address }.into(),
-        ConnectFailure::Memory => Exhausted::Memory.into(),
-        ConnectFailure::Refused | ConnectFailure::Rejected(_) | ConnectFailure::Unanswered => {
-            unreachable!("a UDP flow asks nobody when it is opened")
-        }
+        Unopened::Ports => Exhausted::Ports { address }.into(),
+        Unopened::Memory => Exhausted::Memory.into(),
     }
 }
 
