@@ -90,7 +90,8 @@ impl Netstack {
         }
     }
 
-    /// Takes over the node's addresses. Flows from an address that is gone end.
+    /// Takes over the node's addresses. Flows from an address that is gone keep it until their owners let go of them,
+    /// or their timeouts end them.
     pub fn set_addresses(&mut self, addresses: &[IpAddr]) {
         addresses.clone_into(&mut self.addresses);
         self.list_addresses(None);
@@ -257,6 +258,10 @@ impl Netstack {
         self.removed.push_back(flow.key);
         if let Some(due) = flow.due {
             self.timers.remove(&(due, id));
+        }
+        let local = flow.key.local.ip();
+        if !self.addresses.contains(&local) && !self.by_key.keys().any(|key| key.local.ip() == local) {
+            self.list_addresses(None);
         }
     }
 

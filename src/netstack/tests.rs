@@ -263,3 +263,18 @@ fn a_flow_from_an_address_that_only_its_peer_knows_us_by_is_answered() {
     }
     assert_eq!(world.stack.flow_count(), 0);
 }
+
+#[test]
+fn address_that_is_not_the_nodes_is_ours_as_long_as_a_flow_uses_it() {
+    let mut stack = World::new(0).stack;
+    let now = Instant::now();
+    let masked: IpAddr = "100.99.0.1".parse().unwrap();
+    let flows = [0; 2].map(|_| stack.open_udp(masked, THEIRS.parse().unwrap()).unwrap());
+    for (id, used) in flows.into_iter().zip([true, false]) {
+        assert!(stack.iface.has_ip_addr(masked));
+        stack.release(id);
+        stack.egress(now, &mut |_| {});
+        assert_eq!(stack.iface.has_ip_addr(masked), used);
+    }
+    assert!(stack.iface.has_ip_addr(OURS.parse::<IpAddr>().unwrap()));
+}
