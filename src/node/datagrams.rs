@@ -3,10 +3,12 @@
 //! Each target is located once, as a TCP connection to it would be: the same names, the same routes, the same refusals,
 //! and no other way out of the tailnet. Until that is done its datagrams are held, few and for no longer than a dial
 //! may take. From then on a mapping carries them, one for each remote address, as long as datagrams go either way. Every
-//! new netmap is held against the mappings: what it no longer routes ends.
+//! new netmap is held against the mappings: what it routes otherwise, or not at all, ends and is located anew.
 //!
 //! A reply carries the address that it came from, also where the client named a name (RFC 1928, 7, knows no other way to
 //! say which of several hosts has answered).
+
+mod review;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -22,8 +24,8 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
-use super::dial::{self, DialError, Place, Target};
-use super::way::{Remote, Way, receive};
+use super::dial::{self, DialError, Place, RouteError, Target};
+use super::way::{Remote, Road, Way, receive};
 use super::{Inner, Node, direct};
 use crate::netmap::Netmap;
 
@@ -82,7 +84,7 @@ pub enum Event {
         /// What it says.
         octets: Vec<u8>,
     },
-    /// A target gets no datagrams for now. Told once in five seconds for each target.
+    /// A target gets no datagrams for now.
     Failed {
         /// What the client asked for.
         target: Target,
@@ -90,23 +92,44 @@ pub enum Event {
         error: DatagramError,
         /// The datagrams that were held for it.
         lost: usize,
+        /// Whether a failure of this target has been told in the last five seconds already.
+        told: bool,
     },
 }
 
 /// What is known of a target.
 enum Known {
-    /// It is being located; these datagrams wait.
-    Asked(Vec<Vec<u8>>),
+    /// It is being located.
+    Asked {
+        /// These datagrams wait.
+        held: Vec<Vec<u8>>,
+        /// When its last refusal was told.
+        told: Option<Instant>,
+    },
     /// A mapping carries its datagrams there.
     At(Remote),
-    /// It was refused, and is so until then.
-    Refused(Instant),
+    /// It was refused.
+    Refused {
+        /// When that was told: it is not told again for [`REFUSED`].
+        told: Instant,
+        /// Whether it stays so for as long, without being looked at again.
+        stands: bool,
+    },
+}
+
+impl Known {
+    /// Whether a refusal can be forgotten.
+    fn is_over(&self, now: Instant) -> bool {
+        matches!(self, Self::Refused { told, .. } if now >= *told + REFUSED)
+    }
 }
 
 struct Mapping {
     way: Way,
     /// The targets that it was opened or used for, where it leads outside.
     noted: HashSet<Target>,
+    /// What made it; nothing outside the tailnet.
+    road: Option<Road>,
     /// When a datagram last went either way.
     used: Instant,
     receiver: AbortOnDropHandle<()>,
@@ -119,6 +142,8 @@ type Located = (Target, Result<Remote, DialError>);
 pub struct Association {
     node: Rc<Inner>,
     netmap: watch::Receiver<Option<Arc<Netmap>>>,
+    /// The netmap that everything here was last held against.
+    reviewed: Option<Arc<Netmap>>,
     targets: HashMap<Target, Known>,
     mappings: HashMap<Remote, Mapping>,
     /// What all associations together may have.
@@ -135,9 +160,12 @@ impl Node {
     /// An association for a client. Each of its mappings takes a permit of `budget`, which all associations share.
     pub fn associate(&self, budget: Arc<Semaphore>) -> Association {
         let (arriving, arrivals) = mpsc::channel(ARRIVALS);
+        let mut netmap = self.inner.netmap.clone();
+        let reviewed = netmap.borrow_and_update().clone();
         Association {
             node: Rc::clone(&self.inner),
-            netmap: self.inner.netmap.clone(),
+            netmap,
+            reviewed,
             targets: HashMap::new(),
             mappings: HashMap::new(),
             budget,
@@ -162,10 +190,10 @@ impl Association {
                 let remote = *remote;
                 match self.forward(remote, octets) {
                     Some(sent) => sent,
-                    None => self.ask(target, octets),
+                    None => self.ask(target, octets, None),
                 }
             }
-            Some(Known::Asked(held)) => {
+            Some(Known::Asked { held, .. }) => {
                 if held.len() >= HELD_DATAGRAMS || self.held + octets.len() > HELD_OCTETS {
                     return Err(Lost::Held);
                 }
@@ -173,8 +201,14 @@ impl Association {
                 held.push(octets.to_vec());
                 Ok(())
             }
-            Some(Known::Refused(until)) if Instant::now() < *until => Err(Lost::Refused),
-            Some(Known::Refused(_)) | None => self.ask(target, octets),
+            Some(Known::Refused { told, stands }) => {
+                let told = *told;
+                if *stands && Instant::now() < told + REFUSED {
+                    return Err(Lost::Refused);
+                }
+                self.ask(target, octets, Some(told))
+            }
+            None => self.ask(target, octets, None),
         }
     }
 
@@ -185,8 +219,8 @@ impl Association {
 
     /// Refuses `target` for a while, for a reason of the caller's own.
     pub fn refuse(&mut self, target: Target) {
-        if self.has_room() {
-            self.targets.insert(target, Known::Refused(Instant::now() + REFUSED));
+        if self.has_room_for(&target) {
+            self.targets.insert(target, Known::Refused { told: Instant::now(), stands: true });
         }
     }
 
@@ -196,7 +230,10 @@ impl Association {
             let event = tokio::select! {
                 Some((target, found)) = self.locating.next() => self.settle(target, found),
                 Some((remote, octets)) = self.arrivals.recv() => self.arrived(remote, octets),
-                Ok(()) = self.netmap.changed() => self.review(),
+                Ok(()) = self.netmap.changed() => {
+                    self.review();
+                    None
+                }
                 () = sleep_until(self.sweep_at) => self.sweep(),
             };
             if let Some(event) = event {
@@ -210,14 +247,13 @@ impl Association {
         self.mappings.len()
     }
 
-    /// Has a target located, and holds its first datagram meanwhile.
-    fn ask(&mut self, target: &Target, octets: &[u8]) -> Result<(), Lost> {
-        self.targets.remove(target);
-        if self.locating.len() >= LOCATING || self.held + octets.len() > HELD_OCTETS || !self.has_room() {
+    /// Has a target located, and holds its first datagram meanwhile. `told`: when its last refusal was.
+    fn ask(&mut self, target: &Target, octets: &[u8], told: Option<Instant>) -> Result<(), Lost> {
+        if self.locating.len() >= LOCATING || self.held + octets.len() > HELD_OCTETS || !self.has_room_for(target) {
             return Err(Lost::Held);
         }
         self.held += octets.len();
-        self.targets.insert(target.clone(), Known::Asked(vec![octets.to_vec()]));
+        self.targets.insert(target.clone(), Known::Asked { held: vec![octets.to_vec()], told });
         let (node, target) = (Rc::clone(&self.node), target.clone());
         self.locating.push(Box::pin(async move {
             let found = locate(&node, &target).await;
@@ -226,27 +262,23 @@ impl Association {
         Ok(())
     }
 
-    /// Whether one more target can be remembered, once those have been forgotten that need not be.
-    fn has_room(&mut self) -> bool {
+    /// Whether `target` can be remembered, once those have been forgotten that need not be.
+    fn has_room_for(&mut self, target: &Target) -> bool {
+        if self.targets.contains_key(target) {
+            return true;
+        }
         if self.targets.len() >= TARGETS {
             let now = Instant::now();
-            self.targets.retain(|_, known| !matches!(known, Known::Refused(until) if *until <= now));
+            self.targets.retain(|_, known| !known.is_over(now));
         }
         self.targets.len() < TARGETS
-    }
-
-    /// Sees to a netmap that nobody has looked at: no datagram goes by an older one.
-    fn catch_up(&mut self) {
-        if self.netmap.has_changed().unwrap_or(false) {
-            self.review();
-        }
     }
 
     /// A target has been located, or not.
     fn settle(&mut self, target: Target, found: Result<Remote, DialError>) -> Option<Event> {
         self.catch_up();
         // Whatever replaced the question has taken its datagrams along.
-        let Some(Known::Asked(held)) = self.targets.remove(&target) else { return None };
+        let Some(Known::Asked { held, told }) = self.targets.remove(&target) else { return None };
         self.held -= held.iter().map(Vec::len).sum::<usize>();
         match found.map_err(DatagramError::from).and_then(|remote| self.map(remote).map(|()| remote)) {
             Ok(remote) => {
@@ -259,8 +291,10 @@ impl Association {
                 None
             }
             Err(error) => {
-                self.targets.insert(target.clone(), Known::Refused(Instant::now() + REFUSED));
-                Some(Event::Failed { target, error, lost: held.len() })
+                let now = Instant::now();
+                let last = told.filter(|told| now < *told + REFUSED);
+                self.targets.insert(target.clone(), Known::Refused { told: last.unwrap_or(now), stands: true });
+                Some(Event::Failed { target, error, lost: held.len(), told: last.is_some() })
             }
         }
     }
@@ -292,13 +326,21 @@ impl Association {
             permit = Arc::clone(&self.budget).try_acquire_owned();
         }
         let permit = permit.map_err(|_| DatagramError::Mappings)?;
+        let road = self.road_to(remote)?;
         let way = Way::open(&self.node.core, remote)?;
         let receiver = tokio::task::spawn_local(receive(way.clone(), remote, self.arriving.clone()));
         let receiver = AbortOnDropHandle::new(receiver);
-        let mapping = Mapping { way, noted: HashSet::new(), used: Instant::now(), receiver, _permit: permit };
+        let mapping = Mapping { way, road, noted: HashSet::new(), used: Instant::now(), receiver, _permit: permit };
         self.mappings.insert(remote, mapping);
         debug!(mappings = self.mappings.len(), "mapping opened");
         Ok(())
+    }
+
+    /// What makes a mapping to `remote`, by the newest netmap, in which it has just been located.
+    fn road_to(&self, remote: Remote) -> Result<Option<Road>, DialError> {
+        let Remote::Tunnel(address) = remote else { return Ok(None) };
+        let road = self.reviewed.as_deref().and_then(|netmap| Road::to(netmap, address.ip()));
+        road.map(Some).ok_or_else(|| RouteError::Withdrawn { address: address.ip() }.into())
     }
 
     /// Closes the mapping that was silent for longest.
@@ -324,22 +366,12 @@ impl Association {
         Some(Event::Received { source: remote.address(), octets })
     }
 
-    /// Holds all mappings against a new netmap. Refusals end, since a route may have come, and so does what was
-    /// decided about the outside: the tailnet may know the name now.
-    fn review(&mut self) -> Option<Event> {
-        let netmap = self.netmap.borrow_and_update().clone()?;
-        self.mappings.retain(|remote, _| remote.stands(&netmap));
-        self.targets.retain(|_, known| !matches!(known, Known::Refused(_) | Known::At(Remote::Outside(_))));
-        self.forget_unmapped();
-        None
-    }
-
     /// Closes what is idle.
     fn sweep(&mut self) -> Option<Event> {
         let now = Instant::now();
         self.sweep_at = now + SWEEP;
         self.mappings.retain(|_, mapping| now - mapping.used < IDLE && !mapping.receiver.is_finished());
-        self.targets.retain(|_, known| !matches!(known, Known::Refused(until) if *until <= now));
+        self.targets.retain(|_, known| !known.is_over(now));
         self.forget_unmapped();
         None
     }
@@ -348,28 +380,33 @@ impl Association {
         let mappings = &self.mappings;
         self.targets.retain(|_, known| match known {
             Known::At(remote) => mappings.contains_key(remote),
-            Known::Asked(_) | Known::Refused(_) => true,
+            Known::Asked { .. } | Known::Refused { .. } => true,
         });
     }
 }
 
 /// Where datagrams to `target` go, by the rules of a dial, and once the node is in as for a dial.
 async fn locate(node: &Inner, target: &Target) -> Result<Remote, DialError> {
-    let netmap = dial::joined(node).await?;
+    let mut netmap = dial::joined(node).await?;
     let deadline = std::time::Instant::now() + node.config.dial_timeout;
-    let outside = match dial::locate(node, netmap, target, deadline).await? {
-        Place::Tunnel(_, addresses) => {
-            let first = addresses.first().expect("a place in the tunnel has at least one address");
-            return Ok(Remote::Tunnel(SocketAddr::new(*first, target.port)));
+    loop {
+        let outside = match dial::locate(node, netmap, target, deadline).await? {
+            Place::Tunnel(_, addresses) => {
+                let first = addresses.first().expect("a place in the tunnel has at least one address");
+                return Ok(Remote::Tunnel(SocketAddr::new(*first, target.port)));
+            }
+            Place::Outside(netmap) => netmap,
+        };
+        let found = direct::addresses(target, deadline).await?;
+        // The newest netmap counts: a route may have come, or the name into the tailnet, while the name was asked.
+        netmap = node.netmap.borrow().clone().unwrap_or(outside);
+        if dial::is_outside(node, &netmap, &target.host)? {
+            let mut address =
+                found.into_iter().map(|address| SocketAddr::new(address.ip().to_canonical(), address.port()));
+            let public = address.find(|address| dial::is_public(&netmap, address.ip()));
+            return public.map(Remote::Outside).ok_or_else(|| DialError::Public { host: target.host.clone() });
         }
-        Place::Outside(netmap) => netmap,
-    };
-    let found = direct::addresses(target, deadline).await?;
-    // The newest netmap counts: a route may have come while the name was asked.
-    let netmap = node.netmap.borrow().clone().unwrap_or(outside);
-    let address = found.into_iter().map(|address| SocketAddr::new(address.ip().to_canonical(), address.port()));
-    let public = address.map(Remote::Outside).find(|remote| remote.stands(&netmap));
-    public.ok_or_else(|| DialError::Public { host: target.host.clone() })
+    }
 }
 
 #[cfg(test)]

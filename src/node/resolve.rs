@@ -137,6 +137,15 @@ impl Resolvers {
         })
     }
 
+    /// Whether the same decide `name` in two netmaps, and as whatever it may stand for.
+    pub(super) fn decided_alike(&self, one: &Netmap, other: &Netmap, name: &str) -> bool {
+        let decisions = |netmap: &Netmap| {
+            let names = dns::candidates(netmap, name).ok()?;
+            Some(names.into_iter().map(|name| (self.decide(netmap, &name).ok(), name)).collect::<Vec<_>>())
+        };
+        decisions(one) == decisions(other)
+    }
+
     /// Who decides a name, by the settings that count.
     fn decide(&self, netmap: &Netmap, name: &str) -> Result<Decision, ResolveError> {
         let decision = decide(netmap, name).map_err(|error| ResolveError::BadName { detail: error.to_string() })?;

@@ -13,9 +13,9 @@ use tracing::debug;
 
 use super::core::Shared;
 use super::datagrams::Lost;
-use super::dial::{DialError, DirectError, Exhausted, RouteError, is_public};
+use super::dial::{DialError, DirectError, Exhausted, RouteError};
 use super::tunnel::flow::{TunnelDatagrams, Unopened, Unsent};
-use crate::netmap::Netmap;
+use crate::netmap::{Netmap, NodeId, RouteKind};
 
 /// The longest datagram that IP carries.
 const LONGEST: usize = 65_535;
@@ -41,14 +41,24 @@ impl Remote {
             Self::Tunnel(address) | Self::Outside(address) => address,
         }
     }
+}
 
-    /// Whether `netmap` still permits it: a route covers what goes through the tunnel, and none, now or ever in this
-    /// run, what goes outside.
-    pub(super) fn stands(self, netmap: &Netmap) -> bool {
-        match self {
-            Self::Tunnel(address) => netmap.route(address.ip()).is_some(),
-            Self::Outside(address) => is_public(netmap, address.ip()),
-        }
+/// How packets to an address travel: what makes a flow to it the right one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Road {
+    /// Where they leave from.
+    source: IpAddr,
+    /// Who gets them.
+    peer: NodeId,
+    /// As what.
+    kind: RouteKind,
+}
+
+impl Road {
+    /// The road to `ip`; `None` where no route covers it, or where we have no address of its family.
+    pub(super) fn to(netmap: &Netmap, ip: IpAddr) -> Option<Self> {
+        let route = netmap.route(ip)?;
+        Some(Self { source: netmap.source_for(ip)?, peer: route.peer.id, kind: route.kind })
     }
 }
 

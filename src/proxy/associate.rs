@@ -178,7 +178,13 @@ impl Relay<'_> {
     fn inward(&mut self, event: Event) {
         let (source, octets) = match event {
             Event::Received { source, octets } => (source, octets),
-            Event::Failed { target, error, lost } => return self.failed(&target, &error, lost),
+            Event::Failed { target, error, lost, told } => {
+                *self.counted.datagrams.dropped.entry(Dropped::Unsent(Lost::Refused)).or_default() += lost as u64;
+                if !told {
+                    self.failed(&target, &error);
+                }
+                return;
+            }
         };
         // Nothing is received before something was sent, so the client is known.
         let Some(client) = self.client else { return };
@@ -195,7 +201,7 @@ impl Relay<'_> {
         self.counted.received += octets.len() as u64;
     }
 
-    fn failed(&mut self, target: &Target, error: &DatagramError, lost: usize) {
+    fn failed(&self, target: &Target, error: &DatagramError) {
         let fault = match error {
             DatagramError::Dial(error) => Fault::from(error),
             DatagramError::Mappings => {
@@ -204,8 +210,6 @@ impl Relay<'_> {
             }
         };
         self.proxy.note(&fault, Some(target));
-        let refused = Dropped::Unsent(Lost::Refused);
-        *self.counted.datagrams.dropped.entry(refused).or_default() += lost as u64;
     }
 
     /// Adds to the counters what has been carried, now and then.

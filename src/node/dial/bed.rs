@@ -44,10 +44,15 @@ impl Tailnet {
 
     /// The netmap with these peers.
     pub(in crate::node) fn peers(&mut self, peers: &[Value]) -> Arc<Netmap> {
+        self.with_dns(peers, &json!({}))
+    }
+
+    /// The netmap with these peers and DNS settings.
+    pub(in crate::node) fn with_dns(&mut self, peers: &[Value], dns: &Value) -> Arc<Netmap> {
         self.session.restart();
         let key = format!("nodekey:{}", "11".repeat(32));
         let node = json!({ "ID": 1, "Name": "me.tb.example.", "Key": key, "Addresses": self.own });
-        let message = serde_json::from_value(json!({ "Node": node, "Peers": peers })).unwrap();
+        let message = serde_json::from_value(json!({ "Node": node, "Peers": peers, "DNSConfig": dns })).unwrap();
         self.session.apply(message, Timestamp::UNIX_EPOCH).unwrap().netmap.unwrap()
     }
 }

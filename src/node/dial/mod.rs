@@ -95,7 +95,7 @@ pub(super) fn note_outside(node: &Inner, target: &Target) {
 
 /// Whether nobody in the tailnet knows `host`: only then may a rule let it out. What the tailnet names, routes or has
 /// once routed is never dialled outside, whatever the rules say. A rule is narrower than an exit node, though.
-fn is_outside(node: &Inner, netmap: &Netmap, host: &Host) -> Result<bool, DialError> {
+pub(super) fn is_outside(node: &Inner, netmap: &Netmap, host: &Host) -> Result<bool, DialError> {
     match host {
         Host::Ip(ip) => Ok(is_public(netmap, ip.to_canonical())),
         Host::Name(name) => node.resolvers.is_outside(netmap, name),
