@@ -1,8 +1,10 @@
-//! Whose resolvers count while an exit node is used: what leaves by it is also named by it.
+//! Whose resolvers are the default while an exit node is used: what leaves by it is also named by it.
 //!
-//! An exit node that answers names replaces the default resolvers, and of all others only those stay that control marks
-//! as meant for exit nodes; a suffix without resolvers stays without. Where the exit node answers none, everything stays
-//! as it is, and the fallback resolvers are the default where no other is named.
+//! An exit node that answers names replaces the default resolvers, but for those that control marks as meant for exit
+//! nodes. Where it answers none, the settings stay, and the fallback resolvers are the default where no other is named.
+//! A suffix that the tailnet claims keeps all its resolvers either way. Tailscale's client gives those up that are not
+//! marked and has the exit node answer for the suffix; that would tell a private name to a stranger to it, dial a
+//! connector's name past its connector, and make a name of the tailnet's one that a rule of the user's may let out.
 //! Source: Tailscale, ipn/ipnlocal/node_backend.go, `dnsConfigForNetmap`, `exitNodeCanProxyDNS`.
 
 use crate::netmap::{Netmap, Peer};
@@ -28,24 +30,11 @@ fn proxy(netmap: &Netmap) -> Option<Resolver> {
 pub(super) fn defaults(netmap: &Netmap) -> Vec<Resolver> {
     let dns = &netmap.dns;
     if let Some(proxy) = proxy(netmap) {
-        let meant = with_exit_node(&dns.resolvers);
+        let meant: Vec<_> = dns.resolvers.iter().filter(|resolver| resolver.use_with_exit_node).cloned().collect();
         return if meant.is_empty() { vec![proxy] } else { meant };
     }
     let Some(peer) = exit_node(netmap).filter(|_| dns.resolvers.is_empty()) else { return dns.resolvers.clone() };
     if peer.exit_dns.is_empty() { dns.fallback_resolvers.clone() } else { peer.exit_dns.clone() }
-}
-
-/// The resolvers of a suffix that the tailnet routes.
-pub(super) fn routed(netmap: &Netmap, suffix: &str) -> Option<Vec<Resolver>> {
-    let resolvers = netmap.dns.routes.get(suffix)?;
-    if resolvers.is_empty() || proxy(netmap).is_none() {
-        return Some(resolvers.clone());
-    }
-    Some(with_exit_node(resolvers)).filter(|meant| !meant.is_empty())
-}
-
-fn with_exit_node(resolvers: &[Resolver]) -> Vec<Resolver> {
-    resolvers.iter().filter(|resolver| resolver.use_with_exit_node).cloned().collect()
 }
 
 #[cfg(test)]
@@ -55,6 +44,7 @@ mod tests {
     use jiff::Timestamp;
     use serde_json::{Value, json};
 
+    use super::super::{Decision, ResolverAddr, decide};
     use super::*;
     use crate::netmap::session::Session;
 
@@ -81,16 +71,24 @@ mod tests {
     }
 
     #[test]
-    fn an_exit_node_that_answers_names_is_the_default_and_only_what_is_meant_for_it_stays() {
+    fn an_exit_node_that_answers_names_is_the_default_and_what_the_tailnet_claims_stays_its_resolvers() {
+        let connector = "http://100.64.0.9:1234/dns-query";
         let dns = json!({"Resolvers": [{"Addr": "10.0.0.1"}], "Routes": {
             "a.example": [{"Addr": "10.0.0.2"}, {"Addr": "10.0.0.3", "UseWithExitNode": true}],
-            "b.example": [{"Addr": "10.0.0.2"}], "c.example": [],
+            "app.example": [{"Addr": connector}], "c.example": [],
         }});
         let netmap = netmap(&services(), &dns, &Value::Null);
         assert_eq!(brief(&defaults(&netmap)), ["http://100.64.0.2:1234/dns-query"]);
-        assert_eq!(brief(&routed(&netmap, "a.example").unwrap()), ["10.0.0.3"]);
-        assert_eq!(routed(&netmap, "b.example"), None);
-        assert_eq!(routed(&netmap, "c.example"), Some(vec![]));
+        let decided = |name| decide(&netmap, name).unwrap();
+        let by = |suffix: &str, texts: &[&str], connector| {
+            let resolver = |text: &&str| Resolver { addr: (*text).to_owned(), ..Resolver::default() };
+            let resolvers = texts.iter().map(|text| ResolverAddr::parse(&resolver(text))).collect();
+            Decision::Resolvers { suffix: suffix.to_owned(), resolvers, connector }
+        };
+        assert_eq!(decided("x.a.example"), by("a.example", &["10.0.0.2", "10.0.0.3"], false));
+        assert_eq!(decided("x.app.example"), by("app.example", &[connector], true));
+        assert_eq!(decided("x.c.example"), Decision::Nonexistent { zone: "c.example".to_owned() });
+        assert!(matches!(decided("x.other.example"), Decision::Default { .. }));
     }
 
     #[test]
@@ -101,10 +99,9 @@ mod tests {
 
     #[test]
     fn an_exit_node_that_answers_no_names_leaves_the_settings_and_falls_back() {
-        let dns = json!({"Routes": {"b.example": [{"Addr": "10.0.0.2"}]}, "FallbackResolvers": [{"Addr": "10.0.0.9"}]});
+        let dns = json!({"FallbackResolvers": [{"Addr": "10.0.0.9"}]});
         let none = netmap(&json!([{"Proto": "peerapi4", "Port": 1234}]), &dns, &Value::Null);
         assert_eq!(brief(&defaults(&none)), ["10.0.0.9"]);
-        assert_eq!(brief(&routed(&none, "b.example").unwrap()), ["10.0.0.2"]);
         let own = netmap(&Value::Null, &dns, &json!([{"Addr": "10.64.0.1"}]));
         assert_eq!(brief(&defaults(&own)), ["10.64.0.1"]);
         let without_peerapi = netmap(&json!([{"Proto": "peerapi-dns-proxy", "Port": 1}]), &dns, &Value::Null);

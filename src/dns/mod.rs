@@ -160,7 +160,7 @@ fn host(netmap: &Netmap, name: &str) -> Option<(Vec<IpAddr>, Source)> {
 /// The resolvers of a suffix that the tailnet claims. With MagicDNS it claims its own.
 fn claimed(netmap: &Netmap, suffix: &str) -> Option<Vec<Resolver>> {
     let magic = netmap.dns.proxied && !suffix.is_empty() && suffix == netmap.magicdns_suffix();
-    exit::routed(netmap, suffix).or(magic.then(Vec::new))
+    netmap.dns.routes.get(suffix).cloned().or(magic.then(Vec::new))
 }
 
 fn by_suffix(suffix: &str, resolvers: &[Resolver]) -> Decision {

@@ -41,7 +41,7 @@ pub struct Resolver {
     /// Where the host of an `https` URL is.
     #[serde(default, deserialize_with = "super::list")]
     pub bootstrap_resolution: Vec<IpAddr>,
-    /// Whether it is asked also where an exit node is used.
+    /// Whether, as a default, it is asked also where an exit node is used that answers names.
     #[serde(default, deserialize_with = "super::nullable")]
     pub use_with_exit_node: bool,
 }
