@@ -397,7 +397,7 @@ async fn locate(node: &Inner, target: &Target) -> Result<Remote, DialError> {
             }
             Place::Outside(netmap) => netmap,
         };
-        let found = direct::addresses(target, deadline).await?;
+        let found = direct::addresses(node, target, deadline).await?;
         // The newest netmap counts: a route may have come, or the name into the tailnet, while the name was asked.
         netmap = node.netmap.borrow().clone().unwrap_or(outside);
         if dial::is_outside(node, &netmap, &target.host)? {

@@ -3,35 +3,30 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::net::SocketAddr;
 use std::time::Instant;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
-use tokio::sync::watch;
 use tokio::time::timeout_at;
 use tracing::{debug, info};
 
-use super::dial::{DialError, DirectError, DirectRule, Host, NEXT_ADDRESS, Target, is_public};
+use super::Inner;
+use super::dial::{DialError, DirectError, DirectRule, Host, NEXT_ADDRESS, Target, is_outside, is_public};
 use super::error::ResolveError;
 use super::stream::Spliced;
-use crate::netmap::Netmap;
 use crate::transport::race::race;
 
 /// Dials `target` on the underlay, until `deadline`. Only [`dial`](super::dial::dial) may call it, after a rule of the
 /// user's has matched and nobody in the tailnet knew the host.
-pub(super) async fn connect(
-    newest: &watch::Receiver<Option<Arc<Netmap>>>,
-    target: &Target,
-    deadline: Instant,
-) -> Result<TcpStream, DialError> {
+pub(super) async fn connect(node: &Inner, target: &Target, deadline: Instant) -> Result<TcpStream, DialError> {
     // A public name may point into the tailnet, perhaps since it was asked for: such an address is nothing for the
     // underlay.
-    let mut addresses = addresses(target, deadline).await?;
-    let public = |netmap: &Arc<Netmap>, ip: IpAddr| is_public(netmap, ip.to_canonical());
-    addresses.retain(|address| newest.borrow().as_ref().is_some_and(|netmap| public(netmap, address.ip())));
+    let mut addresses = addresses(node, target, deadline).await?;
+    let newest = node.netmap.borrow().clone();
+    let public = |address: &SocketAddr| newest.as_ref().is_some_and(|it| is_public(it, address.ip().to_canonical()));
+    addresses.retain(public);
     let Some(&first) = addresses.first() else { return Err(DialError::Public { host: target.host.clone() }) };
     let attempts = addresses.into_iter().map(|address| async move {
         match timeout_at(deadline.into(), TcpStream::connect(address)).await {
@@ -81,8 +76,9 @@ impl Outside {
     }
 }
 
-/// The target's addresses, by the machine's own resolver where it is a name.
-pub(super) async fn addresses(target: &Target, deadline: Instant) -> Result<Vec<SocketAddr>, DialError> {
+/// The target's addresses, by the machine's own resolver where it is a name. They are nobody's word if the tailnet has
+/// come to decide the name meanwhile.
+pub(super) async fn addresses(node: &Inner, target: &Target, deadline: Instant) -> Result<Vec<SocketAddr>, DialError> {
     let name = match &target.host {
         Host::Ip(ip) => return Ok(vec![SocketAddr::new(*ip, target.port)]),
         Host::Name(name) => name.clone(),
@@ -90,7 +86,15 @@ pub(super) async fn addresses(target: &Target, deadline: Instant) -> Result<Vec<
     let asked = (name.clone(), target.port);
     let resolver = "the machine's own resolver".to_owned();
     let limit = deadline.saturating_duration_since(Instant::now());
-    match timeout_at(deadline.into(), tokio::net::lookup_host(asked)).await {
+    let found = timeout_at(deadline.into(), tokio::net::lookup_host(asked)).await;
+    let newest = node.netmap.borrow().clone();
+    if let Some(newest) = newest
+        && !is_outside(node, &newest, &target.host)?
+    {
+        let detail = "the tailnet decides the name by now".to_owned();
+        return Err(ResolveError::Unreachable { name, resolver, detail }.into());
+    }
+    match found {
         Ok(Ok(found)) => Ok(found.collect()),
         Ok(Err(error)) => Err(ResolveError::Failed { name, resolver, rcode: error.to_string() }.into()),
         Err(_) => Err(ResolveError::Silent { name, resolver, limit }.into()),

@@ -148,25 +148,29 @@ impl Resolvers {
 
     /// Who decides a name, by the settings that count.
     fn decide(&self, netmap: &Netmap, name: &str) -> Result<Decision, ResolveError> {
-        let decision = decide(netmap, name).map_err(|error| ResolveError::BadName { detail: error.to_string() })?;
+        let decision = decide(netmap, name).map_err(bad_name)?;
         let counts =
             self.accept_dns || matches!(&decision, Decision::Addresses { source: Source::Host | Source::Site, .. });
         Ok(if counts { decision } else { Decision::Nobody })
     }
 
-    /// The addresses of `name`, in no order that matters; at least one.
+    /// The newest netmap: what waits must not go by an old one. `given` where there is none yet.
+    fn newest(&self, given: &Arc<Netmap>) -> Arc<Netmap> {
+        self.core.borrow().netmap().borrow().clone().unwrap_or_else(|| given.clone())
+    }
+
+    /// The addresses of `name`, in no order that matters; at least one. Each candidate is asked by the newest netmap.
     pub(super) async fn resolve(&self, netmap: &Arc<Netmap>, name: &str, ask: Ask) -> Result<Resolved, DialError> {
-        let bad = |error: dns::BadName| ResolveError::BadName { detail: error.to_string() };
         let public = || DialError::Public { host: Host::Name(name.to_owned()) };
         if is_local(name) {
             return Err(public());
         }
         let mut missing = None;
-        for candidate in dns::candidates(netmap, name).map_err(bad)? {
+        for candidate in dns::candidates(&self.newest(netmap), name).map_err(bad_name)? {
             if is_local(&candidate) {
                 continue;
             }
-            match self.resolve_one(netmap, &candidate, name, ask).await {
+            match self.resolve_one(&self.newest(netmap), &candidate, name, ask).await {
                 Ok(resolved) => return Ok(resolved),
                 // That the tailnet has no such name says more than that nobody in it was asked.
                 Err(DialError::Public { .. }) => {}
@@ -211,7 +215,7 @@ impl Resolvers {
     /// The addresses by which what an app's connectors say is reached.
     async fn resolve_app(
         &self,
-        netmap: &Netmap,
+        netmap: &Arc<Netmap>,
         (name, app): (&str, &str),
         resolvers: Vec<ResolverAddr>,
         ask: Ask,
@@ -221,14 +225,15 @@ impl Resolvers {
             return Err(RouteError::Transit { name: name.to_owned(), app: app.to_owned(), detail }.into());
         }
         let (addresses, remembered) = self.ask(netmap, (name.to_owned(), resolvers), ask).await?;
-        let addresses = self.transits.agree(netmap, (name, app), &addresses).await?;
+        let addresses = self.transits.agree(&self.newest(netmap), (name, app), &addresses).await?;
         Ok(Resolved { addresses, by: By::Tailnet, remembered })
     }
 
     /// The answer to a question: the one that is remembered, the one that somebody else waits for, or a new one. Whoever
     /// stops waiting leaves the question to the others, and to the memory.
-    async fn ask(&self, netmap: &Netmap, key: Key, ask: Ask) -> Result<(Vec<IpAddr>, bool), ResolveError> {
-        self.go_by(&netmap.dns);
+    async fn ask(&self, netmap: &Arc<Netmap>, key: Key, ask: Ask) -> Result<(Vec<IpAddr>, bool), ResolveError> {
+        // Dials that began with different netmaps must not take turns in forgetting.
+        self.go_by(&self.newest(netmap).dns);
         if ask == Ask::Anew {
             self.memory.borrow_mut().answers.forget(&key);
         }
@@ -304,6 +309,10 @@ impl Resolvers {
         });
         answer
     }
+}
+
+fn bad_name(error: dns::BadName) -> ResolveError {
+    ResolveError::BadName { detail: error.to_string() }
 }
 
 /// The address of an app connector's PeerAPI.

@@ -4,6 +4,8 @@
 pub(super) mod bed;
 mod connect;
 mod route;
+#[cfg(test)]
+mod tests;
 mod wait;
 
 use std::net::IpAddr;
@@ -22,6 +24,9 @@ use super::resolve::{Ask, By, Resolved};
 pub use super::target::{DirectRule, Host, Target};
 use super::{Inner, State, Stream, direct};
 use crate::netmap::Netmap;
+
+/// How often a name is decided anew because the tailnet's settings have changed while it was asked.
+const DECISIONS: usize = 4;
 
 /// Where a target is.
 pub(super) enum Place {
@@ -42,13 +47,33 @@ pub(super) async fn dial(node: &Inner, target: &Target) -> Result<Stream, DialEr
         }
         Place::Outside(_) => {
             note_outside(node, target);
-            direct::connect(&node.netmap, target, deadline).await.map(Stream::Direct)
+            direct::connect(node, target, deadline).await.map(Stream::Direct)
         }
     }
 }
 
-/// Says where `target` is: for TCP and UDP alike, and the only place where anything is let out of the tailnet.
+/// Says where `target` is: for TCP and UDP alike, and the only place where anything is let out of the tailnet. What was
+/// asked while the tailnet decided otherwise counts for nothing: then it is decided again.
 pub(super) async fn locate(
+    node: &Inner,
+    netmap: Arc<Netmap>,
+    target: &Target,
+    deadline: Instant,
+) -> Result<Place, DialError> {
+    let Host::Name(name) = &target.host else { return locate_once(node, netmap, target, deadline).await };
+    let newest = || node.netmap.borrow().clone().unwrap_or_else(|| netmap.clone());
+    for _ in 0..DECISIONS {
+        let begun = newest();
+        let place = locate_once(node, begun.clone(), target, deadline).await;
+        if node.resolvers.decided_alike(&begun, &newest(), name) {
+            return place;
+        }
+    }
+    let (resolver, detail) = ("the tailnet's".to_owned(), "the tailnet's settings keep changing".to_owned());
+    Err(ResolveError::Unreachable { name: name.clone(), resolver, detail }.into())
+}
+
+async fn locate_once(
     node: &Inner,
     netmap: Arc<Netmap>,
     target: &Target,

@@ -1,0 +1,49 @@
+//! Who decides a name, while the tailnet's settings change.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::bed::{Tailnet, ips, peer};
+use super::*;
+use crate::node::{Config, Node};
+
+fn named(name: &str) -> Target {
+    Target { host: Host::Name(name.to_owned()), port: 80 }
+}
+
+#[tokio::test(flavor = "local")]
+async fn a_name_that_changes_hands_while_it_is_asked_is_decided_anew() {
+    let node = Node::alone(Config { dial_timeout: Duration::from_millis(200), ..Config::default() });
+    let mut tailnet = Tailnet::new();
+    let peers = [peer(3, "router", &["10.20.0.0/16"], &json!({}))];
+    let silent = json!({ "Routes": { "corp.example": [{ "Addr": "10.20.0.53" }] } });
+    let record = json!({ "ExtraRecords": [{ "Name": "a.corp.example", "Value": "10.20.0.80" }] });
+    let (before, after) = (tailnet.with_dns(&peers, &silent), tailnet.with_dns(&peers, &record));
+    let inner = &node.inner;
+    // The netmap that a node alone has comes first.
+    inner.netmap.clone().wait_for(Option::is_some).await.unwrap();
+    inner.core.borrow_mut().handle_netmap(before.clone(), Instant::now());
+    let target = named("a.corp.example");
+    let located = locate(inner, before.clone(), &target, Instant::now() + inner.config.dial_timeout);
+    let changed = async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        inner.core.borrow_mut().handle_netmap(after, Instant::now());
+    };
+    let Ok(Place::Tunnel(_, addresses)) = tokio::join!(located, changed).0 else { panic!("by the extra record") };
+    assert_eq!(addresses, ips(&["10.20.0.80"]));
+}
+
+#[tokio::test(flavor = "local")]
+async fn what_the_machine_says_of_a_name_counts_only_while_the_tailnet_does_not_decide_it() {
+    let node = Node::alone(Config::default());
+    let inner = &node.inner;
+    inner.netmap.clone().wait_for(Option::is_some).await.unwrap();
+    let limit = Instant::now() + Duration::from_secs(5);
+    let target = named("localhost");
+    assert!(direct::addresses(inner, &target, limit).await.is_ok());
+    let claimed = json!({ "Routes": { "localhost": [{ "Addr": "10.20.0.53" }] } });
+    inner.core.borrow_mut().handle_netmap(Tailnet::new().with_dns(&[], &claimed), Instant::now());
+    let error = direct::addresses(inner, &target, limit).await.unwrap_err();
+    assert!(error.to_string().contains("decides the name by now"), "{error}");
+}
