@@ -10,7 +10,7 @@ mod wait;
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::time::{timeout, timeout_at};
 
@@ -27,6 +27,9 @@ use crate::netmap::Netmap;
 
 /// How often a name is decided anew because the tailnet's settings have changed while it was asked.
 const DECISIONS: usize = 4;
+
+/// The time that a connector's route leaves for connecting: a handshake through a relay and a lost SYN fit in.
+const CONNECTING: Duration = Duration::from_secs(5);
 
 /// Where a target is.
 pub(super) enum Place {
@@ -95,7 +98,8 @@ async fn locate_once(
                 false => std::future::pending().await,
             }
         };
-        let (netmap, addresses) = until_routed(node, netmap.clone(), sought, again, deadline).await?;
+        let routed_by = deadline - connecting_share(node.config.dial_timeout);
+        let (netmap, addresses) = until_routed(node, netmap.clone(), sought, again, routed_by).await?;
         let addresses = route::in_order(&netmap, &addresses);
         return Ok(Place::Tunnel(netmap, addresses));
     }
@@ -116,6 +120,11 @@ pub(super) fn note_outside(node: &Inner, target: &Target) {
     if let Some(rule) = rule_for(node, &target.host) {
         node.outside.borrow_mut().note(target, rule);
     }
+}
+
+/// What a wait for a route leaves of a dial for connecting: a route that comes late is of no use without.
+fn connecting_share(dial_timeout: Duration) -> Duration {
+    CONNECTING.min(dial_timeout / 4)
 }
 
 /// Whether nobody in the tailnet knows `host`: only then may a rule let it out. What the tailnet names, routes or has

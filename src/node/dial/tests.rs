@@ -1,7 +1,5 @@
 //! Who decides a name, while the tailnet's settings change.
 
-use std::time::Duration;
-
 use serde_json::json;
 
 use super::bed::{Tailnet, ips, peer};
@@ -46,4 +44,10 @@ async fn what_the_machine_says_of_a_name_counts_only_while_the_tailnet_does_not_
     inner.core.borrow_mut().handle_netmap(Tailnet::new().with_dns(&[], &claimed), Instant::now());
     let error = direct::addresses(inner, &target, limit).await.unwrap_err();
     assert!(error.to_string().contains("decides the name by now"), "{error}");
+}
+
+#[test]
+fn the_wait_for_a_route_leaves_time_to_connect() {
+    let share = |seconds| connecting_share(Duration::from_secs(seconds));
+    assert_eq!([share(30), share(20), share(8)], [5, 5, 2].map(Duration::from_secs));
 }

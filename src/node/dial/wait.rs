@@ -2,7 +2,7 @@
 //!
 //! A connector answers a question at once and has control hand out the route to its answer afterwards. Until then the
 //! address is just a number: dialling it would send it elsewhere, or nowhere. So the dial waits for the netmap that
-//! brings the route, for as long as a dial may take, and wakes with that netmap.
+//! brings the route, for as long as a dial may take and still connect, and wakes with that netmap.
 //! Source: Tailscale, appc/appconnector.go, `ObserveDNSResponse`.
 
 use std::collections::{BTreeSet, HashSet};
