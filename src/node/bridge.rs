@@ -82,8 +82,12 @@ fn failed(remote: SocketAddr, failure: ConnectFailure) -> io::Error {
 
 async fn serve(core: Shared, request: Request) {
     match request {
-        Request::Tcp(remote, limit, reply) => {
-            let mut stream = match TunnelStream::connect(&core, remote, limit).await {
+        Request::Tcp(remote, limit, mut reply) => {
+            let connected = tokio::select! {
+                connected = TunnelStream::connect(&core, remote, limit) => connected,
+                () = reply.closed() => return,
+            };
+            let mut stream = match connected {
                 Ok(stream) => stream,
                 Err(failure) => {
                     // Whoever asked may have gone.

@@ -20,7 +20,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use self::cache::{Answers, Key, Outcome};
@@ -36,6 +36,9 @@ use crate::dns::{self, Decision, ResolverAddr, Source, decide};
 use crate::netmap::Netmap;
 use crate::transport::underlay::Underlay;
 use crate::wire::tailcfg::dns::DnsConfig;
+
+/// Questions that are asked at once. Those whom nobody waits for any more count too, until they end.
+const QUESTIONS: usize = 256;
 
 /// What a name came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,7 +83,14 @@ pub(super) struct Resolvers {
     /// Whether the tailnet's DNS settings count, or only its nodes' names.
     accept_dns: bool,
     memory: Rc<RefCell<Memory>>,
+    questions: Arc<Semaphore>,
     transits: Transits,
+}
+
+/// What is known of a question.
+enum Known {
+    Remembered(Outcome),
+    Underway(watch::Receiver<Option<Outcome>>),
 }
 
 /// What the run knows of names.
@@ -123,7 +133,8 @@ impl Resolvers {
         }
         let transits = Transits::start(core.clone(), control.clone(), roads.clone());
         let memory = Rc::new(RefCell::new(Memory::new(roads, Arc::default())));
-        Self { core, control, accept_dns, memory, transits }
+        let questions = Arc::new(Semaphore::new(QUESTIONS));
+        Self { core, control, accept_dns, memory, questions, transits }
     }
 
     /// Whether nobody in the tailnet decides `name`, so that a rule of the user's may let it out.
@@ -237,19 +248,24 @@ impl Resolvers {
         if ask == Ask::Anew {
             self.memory.borrow_mut().answers.forget(&key);
         }
-        let remembered = self.memory.borrow().answers.find(&key, Instant::now());
-        if let Some(outcome) = remembered {
-            return outcome.map(|addresses| (addresses, true));
-        }
-        let underway = self.memory.borrow().underway.get(&key).cloned();
         let name = key.0.clone();
-        let mut answer = match underway {
-            Some(answer) => answer,
+        let mut known = self.known(&key);
+        let mut permit = None;
+        if known.is_none() {
+            permit = self.questions.clone().acquire_owned().await.ok();
+            // Somebody else may have put it meanwhile.
+            self.go_by(&self.newest(netmap).dns);
+            known = self.known(&key);
+        }
+        let mut answer = match known {
+            Some(Known::Remembered(outcome)) => return outcome.map(|addresses| (addresses, true)),
+            Some(Known::Underway(answer)) => answer,
             None => {
-                let candidates = self.candidates(netmap, &key)?;
-                self.put(key, candidates)
+                let candidates = self.candidates(&self.newest(netmap), &key)?;
+                self.put(key, candidates, permit.take())
             }
         };
+        drop(permit);
         let outcome = answer.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
         let stopped = || ResolveError::Unreachable {
             name,
@@ -257,6 +273,13 @@ impl Resolvers {
             detail: "the node has stopped".to_owned(),
         };
         outcome.ok_or_else(stopped)?.map(|addresses| (addresses, false))
+    }
+
+    /// What is known of a question without putting it.
+    fn known(&self, key: &Key) -> Option<Known> {
+        let memory = self.memory.borrow();
+        let remembered = memory.answers.find(key, Instant::now()).map(Known::Remembered);
+        remembered.or_else(|| memory.underway.get(key).cloned().map(Known::Underway))
     }
 
     /// Forgets everything if the settings are others than they were.
@@ -281,8 +304,13 @@ impl Resolvers {
         Ok(candidates)
     }
 
-    /// Puts a question.
-    fn put(&self, key: Key, candidates: Vec<Candidate>) -> watch::Receiver<Option<Outcome>> {
+    /// Puts a question, which keeps its permit until it has ended.
+    fn put(
+        &self,
+        key: Key,
+        candidates: Vec<Candidate>,
+        permit: Option<OwnedSemaphorePermit>,
+    ) -> watch::Receiver<Option<Outcome>> {
         let (out, answer) = watch::channel(None);
         let desk = self.memory.borrow().desk.clone();
         self.memory.borrow_mut().underway.insert(key.clone(), answer.clone());
@@ -294,6 +322,7 @@ impl Resolvers {
         let (asked, memory) = (AbortOnDropHandle::new(asked), self.memory.clone());
         tokio::task::spawn_local(async move {
             let concluded = asked.await;
+            drop(permit);
             let mut memory = memory.borrow_mut();
             // What was asked by other settings is only for those who waited for it.
             let current = Arc::ptr_eq(&memory.desk, &desk);

@@ -151,7 +151,7 @@ async fn told(mut answer: watch::Receiver<Option<Outcome>>) -> Outcome {
 
 async fn outcome(resolvers: &Resolvers, name: &str, candidates: &[&Candidate]) -> Outcome {
     let candidates: Vec<_> = candidates.iter().copied().cloned().collect();
-    told(resolvers.put(key(name, &candidates[0]), candidates)).await
+    told(resolvers.put(key(name, &candidates[0]), candidates, None)).await
 }
 
 fn found() -> Outcome {
@@ -164,7 +164,7 @@ async fn a_name_that_many_want_is_asked_once_and_whoever_leaves_takes_nothing_aw
     let resolvers = &node.inner.resolvers;
     let (candidate, asked) = plain(ResponseCode::NoError, 60).await;
     let key = key("a.example", &candidate);
-    let first = resolvers.put(key.clone(), vec![candidate]);
+    let first = resolvers.put(key.clone(), vec![candidate], None);
     let memory = || resolvers.memory.borrow();
     let others: Vec<_> = (0..20).map(|_| memory().underway.get(&key).cloned().unwrap()).collect();
     drop(first);
@@ -200,6 +200,19 @@ async fn what_is_remembered_is_told_without_asking_and_forgotten_on_demand_and_w
     let settings = DnsConfig { proxied: true, ..DnsConfig::default() };
     resolvers.go_by(&Arc::new(settings));
     assert_eq!(resolvers.memory.borrow().answers.find(&key("b.example", &candidate), Instant::now()), None);
+}
+
+#[tokio::test(flavor = "local")]
+async fn a_question_that_nobody_waits_for_keeps_its_place_until_it_ends() {
+    let node = node();
+    let resolvers = &node.inner.resolvers;
+    let (candidate, _) = plain(ResponseCode::NoError, 60).await;
+    let permit = resolvers.questions.clone().try_acquire_owned().unwrap();
+    drop(resolvers.put(key("a.example", &candidate), vec![candidate.clone()], Some(permit)));
+    assert_eq!(resolvers.questions.available_permits(), QUESTIONS - 1);
+    let all = resolvers.questions.clone().acquire_many_owned(u32::try_from(QUESTIONS).unwrap());
+    drop(timeout(SOON, all).await.unwrap());
+    assert_eq!(resolvers.memory.borrow().answers.find(&key("a.example", &candidate), Instant::now()), Some(found()));
 }
 
 #[tokio::test(flavor = "local")]
