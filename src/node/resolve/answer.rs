@@ -15,6 +15,9 @@ use tokio::time::timeout;
 const POSITIVE_MAX: Duration = Duration::from_secs(5 * 60);
 /// The longest that the absence of an address is remembered. Source: Tailscale, net/dns/resolver, negative TTL of 10 s.
 const NEGATIVE_MAX: Duration = Duration::from_secs(10);
+/// The most addresses of an answer that are kept. Sixteen are dialled at most; more matter only where no route covers
+/// the first.
+const ADDRESSES_MAX: usize = 256;
 /// How much later than the first family's addresses the other family's may come. Longer than the delay of RFC 8305, 3
 /// (50 ms): a route may cover only the later ones.
 const LATER_FAMILY: Duration = Duration::from_secs(1);
@@ -100,7 +103,7 @@ fn found(records: &[Record]) -> Option<Answer> {
             None
         }
     };
-    let addresses: Vec<_> = records.iter().filter_map(address).collect();
+    let addresses: Vec<_> = records.iter().filter_map(address).take(ADDRESSES_MAX).collect();
     let ttl = records.iter().map(|record| record.ttl).min()?;
     let ttl = Duration::from_secs(ttl.into()).min(POSITIVE_MAX);
     (!addresses.is_empty()).then_some(Answer { says: Says::Addresses(addresses), ttl })
@@ -154,7 +157,10 @@ fn join(first: Result<Answer, Failure>, second: Result<Answer, Failure>) -> Resu
     let ttl = first.ttl.min(second.ttl);
     Ok(match (first.says, second.says) {
         (Says::Addresses(mut addresses), Says::Addresses(more)) => {
+            // Neither family crowds out the other.
+            addresses.truncate(ADDRESSES_MAX - more.len().min(ADDRESSES_MAX / 2));
             addresses.extend(more);
+            addresses.truncate(ADDRESSES_MAX);
             Answer { says: Says::Addresses(addresses), ttl }
         }
         // The other family's absence is asked for again with the addresses.
@@ -247,6 +253,20 @@ mod tests {
         assert_eq!(join(Err(Failure::Silent), Ok(lacks(Says::NoAddress, 5))), Err(Failure::Silent));
         let nothing = join(Ok(lacks(Says::NoAddress, 9)), Ok(lacks(Says::NoName, 5)));
         assert_eq!(nothing, Ok(lacks(Says::NoName, 5)));
+    }
+
+    #[test]
+    fn of_a_long_answer_so_much_is_kept_of_both_families() {
+        let long = |last| Says::Addresses(vec![[10, 0, 0, last].into(); ADDRESSES_MAX]);
+        let answer = read(&message(ResponseCode::NoError, vec![a(60, 1); 1000], vec![])).unwrap();
+        assert_eq!(answer.says, long(1));
+        let joined = |other: Says| {
+            let other = Answer { says: other, ttl: Duration::from_secs(60) };
+            let Says::Addresses(joined) = join(Ok(answer.clone()), Ok(other)).unwrap().says else { panic!("found") };
+            (joined.len(), joined.iter().filter(|ip| **ip == IpAddr::from([10, 0, 0, 2])).count())
+        };
+        assert_eq!(joined(long(2)), (ADDRESSES_MAX, ADDRESSES_MAX / 2));
+        assert_eq!(joined(addresses(&[2], 60).says), (ADDRESSES_MAX, 1));
     }
 
     #[tokio::test(start_paused = true)]
