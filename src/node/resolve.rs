@@ -33,12 +33,16 @@ use super::core::Shared;
 use super::dial::{DialError, Host, RouteError};
 use super::error::ResolveError;
 use crate::dns::{self, Decision, ResolverAddr, Source, decide};
+use crate::key::NodePublic;
 use crate::netmap::Netmap;
 use crate::transport::underlay::Underlay;
 use crate::wire::tailcfg::dns::DnsConfig;
 
 /// Questions that are asked at once. Those whom nobody waits for any more count too, until they end.
 const QUESTIONS: usize = 256;
+
+/// How many of those who may be asked are warmed before: the first, and who is asked beside it when that is slow.
+const WARMED: usize = 2;
 
 /// What a name came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -290,7 +294,7 @@ impl Resolvers {
         }
     }
 
-    /// Those who may be asked; the peers through whom they are asked are warmed at once.
+    /// Those who may be asked; the peers through whom the first of them are asked are warmed at once.
     fn candidates(&self, netmap: &Netmap, key: &Key) -> Result<Vec<Candidate>, ResolveError> {
         let (name, resolvers) = key;
         let chosen = self.memory.borrow().chosen.get(resolvers).cloned();
@@ -298,7 +302,8 @@ impl Resolvers {
             let resolver = resolvers.iter().map(ResolverAddr::to_string).collect::<Vec<_>>().join(", ");
             ResolveError::Unreachable { name: name.clone(), resolver, detail }
         })?;
-        for peer in candidates.iter().filter_map(|candidate| candidate.peer) {
+        let online = |key: &NodePublic| netmap.peer_by_key(key).is_some_and(|peer| peer.online != Some(false));
+        for peer in candidates.iter().filter_map(|candidate| candidate.peer).filter(online).take(WARMED) {
             self.core.borrow_mut().warm(peer, Instant::now());
         }
         Ok(candidates)
