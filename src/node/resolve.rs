@@ -141,15 +141,16 @@ impl Resolvers {
         Self { core, control, accept_dns, memory, questions, transits }
     }
 
-    /// Whether nobody in the tailnet decides `name`, so that a rule of the user's may let it out.
+    /// Whether nobody in the tailnet decides `name`, so that a rule of the user's may let it out. Of a single label that
+    /// goes for every name that it may mean; only what the tailnet knows not to exist under a search domain it cannot mean.
     pub(super) fn is_outside(&self, netmap: &Netmap, name: &str) -> Result<bool, DialError> {
-        Ok(match self.decide(netmap, name)? {
+        let decisions = self.decisions(netmap, name)?;
+        let last = decisions.len().saturating_sub(1);
+        Ok(decisions.iter().enumerate().all(|(index, decision)| match decision {
             Decision::Default { .. } | Decision::Nobody => true,
-            Decision::Addresses { .. }
-            | Decision::Nonexistent { .. }
-            | Decision::Resolvers { .. }
-            | Decision::App { .. } => false,
-        })
+            Decision::Nonexistent { .. } => index < last,
+            Decision::Addresses { .. } | Decision::Resolvers { .. } | Decision::App { .. } => false,
+        }))
     }
 
     /// Whether the same decide `name` in two netmaps, and as whatever it may stand for.

@@ -46,6 +46,24 @@ async fn what_the_machine_says_of_a_name_counts_only_while_the_tailnet_does_not_
     assert!(error.to_string().contains("decides the name by now"), "{error}");
 }
 
+#[tokio::test(flavor = "local")]
+async fn a_single_label_is_let_out_only_where_it_cannot_mean_a_name_of_the_tailnets() {
+    let node = Node::alone(Config::default());
+    let outside = |dns: &serde_json::Value, name: &str| {
+        let netmap = Tailnet::new().named(&[], dns);
+        is_outside(&node.inner, &netmap, &Host::Name(name.to_owned())).unwrap()
+    };
+    let claimed = json!({ "Domains": ["corp.example"], "Routes": { "corp.example": [{ "Addr": "10.20.0.53" }] } });
+    assert!(!outside(&claimed, "wiki"));
+    assert!(outside(&claimed, "wiki."));
+    assert!(outside(&claimed, "wiki.example"));
+    let elsewhere = json!({ "Domains": ["corp.example"], "Resolvers": [{ "Addr": "9.9.9.9" }] });
+    assert!(outside(&elsewhere, "wiki"));
+    let known = json!({ "Domains": ["tb.example"], "Proxied": true });
+    assert!(outside(&known, "wiki"), "the tailnet knows that it has no such name");
+    assert!(!outside(&known, "wiki.tb.example"));
+}
+
 #[test]
 fn the_wait_for_a_route_leaves_time_to_connect() {
     let share = |seconds| connecting_share(Duration::from_secs(seconds));
