@@ -29,16 +29,35 @@ pub(super) async fn connect_any(
     deadline: Instant,
 ) -> Result<TunnelStream, DialError> {
     let exits = node.config.exit_node.is_some();
-    let attempts = addresses.into_iter().map(|ip| async move {
-        tokio::select! {
+    let attempts = addresses.into_iter().enumerate().map(|(index, ip)| async move {
+        let connected = tokio::select! {
             connected = connect_by_route(node, netmap, SocketAddr::new(ip, port), deadline) => connected,
             error = withdrawal(node.netmap.clone(), exits, ip) => Err(error),
-        }
+        };
+        connected.map_err(|error| (index, error))
     });
-    let first = |failures: Vec<DialError>| {
-        failures.into_iter().next().expect("there is at least one address, and each one's failure is kept")
-    };
-    race(attempts, NEXT_ADDRESS).await.map_err(first)
+    race(attempts, NEXT_ADDRESS).await.map_err(telling)
+}
+
+/// The failure that tells most, and of several such the first address's: which comes first in time is chance.
+fn telling(failures: Vec<(usize, DialError)>) -> DialError {
+    let told = failures.into_iter().min_by_key(|(index, error)| (rank(error), *index));
+    told.expect("there is at least one address, and each one's failure is kept").1
+}
+
+/// What somebody said, then what we know for certain of ourselves, then silence, from far to near.
+fn rank(error: &DialError) -> u8 {
+    match error {
+        DialError::Rejected { .. } | DialError::Refused { .. } => 0,
+        DialError::Exhausted(_) => 1,
+        DialError::Unanswered { .. } => 2,
+        DialError::PeerSilent { .. } => 3,
+        DialError::Route(_)
+        | DialError::Public { .. }
+        | DialError::Resolve(_)
+        | DialError::NotJoined { .. }
+        | DialError::Direct(_) => 4,
+    }
 }
 
 /// Connects to one address, and once more where its route moved to another peer meanwhile: what was sent by the first
@@ -117,4 +136,30 @@ fn handshakes(core: &Shared, peer: &NodePublic) -> u64 {
 /// Whether WireGuard has a session with a peer right now.
 fn has_session(core: &Shared, peer: &NodePublic) -> bool {
     core.borrow_mut().engine().peer_status(peer, Instant::now()).is_some_and(|status| status.established)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_several_failures_the_one_that_tells_most_counts_in_whichever_order_they_come() {
+        let address = SocketAddr::from(([10, 20, 0, 80], 80));
+        let waited = Duration::from_secs(1);
+        let all = [
+            DialError::Refused { address },
+            DialError::Unanswered { peer: "r".to_owned(), address, waited },
+            DialError::PeerSilent { peer: "r".to_owned(), tries: 1, waited },
+            RouteError::Withdrawn { address: address.ip() }.into(),
+        ];
+        for skipped in 0..all.len() {
+            let rest: Vec<_> = all.iter().cloned().enumerate().skip(skipped).collect();
+            let reversed: Vec<_> = rest.iter().cloned().rev().collect();
+            for failures in [rest, reversed] {
+                assert_eq!(telling(failures).to_string(), all[skipped].to_string());
+            }
+        }
+        let second = DialError::Rejected { peer: "s".to_owned(), reason: "acl".to_owned() };
+        assert!(matches!(telling(vec![(1, second), (0, all[0].clone())]), DialError::Refused { .. }));
+    }
 }
