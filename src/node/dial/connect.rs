@@ -1,6 +1,7 @@
 //! From addresses to one connection: several raced, each failure told by what is known of the peer that serves it.
 
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -69,13 +70,13 @@ async fn connect_by_route(
     deadline: Instant,
 ) -> Result<TunnelStream, DialError> {
     let router = |netmap: &Netmap| netmap.route(address.ip()).map(|route| route.peer.id);
-    let refused = match connect(&node.core, netmap, address, deadline).await {
+    let refused = match connect(node, netmap, address, deadline).await {
         Err(error @ DialError::Refused { .. }) => error,
         outcome => return outcome,
     };
     let newest = node.netmap.borrow().clone();
     match newest.filter(|newest| router(newest) != router(netmap)) {
-        Some(newest) => connect(&node.core, &newest, address, deadline).await,
+        Some(newest) => connect(node, &newest, address, deadline).await,
         None => Err(refused),
     }
 }
@@ -90,26 +91,40 @@ async fn withdrawal(mut newest: watch::Receiver<Option<Arc<Netmap>>>, exits: boo
     }
 }
 
-/// Connects to one address, and says why it failed by what is known of the peer that serves it.
+/// Connects to one address, and says why it failed by what is known of the peer that serves it at the end.
 async fn connect(
-    core: &Shared,
+    node: &Inner,
     netmap: &Netmap,
     address: SocketAddr,
     deadline: Instant,
 ) -> Result<TunnelStream, DialError> {
-    let begun = Instant::now();
-    let Some(route) = netmap.route(address.ip()) else { return Err(unrouted(netmap, false, address.ip())) };
-    let peer = route.peer.clone();
-    let offline = peer.online == Some(false);
-    let handshakes_before = handshakes(core, &peer.key);
+    let (core, begun) = (&node.core, Instant::now());
+    let router = |netmap: &Netmap| netmap.route(address.ip()).map(|route| route.peer.clone());
+    let Some(mut peer) = router(netmap) else { return Err(unrouted(netmap, false, address.ip())) };
+    let mut handshakes_before = handshakes(core, &peer.key);
     let mut limit = deadline.saturating_duration_since(begun);
-    if offline {
+    if peer.online == Some(false) {
         limit = limit.min(OFFLINE_LIMIT);
     }
-    let failure = match TunnelStream::connect(core, address, limit).await {
-        Ok(stream) => return Ok(stream),
-        Err(failure) => failure,
+    let mut connecting = pin!(TunnelStream::connect(core, address, limit));
+    let mut newest = node.netmap.clone();
+    newest.mark_changed();
+    let failure = loop {
+        tokio::select! {
+            connected = &mut connecting => match connected {
+                Ok(stream) => return Ok(stream),
+                Err(failure) => break failure,
+            },
+            Ok(()) = newest.changed() => {
+                let Some(now) = newest.borrow_and_update().as_deref().and_then(router) else { continue };
+                if now.key != peer.key {
+                    handshakes_before = handshakes(core, &now.key);
+                }
+                peer = now;
+            }
+        }
     };
+    let offline = peer.online == Some(false);
     let (name, waited) = (peer.name.clone(), begun.elapsed());
     Err(match failure {
         ConnectFailure::Family => no_family(address.ip()).into(),
