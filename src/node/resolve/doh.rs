@@ -61,7 +61,7 @@ pub(super) struct Lines {
     kept: Mutex<HashMap<Server, Line>>,
 }
 
-type Line = Client<Connector, Full<Bytes>>;
+type Line = Arc<Client<Connector, Full<Bytes>>>;
 
 impl Lines {
     /// The line to `server`, and whether it was there before.
@@ -77,21 +77,29 @@ impl Lines {
         }
     }
 
-    /// A new line to `server` instead of the last, whose connections end with the questions on them.
-    fn renew(&self, roads: &Arc<Roads>, server: &Server) -> Line {
-        let line = new_line(roads, server);
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).insert(server.clone(), line.clone());
-        line
+    /// A new line to `server` instead of `stale`, whose connections end with the questions on them; the one that another
+    /// question has put in its place already, if any.
+    fn renew(&self, roads: &Arc<Roads>, server: &Server, stale: &Line) -> Line {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        match kept.get(server) {
+            Some(line) if !Arc::ptr_eq(line, stale) => line.clone(),
+            Some(_) | None => {
+                let line = new_line(roads, server);
+                kept.insert(server.clone(), line.clone());
+                line
+            }
+        }
     }
 }
 
 fn new_line(roads: &Arc<Roads>, server: &Server) -> Line {
     let connector = Connector { roads: roads.clone(), server: Arc::new(server.clone()) };
-    Client::builder(TokioExecutor::new())
+    let client = Client::builder(TokioExecutor::new())
         .pool_timer(TokioTimer::new())
         .pool_idle_timeout(IDLE_LIMIT)
         .pool_max_idle_per_host(IDLE_CONNECTIONS)
-        .build(connector)
+        .build(connector);
+    Arc::new(client)
 }
 
 /// Puts one question. The caller bounds the time.
@@ -115,11 +123,13 @@ pub(super) async fn post(
 ) -> Result<Response<Incoming>, Failure> {
     let (line, was_there) = lines.line(roads, server);
     // An attempt fails only where the connection did: another one may serve. What the resolver says counts.
-    let mut tries = vec![Some(line)];
-    tries.extend(was_there.then_some(None));
-    let attempts = tries.into_iter().map(|line| {
+    let (line, tries) = (&line, if was_there { 2 } else { 1 });
+    let attempts = (0..tries).map(|index| {
         let request = request(server, media_type, octets.clone());
-        async move { line.unwrap_or_else(|| lines.renew(roads, server)).request(request).await }
+        async move {
+            let line = if index == 0 { line.clone() } else { lines.renew(roads, server, line) };
+            line.request(request).await
+        }
     });
     let response = race(attempts, STALE_AFTER).await.map_err(unreachable)?;
     match response.status() {
@@ -239,5 +249,25 @@ impl AsyncWrite for Wire {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::{Config, Node};
+
+    #[tokio::test(flavor = "local")]
+    async fn a_line_that_several_questions_find_stale_is_renewed_once() {
+        let node = Node::alone(Config::default());
+        let roads = node.inner.resolvers.memory.borrow().roads.clone();
+        let (lines, ip) = (Lines::default(), IpAddr::from([100, 64, 0, 2]));
+        let uri = "http://100.64.0.2:1/dns-query".parse().unwrap();
+        let server = Server { uri, addresses: vec![ip], road: Road::Tunnel };
+        let (stale, _) = lines.line(&roads, &server);
+        let renewed = lines.renew(&roads, &server, &stale);
+        assert!(!Arc::ptr_eq(&renewed, &stale));
+        assert!(Arc::ptr_eq(&lines.renew(&roads, &server, &stale), &renewed));
+        assert!(!Arc::ptr_eq(&lines.renew(&roads, &server, &renewed), &renewed));
     }
 }
