@@ -155,11 +155,13 @@ impl Resolvers {
 
     /// Whether the same decide `name` in two netmaps, and as whatever it may stand for.
     pub(super) fn decided_alike(&self, one: &Netmap, other: &Netmap, name: &str) -> bool {
-        let decisions = |netmap: &Netmap| {
-            let names = dns::candidates(netmap, name).ok()?;
-            Some(names.into_iter().map(|name| (self.decide(netmap, &name).ok(), name)).collect::<Vec<_>>())
-        };
-        decisions(one) == decisions(other)
+        self.decisions(one, name).ok() == self.decisions(other, name).ok()
+    }
+
+    /// What each name that a client may mean by `name` is decided to be.
+    fn decisions(&self, netmap: &Netmap, name: &str) -> Result<Vec<Decision>, DialError> {
+        let candidates = dns::candidates(netmap, name).map_err(bad_name)?;
+        Ok(candidates.iter().map(|candidate| self.decide(netmap, candidate)).collect::<Result<_, _>>()?)
     }
 
     /// Who decides a name, by the settings that count.

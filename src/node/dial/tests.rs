@@ -50,7 +50,7 @@ async fn what_the_machine_says_of_a_name_counts_only_while_the_tailnet_does_not_
 async fn a_single_label_is_let_out_only_where_it_cannot_mean_a_name_of_the_tailnets() {
     let node = Node::alone(Config::default());
     let outside = |dns: &serde_json::Value, name: &str| {
-        let netmap = Tailnet::new().named(&[], dns);
+        let netmap = Tailnet::new().with_dns(&[], dns);
         is_outside(&node.inner, &netmap, &Host::Name(name.to_owned())).unwrap()
     };
     let claimed = json!({ "Domains": ["corp.example"], "Routes": { "corp.example": [{ "Addr": "10.20.0.53" }] } });
