@@ -202,9 +202,14 @@ impl Netmap {
     ///
     /// Peers whose key has ended, and peers without any path, never serve. Subnet routes count only
     /// if routes are accepted, and those to everything only by the chosen exit node and only for what is of the
-    /// internet: a private address is never given to it.
+    /// internet: it is never given a private address, nor one that [was the tailnet's](Self::was_routed), so that what
+    /// is open by a route does not go on by the internet when the route goes.
     pub fn route(&self, ip: IpAddr) -> Option<Route<'_>> {
-        self.routes.find(ip.to_canonical()).filter(|route| route.kind != RouteKind::Exit || is_internet(ip))
+        self.routes.find(ip.to_canonical()).filter(|route| route.kind != RouteKind::Exit || self.may_exit(ip))
+    }
+
+    fn may_exit(&self, ip: IpAddr) -> bool {
+        is_internet(ip) && !self.was_routed(ip)
     }
 
     /// Whether `peer` may send packets from `source`: exactly what it could be sent packets for, even

@@ -97,7 +97,10 @@ fn agree(capture: &Capture, netmap: &Netmap, wanted: Wanted<'_>, probes: &[IpAdd
             IpAddr::V4(_) => !not_internet.iter().any(|net| net.covers(number)),
             IpAddr::V6(_) => internet_v6.covers(number),
         };
-        let given = |served: &&&Served<'_>| Some(served.prefix.length) == longest && (internet || longest != Some(0));
+        // What only an exit node serves was never the tailnet's: in a capture of one message, exactly what is routed was.
+        let was_routed = covering.iter().any(|served| served.prefix.length > 0);
+        let exits = internet && !was_routed;
+        let given = |served: &&&Served<'_>| Some(served.prefix.length) == longest && (exits || longest != Some(0));
         let best = || covering.iter().filter(given);
         // Online before offline, then whom control calls primary.
         let rank = |served: &Served<'_>| (served.online, served.primary);
@@ -112,8 +115,6 @@ fn agree(capture: &Capture, netmap: &Netmap, wanted: Wanted<'_>, probes: &[IpAdd
         if !fits {
             return Err(format!("{wanted:?}: {ip} is routed by {route:?}, and should be by one of {may:?}"));
         }
-        // What only an exit node serves was never the tailnet's.
-        let was_routed = covering.iter().any(|served| served.prefix.length > 0);
         if netmap.was_routed(*ip) != was_routed {
             return Err(format!("{wanted:?}: was_routed({ip}) is not {was_routed}"));
         }

@@ -103,6 +103,23 @@ fn without_its_exit_node_a_public_address_is_withdrawn_and_a_private_one_was_nev
 }
 
 #[test]
+fn what_a_route_leaves_behind_is_withdrawn_and_never_goes_by_the_exit_node() {
+    let mut tailnet = Tailnet::exiting();
+    let exits = ["0.0.0.0/0", "::/0"];
+    let by = |netmap: &Netmap, ip: &str| netmap.route(ip.parse().unwrap()).map(|route| (route.peer.id, route.kind));
+    let connected = ["203.0.113.7/32", "2001:db8:7::7/128"];
+    let netmap = tailnet.map(&connected, &["198.51.100.0/24"], &exits);
+    assert_eq!(by(&netmap, "198.51.100.1"), Some((3, RouteKind::Subnet)));
+    let netmap = tailnet.map(&[], &[], &exits);
+    for gone in ["203.0.113.7", "::ffff:203.0.113.7", "2001:db8:7::7", "198.51.100.1"] {
+        assert_eq!(by(&netmap, gone), None, "{gone}");
+        let why = unrouted(&netmap, true, gone.parse().unwrap());
+        assert!(matches!(why, DialError::Route(RouteError::Withdrawn { .. })), "{gone}: {why}");
+    }
+    assert_eq!(by(&netmap, "203.0.113.8"), Some((4, RouteKind::Exit)), "its neighbour was never the tailnet's");
+}
+
+#[test]
 fn an_exit_node_makes_nothing_the_tailnets_own() {
     let netmap = Tailnet::exiting().map(&["203.0.113.7/32"], &[], &["0.0.0.0/0"]);
     assert!(is_public(&netmap, "198.51.100.1".parse().unwrap()));
