@@ -42,13 +42,12 @@ impl ResolverAddr {
     /// The address in `resolver`.
     pub fn parse(resolver: &Resolver) -> Self {
         let text = resolver.addr.as_str();
-        if let Ok(ip) = text.parse() {
-            return Self::Plain { addr: SocketAddr::new(ip, DNS_PORT) };
-        }
-        if let Ok(addr) = text.parse() {
-            return Self::Plain { addr };
-        }
-        Self::by_url(resolver).unwrap_or_else(|| Self::Unsupported(text.to_owned()))
+        let bare = || text.parse().ok().map(|ip| SocketAddr::new(ip, DNS_PORT));
+        let known = match text.parse().ok().or_else(bare) {
+            Some(addr) => canonical(addr).map(|addr| Self::Plain { addr }),
+            None => Self::by_url(resolver),
+        };
+        known.unwrap_or_else(|| Self::Unsupported(text.to_owned()))
     }
 
     fn by_url(resolver: &Resolver) -> Option<Self> {
@@ -61,12 +60,22 @@ impl ResolverAddr {
         };
         match (url.scheme(), ip) {
             ("http", Some(ip)) if bare && url.query().is_none() => {
-                Some(Self::PeerApi { ip, port: url.port_or_known_default()?, path: url.path().to_owned() })
+                let addr = canonical(SocketAddr::new(ip, url.port_or_known_default()?))?;
+                Some(Self::PeerApi { ip: addr.ip(), port: addr.port(), path: url.path().to_owned() })
             }
-            ("https", _) if bare => Some(Self::Https { url, bootstrap: resolver.bootstrap_resolution.clone() }),
+            ("https", _) if bare && url.port() != Some(0) => {
+                let bootstrap = resolver.bootstrap_resolution.iter().map(IpAddr::to_canonical).collect();
+                Some(Self::Https { url, bootstrap })
+            }
             (_, _) => None,
         }
     }
+}
+
+/// IPv4 as IPv4, however it is written: a route and a source address go by the family. `None` where nothing can be.
+fn canonical(addr: SocketAddr) -> Option<SocketAddr> {
+    let addr = SocketAddr::new(addr.ip().to_canonical(), addr.port());
+    (addr.port() != 0 && !addr.ip().is_unspecified()).then_some(addr)
 }
 
 /// As control wrote it, or nearly: for people, who look for it in their settings.
@@ -119,6 +128,22 @@ mod tests {
         for text in ["", "tls://1.1.1.1", "tailscale-app:x", "http://dns.example/q", "http://u:p@10.0.0.1/", "x y"] {
             assert_eq!(parse(text), ResolverAddr::Unsupported(text.to_owned()));
         }
+        for nowhere in
+            ["10.0.0.1:0", "0.0.0.0", "[::]:53", "::ffff:0.0.0.0", "http://10.0.0.1:0/q", "https://d.test:0/"]
+        {
+            assert_eq!(parse(nowhere), ResolverAddr::Unsupported(nowhere.to_owned()));
+        }
+    }
+
+    #[test]
+    fn an_ipv4_address_is_one_in_every_spelling() {
+        assert_eq!(parse("::ffff:10.20.0.53"), plain("10.20.0.53:53"));
+        assert_eq!(parse("[::ffff:10.20.0.53]:5353"), plain("10.20.0.53:5353"));
+        assert_eq!(parse("http://[::ffff:100.64.0.7]:1/q"), parse("http://100.64.0.7:1/q"));
+        let addr = String::from("https://dns.example/q");
+        let bootstrap_resolution = vec!["::ffff:9.9.9.9".parse().unwrap()];
+        let mapped = ResolverAddr::parse(&Resolver { addr, bootstrap_resolution, use_with_exit_node: false });
+        assert_eq!(mapped, parse("https://dns.example/q"));
     }
 
     proptest! {

@@ -1,6 +1,5 @@
 //! One flow: its addresses, its socket alone in a set, its timer.
 
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
@@ -8,6 +7,7 @@ use smoltcp::iface::{Context, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::socket::{AnySocket, tcp, udp};
 use smoltcp::time::Duration;
 
+use super::OpenError;
 use super::device::Device;
 use super::ports::endpoint;
 use super::rings::Sockets;
@@ -89,27 +89,28 @@ pub(super) struct Flow {
 
 impl Flow {
     /// A TCP connection whose SYN is about to leave.
-    pub(super) fn connect(context: &mut Context, local: SocketAddr, remote: SocketAddr) -> io::Result<Self> {
-        let mut handle = SocketHandle::default();
+    pub(super) fn connect(context: &mut Context, local: SocketAddr, remote: SocketAddr) -> Result<Self, OpenError> {
+        let (mut handle, mut connected) = (SocketHandle::default(), Ok(()));
         let sockets = Sockets::build(RECEIVE_RING, SEND_RING, |receive, send| {
             let mut socket = tcp::Socket::new(tcp::SocketBuffer::new(receive), tcp::SocketBuffer::new(send));
             tune(&mut socket);
-            let connected = socket.connect(context, endpoint(remote), endpoint(local));
-            connected.expect("the socket is new and both addresses are set");
+            connected = socket.connect(context, endpoint(remote), endpoint(local));
             alone(socket, &mut handle)
         })?;
+        connected.map_err(|_| OpenError::Unaddressable)?;
         Ok(Self::new(Kind::Tcp, local, remote, sockets, handle))
     }
 
     /// A UDP flow.
-    pub(super) fn udp(local: SocketAddr, remote: SocketAddr) -> io::Result<Self> {
-        let mut handle = SocketHandle::default();
+    pub(super) fn udp(local: SocketAddr, remote: SocketAddr) -> Result<Self, OpenError> {
+        let (mut handle, mut bound) = (SocketHandle::default(), Ok(()));
         let sockets = Sockets::build(UDP_OCTETS, UDP_OCTETS, |receive, send| {
             let ring = |octets| udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; UDP_DATAGRAMS], octets);
             let mut socket = udp::Socket::new(ring(receive), ring(send));
-            socket.bind(endpoint(local)).expect("the socket is new and its port is set");
+            bound = socket.bind(endpoint(local));
             alone(socket, &mut handle)
         })?;
+        bound.map_err(|_| OpenError::Unaddressable)?;
         Ok(Self::new(Kind::Udp, local, remote, sockets, handle))
     }
 

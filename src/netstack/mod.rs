@@ -42,6 +42,9 @@ pub enum OpenError {
     /// Every local port is in use for that destination.
     #[error("all local ports are in use for this destination")]
     PortsExhausted,
+    /// Nothing can be at the remote address or port, or the local address is of another family.
+    #[error("no packet can be sent there")]
+    Unaddressable,
     /// The system has no memory for its rings.
     #[error("no memory for another connection: {0}")]
     Memory(#[from] std::io::Error),
@@ -102,7 +105,8 @@ impl Netstack {
     fn list_addresses(&mut self, new: Option<IpAddr>) {
         let used: BTreeSet<IpAddr> = self.by_key.keys().map(|key| key.local.ip()).collect();
         let used = used.into_iter().filter(|address| !self.addresses.contains(address) && Some(*address) != new);
-        let all = self.addresses.iter().copied().chain(new).chain(used);
+        // smoltcp panics at an address that no host can have.
+        let all = self.addresses.iter().copied().chain(new).chain(used).filter(|address| is_unicast(*address));
         self.iface.update_ip_addrs(|list| {
             list.clear();
             for address in all {
@@ -115,8 +119,9 @@ impl Netstack {
     /// Begins a TCP connection from `local` to `remote`. The SYN leaves with the next [`egress`](Self::egress).
     ///
     /// # Errors
-    /// [`OpenError`] when a limit of ours or of the system's is reached.
+    /// [`OpenError`] when a limit of ours or of the system's is reached, or there is no such destination.
     pub fn connect(&mut self, local: IpAddr, remote: SocketAddr) -> Result<FlowId, OpenError> {
+        addressable(local, remote)?;
         let by_key = &self.by_key;
         let key_for = |port| FlowKey { kind: Kind::Tcp, local: SocketAddr::new(local, port), remote };
         let port = self.ports.choose(|port| by_key.contains_key(&key_for(port)))?;
@@ -127,8 +132,9 @@ impl Netstack {
     /// Opens a UDP flow from `local` to `remote`.
     ///
     /// # Errors
-    /// [`OpenError`] when a limit of ours or of the system's is reached.
+    /// [`OpenError`] when a limit of ours or of the system's is reached, or there is no such destination.
     pub fn open_udp(&mut self, local: IpAddr, remote: SocketAddr) -> Result<FlowId, OpenError> {
+        addressable(local, remote)?;
         let by_key = &self.by_key;
         let key_for = |port| FlowKey { kind: Kind::Udp, local: SocketAddr::new(local, port), remote };
         let port = self.ports.choose(|port| by_key.contains_key(&key_for(port)))?;
@@ -297,6 +303,19 @@ impl Netstack {
     pub fn flow_count(&self) -> usize {
         self.flows.len()
     }
+}
+
+/// Whether packets can go from `local` to `remote`: smoltcp panics at others, or drops them without a word.
+fn addressable(local: IpAddr, remote: SocketAddr) -> Result<(), OpenError> {
+    let same_family = local.is_ipv4() == remote.is_ipv4();
+    let fits = same_family && remote.port() != 0 && is_unicast(local) && is_unicast(remote.ip());
+    if fits { Ok(()) } else { Err(OpenError::Unaddressable) }
+}
+
+/// Whether an address can be one host's.
+fn is_unicast(ip: IpAddr) -> bool {
+    let broadcast = ip == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
+    !ip.is_unspecified() && !ip.is_multicast() && !broadcast
 }
 
 fn timestamp(epoch: Instant, now: Instant) -> smoltcp::time::Instant {

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use proptest::prelude::*;
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{self, State};
 
+use super::ports::endpoint;
 use super::*;
 
 const OURS: &str = "100.64.0.2";
@@ -277,4 +279,39 @@ fn address_that_is_not_the_nodes_is_ours_as_long_as_a_flow_uses_it() {
         assert_eq!(stack.iface.has_ip_addr(masked), used);
     }
     assert!(stack.iface.has_ip_addr(OURS.parse::<IpAddr>().unwrap()));
+}
+
+/// Addresses of every kind, also those that no host can have.
+fn any_ip() -> impl Strategy<Value = IpAddr> {
+    let v4 = any::<[u8; 4]>().prop_map(IpAddr::from);
+    let v6 = any::<[u8; 16]>().prop_map(IpAddr::from);
+    let mapped = any::<[u8; 4]>().prop_map(|ip| std::net::Ipv4Addr::from(ip).to_ipv6_mapped().into());
+    let special = ["0.0.0.0", "::", "::ffff:0.0.0.0", "255.255.255.255", "224.0.0.1", "ff02::1", OURS, "127.0.0.1"];
+    prop_oneof![v4, v6, mapped, prop::sample::select(special.map(|ip| ip.parse().unwrap()).to_vec())]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+    #[test]
+    fn whatever_the_addresses_nothing_panics(
+        own in any_ip(),
+        local in prop_oneof![Just(OURS.parse().unwrap()), Just("fd7a:115c:a1e0::2".parse().unwrap()), any_ip()],
+        remote in (any_ip(), prop_oneof![Just(0), any::<u16>()]),
+    ) {
+        let now = Instant::now();
+        let mut stack = Netstack::new(7, now);
+        stack.set_addresses(&[OURS.parse().unwrap(), own]);
+        let remote = SocketAddr::from(remote);
+        let tcp = stack.connect(local, remote);
+        let udp = stack.open_udp(local, remote);
+        let fits = remote.port() != 0 && local.is_ipv4() == remote.is_ipv4() && is_unicast(local) && is_unicast(remote.ip());
+        prop_assert_eq!((tcp.is_ok(), udp.is_ok()), (fits, fits));
+        if let Ok(id) = udp {
+            stack.with_udp(id, |socket| socket.send_slice(b"x", endpoint(remote)).unwrap()).unwrap();
+            stack.touch(id);
+        }
+        let mut sent = 0;
+        while stack.egress(now, &mut |_| sent += 1) {}
+        prop_assert_eq!(sent, if fits { 2 } else { 0 });
+    }
 }

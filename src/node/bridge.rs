@@ -74,7 +74,9 @@ fn failed(remote: SocketAddr, failure: ConnectFailure) -> io::Error {
         ConnectFailure::Refused => io::ErrorKind::ConnectionRefused,
         ConnectFailure::Unanswered => io::ErrorKind::TimedOut,
         ConnectFailure::Rejected(_) => io::ErrorKind::PermissionDenied,
-        ConnectFailure::Family | ConnectFailure::Ports => io::ErrorKind::AddrNotAvailable,
+        ConnectFailure::Family | ConnectFailure::Unaddressable | ConnectFailure::Ports => {
+            io::ErrorKind::AddrNotAvailable
+        }
         ConnectFailure::Memory => io::ErrorKind::OutOfMemory,
     };
     io::Error::new(kind, format!("{remote}: {failure:?}"))

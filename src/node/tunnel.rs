@@ -43,6 +43,8 @@ impl Drop for Handle {
 pub(super) enum ConnectFailure {
     /// We have no address of that family.
     Family,
+    /// Nothing can be at that address and port.
+    Unaddressable,
     /// No local port is free.
     Ports,
     /// No memory is left for its rings.
@@ -59,6 +61,7 @@ impl From<Unopened> for ConnectFailure {
     fn from(unopened: Unopened) -> Self {
         match unopened {
             Unopened::Family => Self::Family,
+            Unopened::Unaddressable => Self::Unaddressable,
             Unopened::Ports => Self::Ports,
             Unopened::Memory => Self::Memory,
         }

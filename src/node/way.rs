@@ -113,6 +113,7 @@ fn unopened(why: Unopened, address: SocketAddr) -> DialError {
             let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
             RouteError::Family { address: address.ip(), family }.into()
         }
+        Unopened::Unaddressable => RouteError::None { address: address.ip() }.into(),
         Unopened::Ports => Exhausted::Ports { address }.into(),
         Unopened::Memory => Exhausted::Memory.into(),
     }

@@ -128,6 +128,7 @@ async fn connect(
     let (name, waited) = (peer.name.clone(), begun.elapsed());
     Err(match failure {
         ConnectFailure::Family => no_family(address.ip()).into(),
+        ConnectFailure::Unaddressable => RouteError::None { address: address.ip() }.into(),
         ConnectFailure::Ports => Exhausted::Ports { address }.into(),
         ConnectFailure::Memory => Exhausted::Memory.into(),
         ConnectFailure::Refused => DialError::Refused { address },

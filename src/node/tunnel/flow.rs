@@ -16,6 +16,8 @@ use crate::netstack::{self, OpenError};
 pub(in crate::node) enum Unopened {
     /// We have no address of that family.
     Family,
+    /// Nothing can be at that address, or at port 0.
+    Unaddressable,
     /// No local port is free.
     Ports,
     /// No memory is left for its rings.
@@ -26,6 +28,7 @@ impl From<OpenError> for Unopened {
     fn from(error: OpenError) -> Self {
         match error {
             OpenError::PortsExhausted => Self::Ports,
+            OpenError::Unaddressable => Self::Unaddressable,
             OpenError::Memory(_) => Self::Memory,
         }
     }
