@@ -96,7 +96,7 @@ impl Engine {
             }
         }
         self.magicsock.handle_netmap(&netmap, &changes, &self.roster, now);
-        self.set_rivals(&netmap, &changes);
+        self.set_rivals(&netmap, &changes, now);
         self.set_routes(netmap, now);
         self.settle(now);
     }

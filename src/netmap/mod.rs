@@ -25,7 +25,7 @@ pub use self::accept::tailnet_range;
 pub use self::apps::{App, Apps, Extent};
 pub use self::internet::is_internet;
 use self::routes::{Prefixes, Routes};
-pub use self::standing::{Measured, Standing};
+pub use self::standing::{Measured, Standing, Voice};
 use crate::key::{DiscoPublic, NodePublic};
 use crate::wire::tailcfg::derp::DerpMap;
 use crate::wire::tailcfg::dns::{DnsConfig, Resolver};
@@ -197,7 +197,7 @@ impl Netmap {
     /// Where packets to `ip` go: the longest prefix over all usable peers. `None` for our own addresses too.
     ///
     /// Of several peers with the same prefix the first counts in this order: one that control calls online, then one
-    /// of which it does not say, then one offline; one that is not silent (see [`Standing`]); the one that control
+    /// of which it does not say, then one offline; the better [`Voice`]; the one that control
     /// calls primary; the one with the lowest latency, as far as the difference is worth it; the lowest id.
     ///
     /// Peers whose key has ended, and peers without any path, never serve. Subnet routes count only

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use prefix_trie::joint::{JointPrefixMap, JointPrefixSet};
 
 use super::accept::{Accept, usable};
-use super::standing::{LatencyClass, Standing};
+use super::standing::{LatencyClass, Standing, Voice};
 use super::{NodeId, Peer, Route, RouteKind};
 
 /// One peer's claim to a prefix.
@@ -26,16 +26,16 @@ struct Claim {
 }
 
 impl Claim {
-    /// Smaller is better. Whether the peer is online and primary is control's word; whether it is silent, and how far
+    /// Smaller is better. Whether the peer is online and primary is control's word; whether it answers, and how far
     /// away, is the data plane's.
-    fn rank(&self, standing: &Standing) -> (u8, bool, bool, LatencyClass, NodeId) {
+    fn rank(&self, standing: &Standing) -> (u8, Voice, bool, LatencyClass, NodeId) {
         let availability = match self.peer.online {
             Some(true) => 0,
             None => 1,
             Some(false) => 2,
         };
         let id = self.peer.id;
-        (availability, standing.is_silent(id), !self.primary, standing.latency(id), id)
+        (availability, standing.voice(id), !self.primary, standing.latency(id), id)
     }
 }
 

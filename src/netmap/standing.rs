@@ -48,22 +48,40 @@ pub enum Measured {
     Direct,
 }
 
+/// Whether a peer answers. Less is better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Voice {
+    /// It answers, or nobody has asked it.
+    #[default]
+    Heard,
+    /// It was silent, and has not been heard for long enough since to take its routes back: each change breaks what is
+    /// open by the router before.
+    Regained,
+    /// It does not answer.
+    Silent,
+}
+
 /// What is known of peers that serve the same prefix as another. See [`Netmap::route`](super::Netmap::route).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Standing {
-    silent: BTreeSet<NodeId>,
+    /// Of those that are not simply heard.
+    voices: BTreeMap<NodeId, Voice>,
     latencies: BTreeMap<NodeId, (LatencyClass, Measured)>,
 }
 
 impl Standing {
-    /// Notes that a peer is silent, or is not. Whether that is news.
-    pub fn set_silent(&mut self, id: NodeId, silent: bool) -> bool {
-        if silent { self.silent.insert(id) } else { self.silent.remove(&id) }
+    /// Notes whether a peer answers. Whether that is news.
+    pub fn set_voice(&mut self, id: NodeId, voice: Voice) -> bool {
+        let before = match voice {
+            Voice::Heard => self.voices.remove(&id),
+            Voice::Regained | Voice::Silent => self.voices.insert(id, voice),
+        };
+        before.unwrap_or_default() != voice
     }
 
-    /// Whether a peer is silent.
-    pub fn is_silent(&self, id: NodeId) -> bool {
-        self.silent.contains(&id)
+    /// Whether a peer answers.
+    pub fn voice(&self, id: NodeId) -> Voice {
+        self.voices.get(&id).copied().unwrap_or_default()
     }
 
     /// Notes how far away a peer is. Whether that is news: small differences are not.
@@ -82,7 +100,7 @@ impl Standing {
 
     /// Forgets everybody else.
     pub fn retain(&mut self, peers: &BTreeSet<NodeId>) {
-        self.silent.retain(|id| peers.contains(id));
+        self.voices.retain(|id, _| peers.contains(id));
         self.latencies.retain(|id, _| peers.contains(id));
     }
 
@@ -125,10 +143,12 @@ mod tests {
     #[test]
     fn who_is_not_asked_about_is_forgotten() {
         let mut standing = Standing::default();
-        assert!(standing.set_silent(1, true) && !standing.set_silent(1, true) && standing.set_silent(2, true));
+        let silent = Voice::Silent;
+        assert!(standing.set_voice(1, silent) && !standing.set_voice(1, silent) && standing.set_voice(2, silent));
         standing.retain(&BTreeSet::from([2]));
-        assert!(!standing.is_silent(1) && standing.is_silent(2));
-        assert!(standing.set_silent(2, false));
+        assert_eq!((standing.voice(1), standing.voice(2)), (Voice::Heard, silent));
+        assert!(standing.set_voice(2, Voice::Regained) && standing.set_voice(2, Voice::Heard));
+        assert!(!standing.set_voice(2, Voice::Heard));
         assert_eq!(standing, Standing::default());
     }
 

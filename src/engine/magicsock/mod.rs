@@ -306,6 +306,12 @@ impl Magicsock {
         }
     }
 
+    /// Whether our home region is not connected: those that have no other way to us are not heard.
+    pub(super) fn is_deaf(&self) -> bool {
+        let lost = |home| !self.relays.is_connected(home);
+        self.transport != Transport::Direct && self.netcheck.host().home.is_some_and(lost)
+    }
+
     /// Our latency to a region, as far as netcheck measured it lately.
     pub(super) fn region_latency(&self, region: RegionId, now: Instant) -> Option<Duration> {
         self.netcheck.region_latency(region, now)

@@ -12,6 +12,9 @@ use crate::key::NodePublic;
 /// No later than that after the first packet that gets no answer, packets go to the other router.
 const BOUND: Duration = Duration::from_millis(2_000);
 
+/// The same for a router that we have had no session with.
+const BOUND_UNMET: Duration = Duration::from_millis(3_500);
+
 /// Node 0 is ours; 1 and 2 serve 10.20.0.0/24, and 1 is primary.
 fn routers(transport: Transport) -> World {
     let mut world = World::of(3, transport);
@@ -49,7 +52,7 @@ fn key(world: &World, node: usize) -> NodePublic {
 fn until_arrived(world: &mut World, router: usize) -> Duration {
     let (start, before) = (world.now, arrived(world, router));
     while arrived(world, router) == before {
-        assert!(world.now - start < SECOND * 20, "nothing came to router {router}");
+        assert!(world.now - start < SECOND * 60, "nothing came to router {router}");
         send_to_site(world);
         world.run(Duration::from_millis(100));
     }
@@ -69,9 +72,93 @@ fn a_router_that_dies_is_left_within_the_bound_and_used_again_when_it_is_heard()
         assert!(world.nodes[0].outputs.contains(&Output::RoutesChanged));
         assert_eq!(serving(&world), key(&world, 2));
         world.dead.clear();
-        until_arrived(&mut world, 1);
+        let took = until_arrived(&mut world, 1);
+        assert!(took >= SECOND * 30, "{transport:?}: {took:?}");
         assert_eq!(serving(&world), key(&world, 1));
     }
+}
+
+/// Sends every 100 ms for so long, and counts how often the route changes.
+fn keep_sending(world: &mut World, time: Duration) -> usize {
+    let (end, mut moves) = (world.now + time, 0);
+    while world.now < end {
+        let before = serving(world);
+        send_to_site(world);
+        world.run(Duration::from_millis(100));
+        moves += usize::from(serving(world) != before);
+    }
+    moves
+}
+
+#[test]
+fn one_lost_handshake_changes_no_route() {
+    let mut world = routers(Transport::Derp);
+    world.derp_works = false;
+    send_to_site(&mut world);
+    world.run(Duration::from_millis(200));
+    world.derp_works = true;
+    let mut moves = keep_sending(&mut world, SECOND * 2);
+    // The same with a session, which the router has lost.
+    world.dead = vec![1];
+    moves += keep_sending(&mut world, Duration::from_millis(700));
+    world.dead.clear();
+    moves += keep_sending(&mut world, SECOND * 5);
+    assert_eq!((moves, serving(&world), arrived(&world, 2)), (0, key(&world, 1), 0));
+}
+
+#[test]
+fn ten_outages_of_a_second_cause_at_most_two_changes() {
+    for outage in [1_000, 1_500, 2_000] {
+        let mut world = routers(Transport::Derp);
+        let mut moves = keep_sending(&mut world, SECOND);
+        for _ in 0..10 {
+            world.dead = vec![1];
+            moves += keep_sending(&mut world, Duration::from_millis(outage));
+            world.dead.clear();
+            moves += keep_sending(&mut world, SECOND * 6);
+        }
+        moves += keep_sending(&mut world, SECOND * 40);
+        assert!(moves <= 2, "{outage} ms: {moves}");
+        assert_eq!(serving(&world), key(&world, 1));
+    }
+}
+
+#[test]
+fn a_router_on_probation_is_used_when_the_other_falls_silent_or_offline() {
+    for offline in [false, true] {
+        let mut world = routers(Transport::Derp);
+        keep_sending(&mut world, SECOND);
+        world.dead = vec![1];
+        until_arrived(&mut world, 2);
+        world.dead.clear();
+        keep_sending(&mut world, SECOND * 8);
+        assert_eq!(serving(&world), key(&world, 2));
+        if offline {
+            world.besides.get_mut(&2).unwrap()["Online"] = json!(false);
+            world.publish();
+        } else {
+            world.dead = vec![2];
+        }
+        let took = until_arrived(&mut world, 1);
+        assert!(took <= BOUND + Duration::from_millis(200), "{took:?}");
+    }
+}
+
+#[test]
+fn nobody_is_judged_while_our_own_region_is_lost() {
+    let mut world = routers(Transport::Derp);
+    keep_sending(&mut world, SECOND);
+    let home = world.nodes[0].host.home.unwrap();
+    let now = world.now;
+    world.nodes[0].regions.clear();
+    world.nodes[0].engine.handle_derp_lost(home, now);
+    let mut moves = keep_sending(&mut world, SECOND * 6);
+    assert_eq!(world.nodes[0].host.home, Some(home));
+    world.nodes[0].regions.push(home);
+    let now = world.now;
+    world.nodes[0].engine.handle_derp_connected(home, now);
+    moves += keep_sending(&mut world, SECOND * 5);
+    assert_eq!((moves, serving(&world)), (0, key(&world, 1)));
 }
 
 #[test]
@@ -79,20 +166,40 @@ fn a_router_that_never_answers_is_left_and_what_waited_for_it_goes_to_the_other(
     let mut world = routers(Transport::Derp);
     world.dead = vec![1];
     send_to_site(&mut world);
-    world.run(BOUND);
+    world.run(BOUND_UNMET);
     assert_eq!((arrived(&world, 1), arrived(&world, 2)), (0, 1), "one packet was sent, and it arrived");
 }
 
 #[test]
-fn a_region_that_does_not_have_the_router_is_believed_at_once() {
+fn a_region_that_does_not_have_the_router_is_soon_believed() {
     let mut world = routers(Transport::Derp);
     world.dead = vec![1];
     send_to_site(&mut world);
     world.run(Duration::from_millis(10));
     let (router, home, now) = (key(&world, 1), world.nodes[1].host.home.unwrap(), world.now);
     world.nodes[0].engine.handle_derp_peer_gone(home, router, now);
-    world.run(Duration::from_millis(200));
+    world.run(Duration::from_millis(250));
+    assert_eq!(arrived(&world, 2), 0, "it may be connecting the region again");
+    world.run(Duration::from_millis(550));
     assert_eq!(arrived(&world, 2), 1);
+}
+
+#[test]
+fn a_router_that_connects_its_region_again_stays() {
+    let mut world = routers(Transport::Derp);
+    world.dead = vec![1];
+    send_to_site(&mut world);
+    world.run(Duration::from_millis(10));
+    let (router, home) = (key(&world, 1), world.nodes[1].host.home.unwrap());
+    world.dead.clear();
+    for _ in 0..3 {
+        let now = world.now;
+        world.nodes[0].engine.handle_derp_peer_gone(home, router, now);
+    }
+    world.run(SECOND * 2);
+    assert_eq!((arrived(&world, 1), arrived(&world, 2)), (1, 0));
+    let handshakes = world.nodes[0].engine.peer_status(&router, world.now).unwrap().handshakes_sent;
+    assert_eq!(handshakes, 2, "asked anew once, however often the region says so");
 }
 
 #[test]
@@ -111,10 +218,7 @@ fn a_router_that_only_listens_is_asked_and_stays() {
 fn two_silent_routers_are_as_good_as_two_that_answer() {
     let mut world = routers(Transport::Derp);
     world.dead = vec![1, 2];
-    for _ in 0..60 {
-        send_to_site(&mut world);
-        world.run(Duration::from_millis(100));
-    }
+    keep_sending(&mut world, SECOND * 8);
     assert_eq!(serving(&world), key(&world, 1));
     world.dead = vec![1];
     let took = until_arrived(&mut world, 2);
@@ -144,7 +248,9 @@ fn a_silent_router_that_comes_online_gets_another_chance() {
     world.dead.clear();
     world.besides.get_mut(&1).unwrap()["Online"] = json!(true);
     world.publish();
-    assert_eq!(serving(&world), key(&world, 1));
+    assert_eq!(serving(&world), key(&world, 2), "it has to be heard first");
+    world.run(SECOND * 40);
+    assert_eq!(serving(&world), key(&world, 1), "nobody had to send anything for that");
 }
 
 #[test]

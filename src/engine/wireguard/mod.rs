@@ -242,6 +242,11 @@ impl WireGuard {
         self.places.get(slot)?.heard
     }
 
+    /// Whether anything authentic has come from anybody after `since`.
+    pub(super) fn is_anybody_heard_since(&self, since: Instant) -> bool {
+        self.places.iter().any(|place| place.heard.is_some_and(|heard| heard > since))
+    }
+
     pub(super) fn counters(&self, slot: Slot) -> Counters {
         self.places.get(slot).map(|place| place.counters).unwrap_or_default()
     }

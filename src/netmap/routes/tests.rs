@@ -128,9 +128,13 @@ fn a_silent_peer_comes_after_one_that_is_not_and_before_one_that_is_offline() {
     let with = |id, online| Peer { online, ..peer(id, &["10.0.0.0/8"]) };
     let table = routes(vec![with(1, Some(true)), with(2, Some(true)), with(3, Some(false))], &SUBNETS);
     let mut standing = Standing::default();
-    standing.set_silent(1, true);
+    standing.set_voice(1, Voice::Silent);
     assert_eq!(owner(&table.ranked(&standing), "10.0.0.1").unwrap().0, 2);
-    standing.set_silent(2, true);
+    standing.set_voice(2, Voice::Silent);
+    assert_eq!(owner(&table.ranked(&standing), "10.0.0.1").unwrap().0, 1);
+    standing.set_voice(2, Voice::Regained);
+    assert_eq!(owner(&table.ranked(&standing), "10.0.0.1").unwrap().0, 2);
+    standing.set_voice(1, Voice::Heard);
     assert_eq!(owner(&table.ranked(&standing), "10.0.0.1").unwrap().0, 1);
     assert_eq!(table.rivals(), &BTreeSet::from([1, 2, 3]));
 }
@@ -188,12 +192,12 @@ prop_compose! {
 
 prop_compose! {
     fn any_standing()(
-        silent in any::<[bool; 4]>(),
+        voices in prop::array::uniform4(prop::sample::select(vec![Voice::Heard, Voice::Regained, Voice::Silent])),
         latencies in prop::array::uniform4(prop::option::of(1u64..200)),
     ) -> Standing {
         let mut standing = Standing::default();
-        for (id, (silent, latency)) in (1..).zip(silent.into_iter().zip(latencies)) {
-            standing.set_silent(id, silent);
+        for (id, (voice, latency)) in (1..).zip(voices.into_iter().zip(latencies)) {
+            standing.set_voice(id, voice);
             if let Some(latency) = latency {
                 standing.set_latency(id, Duration::from_millis(latency), Measured::Direct);
             }
@@ -236,8 +240,8 @@ proptest! {
             let covering: Vec<_> = scanned(&peers, &accept).into_iter().filter(|(_, net)| net.contains(&ip)).collect();
             let best = covering.iter().min_by_key(|(peer, net)| {
                 let online = [Some(true), None, Some(false)].iter().position(|state| *state == peer.online);
-                let (silent, primary) = (standing.is_silent(peer.id), peer.primary_routes.contains(net));
-                (std::cmp::Reverse(net.prefix_len()), online, silent, !primary, standing.latency(peer.id), peer.id)
+                let (voice, primary) = (standing.voice(peer.id), peer.primary_routes.contains(net));
+                (std::cmp::Reverse(net.prefix_len()), online, voice, !primary, standing.latency(peer.id), peer.id)
             });
             let found = table.find(ip).map(|route| (route.peer.id, route.prefix));
             prop_assert_eq!(found, best.map(|(peer, net)| (peer.id, *net)));
