@@ -212,10 +212,12 @@ impl Netmap {
         is_internet(ip) && !self.was_routed(ip)
     }
 
-    /// Whether `peer` may send packets from `source`: exactly what it could be sent packets for, even
-    /// where another peer serves the same prefix now, since its replies may still be on their way.
+    /// Whether `peer` may send packets from `source`: exactly what it could be sent packets for, even where another peer
+    /// serves the same prefix or a narrower one now, since its replies may still be on their way. The exit node's
+    /// routes to everything allow what [`route`](Self::route) gives it, and so nothing that another serves.
     pub fn allowed(&self, peer: &Peer, source: IpAddr) -> bool {
-        self.routes.serves(peer.id, source.to_canonical())
+        let kind = self.routes.serves(peer.id, source.to_canonical());
+        kind.is_some_and(|kind| kind != RouteKind::Exit || self.may_exit(source))
     }
 
     /// Whether a route to `ip`, other than an exit node's, is, or was at any time in this run, in the netmap. What once

@@ -126,13 +126,15 @@ impl Routes {
         Some(Route { prefix, peer: &best.peer, kind: best.kind })
     }
 
-    /// Whether the peer with this id has a claim to any prefix that covers `ip`.
-    pub(super) fn serves(&self, id: NodeId, ip: IpAddr) -> bool {
+    /// Why the peer with this id has a claim to any prefix that covers `ip`: as an exit node only if for no other
+    /// reason. `None` if it has none.
+    pub(super) fn serves(&self, id: NodeId, ip: IpAddr) -> Option<RouteKind> {
         if let Some(peer) = self.transits.get(&ip) {
-            return peer.id == id;
+            return (peer.id == id).then_some(RouteKind::Subnet);
         }
-        let has = |holder: &Holder| self.claims(holder).iter().any(|claim| claim.peer.id == id);
-        self.table.single.get(&ip).is_some_and(has) || self.table.wide.cover_values(&IpNet::from(ip)).any(has)
+        let holders = self.table.single.get(&ip).into_iter().chain(self.table.wide.cover_values(&IpNet::from(ip)));
+        let claims = holders.flat_map(|holder| self.claims(holder)).filter(|claim| claim.peer.id == id);
+        claims.map(|claim| claim.kind).min_by_key(|kind| *kind == RouteKind::Exit)
     }
 
     fn claims<'a>(&'a self, holder: &'a Holder) -> &'a [Claim] {

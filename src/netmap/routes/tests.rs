@@ -66,7 +66,8 @@ fn a_transit_address_leads_to_its_peer_alone_while_that_can_be_used() {
     for (address, owned_by) in [("10.7.0.1", 2), ("169.254.7.1", 2), ("10.7.0.2", 1), ("10.7.0.3", 1), ("10.7.0.4", 1)]
     {
         assert_eq!(owner(&with, address), Some((owned_by, RouteKind::Subnet)), "{address}");
-        assert!(with.serves(owned_by, ip(address)) && !with.serves(3 - owned_by, ip(address)), "{address}");
+        let serves = |id| with.serves(id, ip(address)).is_some();
+        assert!(serves(owned_by) && !serves(3 - owned_by), "{address}");
     }
     assert_eq!(owner(&with.with_transits(&BTreeMap::new(), |_| None), "169.254.7.1"), None);
     assert_eq!(owner(&with.ranked(&Standing::default()), "10.7.0.1"), Some((2, RouteKind::Subnet)));
@@ -118,7 +119,7 @@ fn expired_peers_and_peers_without_a_path_serve_nothing() {
 #[test]
 fn a_peer_may_send_from_what_it_serves_and_from_nothing_else() {
     let table = routes(vec![peer(1, &["10.0.0.0/8"]), peer(2, &["10.1.0.0/16"])], &SUBNETS);
-    let serves = |id, ip: &str| table.serves(id, ip.parse().unwrap());
+    let serves = |id, ip: &str| table.serves(id, ip.parse().unwrap()).is_some();
     assert!(serves(1, "10.1.0.1") && serves(2, "10.1.0.1") && serves(1, "100.64.0.1"));
     assert!(!serves(2, "10.2.0.1") && !serves(2, "100.64.0.1") && !serves(3, "10.0.0.1"));
 }
@@ -246,7 +247,9 @@ proptest! {
             let found = table.find(ip).map(|route| (route.peer.id, route.prefix));
             prop_assert_eq!(found, best.map(|(peer, net)| (peer.id, *net)));
             for id in 1..=4 {
-                prop_assert_eq!(table.serves(id, ip), covering.iter().any(|(peer, _)| peer.id == id));
+                let narrowest = covering.iter().filter(|(peer, _)| peer.id == id).map(|(_, net)| net.prefix_len()).max();
+                let serves = table.serves(id, ip).map(|kind| kind == RouteKind::Exit);
+                prop_assert_eq!(serves, narrowest.map(|length| length == 0));
             }
         }
     }

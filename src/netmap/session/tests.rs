@@ -5,13 +5,14 @@ use std::net::IpAddr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use ipnet::IpNet;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
 use crate::key::signature::vectors;
 use crate::netmap::diff::Changes;
-use crate::netmap::{NodeId, RouteKind};
+use crate::netmap::{NodeId, RouteKind, is_internet};
 
 fn now() -> Timestamp {
     "2026-08-01T12:00:00Z".parse().unwrap()
@@ -377,5 +378,31 @@ proptest! {
         same(&after(&[&one, &other]), &after(&[&other, &one]))?;
         let both: Delta = one.iter().chain(&other).cloned().collect();
         same(&after(&[&both]), &after(&[&one, &other]))?;
+    }
+}
+
+proptest! {
+    #[test]
+    fn an_exit_node_may_send_from_what_it_is_given_and_from_nothing_else(
+        nets in prop::collection::vec((any::<[u8; 2]>(), 1u8..=32), 0..6),
+        withdrawn in any::<bool>(),
+        probe in prop_oneof![any::<[u8; 4]>(), any::<[u8; 2]>().prop_map(|[a, b]| [203, a & 3, b, 1])],
+    ) {
+        let net = |([a, b], length): &([u8; 2], u8)| IpNet::new([203, a & 3, *b, 0].into(), *length).unwrap().trunc().to_string();
+        let routes: Vec<String> = nets.iter().map(net).chain([String::from("100.64.0.2/32")]).collect();
+        let exits = json!({"StableID": "exit", "AllowedIPs": ["100.64.0.3/32", "0.0.0.0/0", "::/0"]});
+        let mut session = Session::new(true).with_exit_node("exit".to_owned());
+        let peers = json!([with(node(2), json!({"AllowedIPs": routes})), with(node(3), exits)]);
+        let mut netmap = apply(&mut session, json!({"Node": node(1), "Peers": peers}));
+        if withdrawn {
+            netmap = apply(&mut session, json!({"PeersRemoved": [2]}));
+        }
+        let source = IpAddr::from(probe);
+        let claimed = routes.iter().any(|net| net.parse::<IpNet>().unwrap().contains(&source));
+        let own = netmap.peers[&3].addresses.contains(&source);
+        prop_assert_eq!(netmap.allowed(&netmap.peers[&3], source), own || (is_internet(source) && !claimed));
+        if let Some(route) = netmap.route(source) {
+            prop_assert!(netmap.allowed(route.peer, source));
+        }
     }
 }
