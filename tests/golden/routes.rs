@@ -27,16 +27,19 @@ const STRAYS: [&str; 10] = [
 ];
 
 /// What an exit node is never given.
-const NOT_INTERNET: [&str; 9] = [
+const NOT_INTERNET: [&str; 12] = [
     "0.0.0.0/8",
     "10.0.0.0/8",
     "100.64.0.0/10",
     "127.0.0.0/8",
     "169.254.0.0/16",
     "172.16.0.0/12",
+    "192.0.0.0/24",
     "192.168.0.0/16",
-    "224.0.0.0/4",
-    "255.255.255.255/32",
+    "198.18.0.0/15",
+    "224.0.0.0/3",
+    "2002::/16",
+    "2001::/32",
 ];
 
 /// All of IPv6 that it is given.
@@ -94,9 +97,9 @@ fn agree(capture: &Capture, netmap: &Netmap, wanted: Wanted<'_>, probes: &[IpAdd
         let covering: Vec<_> = served.iter().filter(|served| served.prefix.covers(number)).collect();
         let longest = covering.iter().map(|served| served.prefix.length).max();
         let internet = match ip {
-            IpAddr::V4(_) => !not_internet.iter().any(|net| net.covers(number)),
+            IpAddr::V4(_) => true,
             IpAddr::V6(_) => internet_v6.covers(number),
-        };
+        } && !not_internet.iter().any(|net| net.covers(number));
         // What only an exit node serves was never the tailnet's: in a capture of one message, exactly what is routed was.
         let was_routed = covering.iter().any(|served| served.prefix.length > 0);
         let exits = internet && !was_routed;

@@ -18,7 +18,7 @@ use tokio_util::either::Either;
 
 use super::super::bridge::{Datagrams, Tunnel};
 use super::super::dial::is_public;
-use crate::netmap::Netmap;
+use crate::netmap::{Netmap, is_internet};
 use crate::transport::race::race;
 use crate::transport::underlay::{BoxIo, Underlay};
 
@@ -44,29 +44,7 @@ impl Road {
         if netmap.route(ip).is_some() {
             return Some(Self::Tunnel);
         }
-        (is_public(netmap, ip) && is_global(ip)).then_some(Self::Underlay)
-    }
-}
-
-/// Whether an address is one that the public internet routes. Source: IANA's registries of special-purpose addresses,
-/// without those for documentation, where nothing of anybody's is.
-fn is_global(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => {
-            let [a, b, c, _] = ip.octets();
-            let special = match (a, b) {
-                (0 | 10 | 127 | 224.., _) => true,
-                (100, 64..=127) | (169, 254) | (172, 16..=31) | (192, 168) | (198, 18 | 19) => true,
-                (192, 0) => c == 0,
-                (_, _) => false,
-            };
-            !special
-        }
-        IpAddr::V6(ip) => {
-            let [a, b, ..] = ip.segments();
-            // 6to4 and Teredo carry IPv4 addresses, perhaps private ones.
-            (a & 0xe000) == 0x2000 && a != 0x2002 && (a, b) != (0x2001, 0)
-        }
+        (is_public(netmap, ip) && is_internet(ip)).then_some(Self::Underlay)
     }
 }
 
