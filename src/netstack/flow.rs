@@ -83,7 +83,7 @@ pub(super) struct Flow {
     /// When smoltcp wants it polled.
     pub(super) due: Option<Instant>,
     released: bool,
-    /// The first packet that a connection sent.
+    /// The SYN of a connection that has had no answer; empty until it has left.
     syn: Option<Vec<u8>>,
 }
 
@@ -116,7 +116,8 @@ impl Flow {
 
     fn new(kind: Kind, local: SocketAddr, remote: SocketAddr, sockets: Sockets, handle: SocketHandle) -> Self {
         let key = FlowKey { kind, local, remote };
-        Self { key, sockets, handle, dirty: false, due: None, released: false, syn: None }
+        let syn = (kind == Kind::Tcp).then(Vec::new);
+        Self { key, sockets, handle, dirty: false, due: None, released: false, syn }
     }
 
     /// Runs `act` on the socket set.
@@ -149,19 +150,30 @@ impl Flow {
             first = Some(packet.to_vec());
             send(packet);
         };
-        let keeps = self.key.kind == Kind::Tcp && self.syn.is_none();
+        let keeps = self.syn.as_ref().is_some_and(Vec::is_empty);
         let mut device = Device::new(None, scratch, if keeps { &mut keep } else { send });
         let sent = self.with_set(|set| iface.poll_egress(time, &mut device, set) == PollResult::SocketStateChanged);
         if keeps {
-            self.syn = first;
+            self.syn = Some(first.unwrap_or_default());
         }
         sent
     }
 
+    /// Something has come in: once it is the answer, the SYN is needed no longer.
+    pub(super) fn note_ingress(&mut self) {
+        if self.syn.is_some() && !self.is_opening() {
+            self.syn = None;
+        }
+    }
+
+    fn is_opening(&mut self) -> bool {
+        self.with_tcp(|socket| socket.state() == tcp::State::SynSent).unwrap_or(false)
+    }
+
     /// The SYN, while it is not answered.
-    pub(super) fn pending_syn(&mut self) -> Option<Vec<u8>> {
-        let waits = self.with_tcp(|socket| socket.state() == tcp::State::SynSent).unwrap_or(false);
-        self.syn.clone().filter(|_| waits)
+    pub(super) fn pending_syn(&mut self) -> Option<&[u8]> {
+        let waits = self.syn.as_ref().is_some_and(|syn| !syn.is_empty()) && self.is_opening();
+        self.syn.as_deref().filter(|_| waits)
     }
 
     /// Nobody holds the flow any more: a connection that both sides have closed may end in peace, any other is aborted.

@@ -182,8 +182,15 @@ impl Netstack {
     /// Sends the SYN of every connection again that waits for its answer from a remote address that `is_moved` to
     /// another router: the first one went to the old router, and would be repeated only after a second.
     pub fn repeat_syns(&mut self, is_moved: impl Fn(IpAddr) -> bool) {
-        let moved = self.flows.values_mut().filter(|flow| is_moved(flow.key.remote.ip()));
-        self.replies.extend(moved.filter_map(Flow::pending_syn));
+        for flow in self.flows.values_mut() {
+            let remote = flow.key.remote.ip();
+            // Few connections wait, and each look at the routes costs two searches.
+            if let Some(syn) = flow.pending_syn()
+                && is_moved(remote)
+            {
+                self.replies.push(syn.to_vec());
+            }
+        }
     }
 
     /// Lets go of a flow. A TCP connection that is still open gets a RST with the next egress; one that was closed
@@ -204,6 +211,7 @@ impl Netstack {
         let mut device = Device::new(Some(packet), &mut self.scratch[..], &mut reply);
         let (iface, time) = (&mut self.iface, timestamp(self.epoch, now));
         flow.with_set(|set| iface.poll_ingress_single(time, &mut device, set));
+        flow.note_ingress();
         self.touch(id);
         Some(id)
     }

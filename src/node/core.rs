@@ -176,7 +176,8 @@ impl Core {
     /// Shows everybody the routes that the engine uses now, and repeats what the routers before may have lost.
     fn publish(&mut self) {
         let Some(netmap) = self.parts.engine.netmap().cloned() else { return };
-        if let Some(before) = self.netmap.send_replace(Some(netmap.clone())) {
+        let before = self.netmap.send_replace(Some(netmap.clone()));
+        if let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &netmap)) {
             let router = |netmap: &Netmap, ip| netmap.route(ip).map(|route| route.peer.key);
             self.parts.netstack.repeat_syns(|remote| {
                 let (old, new) = (router(&before, remote), router(&netmap, remote));
