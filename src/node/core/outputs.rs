@@ -1,0 +1,90 @@
+//! What the engine says is carried out here: datagrams to their sockets, packets to their relays, news to who waits.
+
+use std::net::IpAddr;
+
+use super::Core;
+use crate::engine::Output;
+use crate::key::NodePublic;
+use crate::netmap::RegionId;
+use crate::node::outbox::Batch;
+use crate::node::regions;
+use crate::transport::derp::Packet;
+use crate::wire::tsmp::Reason;
+
+impl Core {
+    /// Does all that the engine has said since the last time.
+    pub(super) fn execute_outputs(&mut self) {
+        while let Some(output) = self.parts.engine.poll_output() {
+            match output {
+                Output::Udp { destination, contents, segment } => {
+                    let sent = self.parts.outbox.send(Batch { destination, contents, segment });
+                    sent.into_iter().for_each(|buffer| self.parts.engine.recycle(buffer));
+                }
+                Output::Derp { region, to, packet } => self.send_derp(region, to, packet),
+                Output::ConnectDerp { region, home } => self.connect_region(region, home),
+                Output::CloseDerp { region } => self.parts.relays.close(region),
+                Output::ProbeHttps { region } => self.probe(region),
+                Output::ResolveStun { region, host, port } => {
+                    let probes = self.parts.probes.clone();
+                    self.parts.control.spawn(regions::resolve_stun(region, host, port, probes));
+                }
+                Output::HostChanged(state) => {
+                    self.parts.report.send_replace(regions::report(&state));
+                    self.parts.relays.set_home(state.home);
+                }
+                Output::Rejected { flow, reason } => {
+                    if reason == Reason::UnknownTransit && self.is_told(flow.remote.ip()) {
+                        continue;
+                    }
+                    if let Some(id) = self.by_flow.get(&flow) {
+                        self.rejected.insert(*id, reason);
+                        self.peer_changed.notify_waiters();
+                    }
+                }
+                Output::Pong { token, peerapi_port } => {
+                    if let Some(waiting) = self.pongs.remove(&token) {
+                        // Whoever asked may have run out of patience.
+                        let _ = waiting.send(peerapi_port);
+                    }
+                }
+                Output::RoutesChanged => self.publish(),
+                Output::PeerChanged { .. } => self.peer_changed.notify_waiters(),
+            }
+        }
+    }
+
+    /// Whether somebody hears that the peer of a transit address does not know it.
+    fn is_told(&self, remote: IpAddr) -> bool {
+        let unknown = self.unknown_transits.as_ref().filter(|_| self.transits.contains_key(&remote));
+        unknown.is_some_and(|unknown| unknown.try_send(remote).is_ok())
+    }
+
+    /// Sends what the sockets did not take before.
+    pub(super) fn flush_outbox(&mut self) {
+        let engine = &mut self.parts.engine;
+        self.parts.outbox.flush(|buffer| engine.recycle(buffer));
+    }
+
+    fn send_derp(&mut self, region: RegionId, to: NodePublic, packet: Vec<u8>) {
+        if !self.parts.relays.send(region, Packet { peer: to, contents: packet.into() }) {
+            self.derp_dropped += 1;
+        }
+    }
+
+    /// Connects to a region, or anew.
+    pub(super) fn connect_region(&mut self, region: RegionId, home: bool) {
+        if let Some(relays) = self.relays(region) {
+            self.parts.relays.connect(region, relays, home);
+        }
+    }
+
+    fn relays(&self, region: RegionId) -> Option<Vec<crate::transport::derp::Relay>> {
+        Some(regions::relays(self.newest.as_ref()?.derp.regions.get(&region)?))
+    }
+
+    fn probe(&self, region: RegionId) {
+        let Some(relay) = self.relays(region).and_then(|relays| relays.into_iter().next()) else { return };
+        let (underlay, probes) = (self.parts.underlay.clone(), self.parts.probes.clone());
+        self.parts.control.spawn(regions::probe_https(region, relay, underlay, probes));
+    }
+}
