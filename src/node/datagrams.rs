@@ -24,9 +24,9 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
-use super::dial::{self, DialError, Place, RouteError, Target};
-use super::way::{Remote, Road, Way, receive};
-use super::{Inner, Node, direct};
+use super::dial::{self, DialError, RouteError, Target};
+use super::way::{Remote, Road, Way, locate, receive};
+use super::{Inner, Node};
 use crate::netmap::Netmap;
 
 /// How long a mapping is kept after its last datagram either way: the least that RFC 4787, 4.3 (REQ-5) permits. Its
@@ -382,30 +382,6 @@ impl Association {
             Known::At(remote) => mappings.contains_key(remote),
             Known::Asked { .. } | Known::Refused { .. } => true,
         });
-    }
-}
-
-/// Where datagrams to `target` go, by the rules of a dial, and once the node is in as for a dial.
-async fn locate(node: &Inner, target: &Target) -> Result<Remote, DialError> {
-    let mut netmap = dial::joined(node).await?;
-    let deadline = std::time::Instant::now() + node.config.dial_timeout;
-    loop {
-        let outside = match dial::locate(node, netmap, target, deadline).await? {
-            Place::Tunnel(_, addresses) => {
-                let first = addresses.first().expect("a place in the tunnel has at least one address");
-                return Ok(Remote::Tunnel(SocketAddr::new(*first, target.port)));
-            }
-            Place::Outside(netmap) => netmap,
-        };
-        let found = direct::addresses(node, target, deadline).await?;
-        // The newest netmap counts: a route may have come, or the name into the tailnet, while the name was asked.
-        netmap = node.netmap.borrow().clone().unwrap_or(outside);
-        if dial::is_outside(node, &netmap, &target.host)? {
-            let mut address =
-                found.into_iter().map(|address| SocketAddr::new(address.ip().to_canonical(), address.port()));
-            let public = address.find(|address| dial::is_public(&netmap, address.ip()));
-            return public.map(Remote::Outside).ok_or_else(|| DialError::Public { host: target.host.clone() });
-        }
     }
 }
 

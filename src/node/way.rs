@@ -13,8 +13,9 @@ use tracing::debug;
 
 use super::core::Shared;
 use super::datagrams::Lost;
-use super::dial::{DialError, DirectError, Exhausted, RouteError};
+use super::dial::{self, DialError, DirectError, Exhausted, Place, RouteError, Target};
 use super::tunnel::flow::{TunnelDatagrams, Unopened, Unsent};
+use super::{Inner, direct};
 use crate::netmap::{Netmap, NodeId, RouteKind};
 
 /// The longest datagram that IP carries.
@@ -24,6 +25,30 @@ thread_local! {
     /// Takes one datagram from outside at a time, for all mappings of the data thread: a datagram's length is known
     /// only when it is there, and 64 KiB for each mapping would be most of what it costs.
     static ARRIVING: RefCell<Box<[u8]>> = RefCell::new(vec![0; LONGEST].into());
+}
+
+/// Where datagrams to `target` go, by the rules of a dial, and once the node is in as for a dial.
+pub(super) async fn locate(node: &Inner, target: &Target) -> Result<Remote, DialError> {
+    let mut netmap = dial::joined(node).await?;
+    let deadline = std::time::Instant::now() + node.config.dial_timeout;
+    loop {
+        let outside = match dial::locate(node, netmap, target, deadline).await? {
+            Place::Tunnel(_, addresses) => {
+                let first = addresses.first().expect("a place in the tunnel has at least one address");
+                return Ok(Remote::Tunnel(SocketAddr::new(*first, target.port)));
+            }
+            Place::Outside(netmap) => netmap,
+        };
+        let found = direct::addresses(node, target, deadline).await?;
+        // The newest netmap counts: a route may have come, or the name into the tailnet, while the name was asked.
+        netmap = node.netmap.borrow().clone().unwrap_or(outside);
+        if dial::is_outside(node, &netmap, &target.host)? {
+            let mut address =
+                found.into_iter().map(|address| SocketAddr::new(address.ip().to_canonical(), address.port()));
+            let public = address.find(|address| dial::is_public(&netmap, address.ip()));
+            return public.map(Remote::Outside).ok_or_else(|| DialError::Public { host: target.host.clone() });
+        }
+    }
 }
 
 /// Where a mapping leads.
