@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -95,10 +95,23 @@ pub(super) async fn addresses(node: &Inner, target: &Target, deadline: Instant) 
         return Err(ResolveError::Unreachable { name, resolver, detail }.into());
     }
     match found {
-        Ok(Ok(found)) => Ok(found.collect()),
+        Ok(Ok(found)) => Ok(found.filter(|address| may_mean(&node.config.direct_allow, &name, address.ip())).collect()),
         Ok(Err(error)) => Err(ResolveError::Failed { name, resolver, rcode: error.to_string() }.into()),
         Err(_) => Err(ResolveError::Silent { name, resolver, limit }.into()),
     }
+}
+
+/// Whether a name may mean this address. One under a suffix means this machine or its link (where clouds keep their
+/// metadata) only if a rule allows the address too: whoever writes the suffix's records is not the user.
+fn may_mean(rules: &[DirectRule], name: &str, address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    let near = match address {
+        IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local() || ip.is_unspecified(),
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local() || ip.is_unspecified(),
+    };
+    let (named, given) = (Host::Name(name.to_owned()), Host::Ip(address));
+    let exact = |rule: &DirectRule| matches!(rule, DirectRule::Name(_)) && rule.allows(&named);
+    !near || rules.iter().any(|rule| exact(rule) || rule.allows(&given))
 }
 
 /// Bytes read at once. Two such buffers live as long as a direct connection; the kernel backs only what was touched.
@@ -197,6 +210,22 @@ mod tests {
         let counted = outside.destinations();
         assert_eq!((counted["cdn.example:1"], counted["cdn.example:2"], counted[OTHERS]), (2, 1, 500));
         assert_eq!(counted.len(), DESTINATIONS + 1);
+    }
+
+    #[test]
+    fn a_name_under_a_suffix_means_this_machine_only_where_its_address_is_allowed() {
+        let suffix = DirectRule::Suffix("example".into());
+        let (name, host) = (DirectRule::Name("me.example".into()), DirectRule::Net("127.0.0.0/8".parse().unwrap()));
+        let may = |rules: &[&DirectRule], ip: &str| {
+            let rules: Vec<DirectRule> = rules.iter().map(|rule| (*rule).clone()).collect();
+            may_mean(&rules, "me.example", ip.parse().unwrap())
+        };
+        for near in ["127.0.0.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "fe80::1", "0.0.0.0"] {
+            assert!(!may(&[&suffix], near), "{near}");
+            assert!(may(&[&suffix, &name], near), "{near}");
+        }
+        assert!(may(&[&suffix, &host], "127.0.0.1") && !may(&[&suffix, &host], "169.254.169.254"));
+        assert!(may(&[&suffix], "203.0.113.9") && may(&[&suffix], "192.168.1.1"));
     }
 
     #[tokio::test(flavor = "local")]
