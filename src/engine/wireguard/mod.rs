@@ -212,7 +212,8 @@ impl WireGuard {
     /// A path to the peer has come up: an initiation that had none need not wait longer. One that is on its way
     /// already is not repeated, since two peers that both do so lose each other's answers.
     pub(super) fn hurry(&mut self, slot: Slot, now: Instant) {
-        if self.attempt(slot).is_some_and(|attempt| attempt.stuck) {
+        if let Some(attempt) = self.attempt(slot).filter(|attempt| attempt.stuck) {
+            attempt.retry_in = RETRY_FIRST;
             self.send_initiation(slot, now);
         }
     }

@@ -1,6 +1,7 @@
 //! App connectors of the newer kind: each address of an app's name has a transit address, which a client agrees upon
 //! with the connector and sends to it alone. No route needs to be advertised or approved.
 
+use std::cell::Cell;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -37,13 +38,16 @@ fn attributes() -> Value {
 
 /// The app, served for as long as this lives.
 struct App<'a> {
+    bed: &'a Bed,
     apps: &'a Apps,
     by: &'a [Which],
+    /// How often its names had been asked elsewhere when the last client had come to know it.
+    strayed: Cell<usize>,
 }
 
 impl<'a> App<'a> {
     fn serve(bed: &'a Bed, by: &'a [Which]) -> Result<Self, Failed> {
-        let app = Self { apps: bed.apps()?, by };
+        let app = Self { bed, apps: bed.apps()?, by, strayed: Cell::new(0) };
         for which in by {
             let mut node = app.apps.node(which.name())?;
             node["Tags"] = json!([TAG]);
@@ -66,13 +70,23 @@ impl<'a> App<'a> {
     }
 
     /// A sidecar that knows of it, and has been there once.
-    fn client(&self, bed: &'a Bed) -> Result<Sidecar<'a>, Failed> {
-        let sidecar = self.apps.launch(bed).ready()?;
+    fn client(&self) -> Result<Sidecar<'a>, Failed> {
+        let sidecar = self.apps.launch(self.bed).ready()?;
         self.offer(&sidecar.hostname)?;
         until(Duration::from_secs(10), "the app to be known", || {
             Ok((sidecar.get_absolute("transit.test", "/")?.status == 200).then_some(()))
         })?;
+        // Until control told it of the app, its name was one like any other.
+        self.strayed.set(self.bed.strayed_under("transit.test"));
         Ok(sidecar)
+    }
+
+    /// Holds that a client which knew of it asked for its names nowhere else.
+    fn kept_to_itself(&self) -> Result<(), Failed> {
+        match self.bed.strayed_under("transit.test") - self.strayed.get() {
+            0 => Ok(()),
+            times => Err(format!("names of the app were asked elsewhere {times} times").into()),
+        }
     }
 }
 
@@ -132,7 +146,7 @@ pub(crate) fn a_real_client_and_a_plain_request_reach_an_app_by_transit_addresse
 pub(crate) fn names_of_an_app_are_reached_at_once_and_without_a_route(bed: &Bed) -> Result<(), Failed> {
     let app = App::serve(bed, &[Which::First])?;
     let before = app.apps.routes(Which::First)?;
-    let sidecar = app.client(bed)?;
+    let sidecar = app.client()?;
     for (name, at) in [
         ("web.transit.test", "10.30.0.171:80"),
         ("v6.transit.test", "[fdaa:2::97]:80"),
@@ -152,16 +166,13 @@ pub(crate) fn names_of_an_app_are_reached_at_once_and_without_a_route(bed: &Bed)
     if before != after {
         return Err(format!("routes became {after:?}").into());
     }
-    match bed.strayed_under("transit.test") {
-        0 => Ok(()),
-        times => Err(format!("names of the app were asked elsewhere {times} times").into()),
-    }
+    app.kept_to_itself()
 }
 
 /// A connector that was restarted has forgotten what was agreed: connections are agreed anew, and do not fail.
 pub(crate) fn a_connector_that_forgot_is_agreed_with_anew(bed: &Bed) -> Result<(), Failed> {
     let app = App::serve(bed, &[Which::First])?;
-    let sidecar = app.client(bed)?;
+    let sidecar = app.client()?;
     served_at(&sidecar, "web.transit.test")?;
     app.apps.restart(bed, Which::First)?;
     app.configure(Which::First, &attributes())?;
@@ -179,7 +190,7 @@ pub(crate) fn a_connector_that_forgot_is_agreed_with_anew(bed: &Bed) -> Result<(
 /// When the connector in use is gone, the next one serves.
 pub(crate) fn another_connector_takes_over(bed: &Bed) -> Result<(), Failed> {
     let app = App::serve(bed, &[Which::First, Which::Second])?;
-    let sidecar = app.client(bed)?;
+    let sidecar = app.client()?;
     app.apps.connector(Which::First).process.end();
     app.apps.ask("alter", json!({ "node": Which::First.name(), "online": false }))?;
     until(Duration::from_secs(20), "the other connector to serve", || {
@@ -192,7 +203,7 @@ pub(crate) fn another_connector_takes_over(bed: &Bed) -> Result<(), Failed> {
 /// A connector that does not serve the app, and an app without connector, fail with their code and go nowhere else.
 pub(crate) fn an_app_that_no_connector_serves_fails_with_its_code(bed: &Bed) -> Result<(), Failed> {
     let app = App::serve(bed, &[Which::First])?;
-    let sidecar = app.client(bed)?;
+    let sidecar = app.client()?;
     let mut other = attributes();
     other["tailscale.com/app-connectors-experimental"][0]["name"] = "another".into();
     app.configure(Which::First, &other)?;
@@ -206,8 +217,5 @@ pub(crate) fn an_app_that_no_connector_serves_fails_with_its_code(bed: &Bed) -> 
         let answer = sidecar.get_absolute("pair.transit.test", "/")?;
         Ok(answer.text().contains("no connector that the tailnet shows").then_some(()))
     })?;
-    match bed.strayed_under("transit.test") {
-        0 => Ok(()),
-        times => Err(format!("names of the app were asked elsewhere {times} times").into()),
-    }
+    app.kept_to_itself()
 }
