@@ -162,6 +162,8 @@ pub struct Netmap {
     /// The peer that the exit node setting names, if it offers to be one and can be used: everything that has no
     /// other route goes through it.
     pub exit_node: Option<NodeId>,
+    /// Whether an exit node was asked for, be it there or not: then nothing of the internet goes another way.
+    pub exit_wanted: bool,
     index: Arc<Index>,
     routes: Routes,
     routed: Arc<Prefixes>,

@@ -210,6 +210,7 @@ impl State {
             index: Arc::new(Index { by_key: peers.values().map(|peer| (peer.key, peer.id)).collect(), by_ip, by_name }),
             routes: Routes::new(peers.values(), accept, view.exit_node),
             exit_node: view.exit_node,
+            exit_wanted: accept.exit_node.is_some(),
             routed,
             peers: Arc::new(peers),
             domain: self.domain.clone(),

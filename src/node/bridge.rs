@@ -74,10 +74,10 @@ fn failed(remote: SocketAddr, failure: ConnectFailure) -> io::Error {
         ConnectFailure::Refused => io::ErrorKind::ConnectionRefused,
         ConnectFailure::Unanswered => io::ErrorKind::TimedOut,
         ConnectFailure::Rejected(_) => io::ErrorKind::PermissionDenied,
-        ConnectFailure::Family | ConnectFailure::Unaddressable | ConnectFailure::Ports => {
+        ConnectFailure::Unopened(Unopened::Memory) => io::ErrorKind::OutOfMemory,
+        ConnectFailure::Unopened(Unopened::Family | Unopened::Unaddressable | Unopened::Ports) => {
             io::ErrorKind::AddrNotAvailable
         }
-        ConnectFailure::Memory => io::ErrorKind::OutOfMemory,
     };
     io::Error::new(kind, format!("{remote}: {failure:?}"))
 }

@@ -10,7 +10,7 @@
 
 mod review;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -84,6 +84,8 @@ pub enum Event {
         /// What it says.
         octets: Vec<u8>,
     },
+    /// Datagrams that were held were not sent after all.
+    Lost(BTreeMap<Lost, u64>),
     /// A target gets no datagrams for now.
     Failed {
         /// What the client asked for.
@@ -284,11 +286,13 @@ impl Association {
             Ok(remote) => {
                 self.note(&target, remote);
                 self.targets.insert(target, Known::At(remote));
+                let mut lost = BTreeMap::<Lost, u64>::new();
                 for octets in held {
-                    // What is lost here was sent before anybody knew its way; the client sends again.
-                    let _ = self.forward(remote, &octets);
+                    if let Some(Err(reason)) = self.forward(remote, &octets) {
+                        *lost.entry(reason).or_default() += 1;
+                    }
                 }
-                None
+                (!lost.is_empty()).then_some(Event::Lost(lost))
             }
             Err(error) => {
                 let now = Instant::now();

@@ -13,27 +13,30 @@ use tokio::time::timeout_at;
 use tracing::{debug, info};
 
 use super::Inner;
-use super::dial::{DialError, DirectError, DirectRule, Host, NEXT_ADDRESS, Target, is_outside, is_public};
+use super::dial::{DialError, DirectError, DirectRule, Host, NEXT_ADDRESS, Target, is_public};
 use super::error::ResolveError;
 use super::stream::Spliced;
 use crate::transport::race::race;
 
-/// Dials `target` on the underlay, until `deadline`. Only [`dial`](super::dial::dial) may call it, after a rule of the
-/// user's has matched and nobody in the tailnet knew the host.
-pub(super) async fn connect(node: &Inner, target: &Target, deadline: Instant) -> Result<TcpStream, DialError> {
-    // A public name may point into the tailnet, perhaps since it was asked for: such an address is nothing for the
-    // underlay.
-    let mut addresses = addresses(node, target, deadline).await?;
-    let newest = node.netmap.borrow().clone();
-    let public = |address: &SocketAddr| newest.as_ref().is_some_and(|it| is_public(it, address.ip().to_canonical()));
-    addresses.retain(public);
-    let Some(&first) = addresses.first() else { return Err(DialError::Public { host: target.host.clone() }) };
+/// Dials `addresses`, as [`addresses`] gave them, on the underlay until `deadline`. Only [`dial`](super::dial::dial) may
+/// call it, after a rule of the user's has matched and nobody in the tailnet knew the host.
+pub(super) async fn connect(
+    node: &Inner,
+    addresses: Vec<SocketAddr>,
+    deadline: Instant,
+) -> Result<TcpStream, DialError> {
     let attempts = addresses.into_iter().map(|address| async move {
+        // A later address waits for its turn, and may have become the tailnet's meanwhile.
+        if !is_public_now(node, address) {
+            return Err(DialError::Public { host: Host::Ip(address.ip()) });
+        }
         match timeout_at(deadline.into(), TcpStream::connect(address)).await {
             Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Err(DirectError::Refused { address }),
-            Ok(Err(error)) => Err(DirectError::Failed { address, detail: error.to_string() }),
-            Err(_) => Err(DirectError::Silent { address }),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                Err(DirectError::Refused { address }.into())
+            }
+            Ok(Err(error)) => Err(DirectError::Failed { address, detail: error.to_string() }.into()),
+            Err(_) => Err(DirectError::Silent { address }.into()),
         }
     });
     match race(attempts, NEXT_ADDRESS).await {
@@ -42,7 +45,9 @@ pub(super) async fn connect(node: &Inner, target: &Target, deadline: Instant) ->
             let _ = stream.set_nodelay(true);
             Ok(stream)
         }
-        Err(failures) => Err(failures.into_iter().next().unwrap_or(DirectError::Silent { address: first }).into()),
+        Err(failures) => {
+            Err(failures.into_iter().next().expect("there is at least one address, and each one's failure is kept"))
+        }
     }
 }
 
@@ -76,20 +81,26 @@ impl Outside {
     }
 }
 
-/// The target's addresses, by the machine's own resolver where it is a name. They are nobody's word if the tailnet has
-/// come to decide the name meanwhile.
+/// The target's addresses outside the tailnet, by the machine's own resolver where it is a name; at least one. They are
+/// nobody's word if the tailnet has come to decide the name meanwhile, and an address that is the tailnet's by the newest
+/// netmap is nothing for the underlay, whatever name points to it.
 pub(super) async fn addresses(node: &Inner, target: &Target, deadline: Instant) -> Result<Vec<SocketAddr>, DialError> {
-    let name = match &target.host {
-        Host::Ip(ip) => return Ok(vec![SocketAddr::new(*ip, target.port)]),
-        Host::Name(name) => name.clone(),
+    let found = match &target.host {
+        Host::Ip(ip) => vec![SocketAddr::new(*ip, target.port)],
+        Host::Name(name) => look_up(node, name, target.port, deadline).await?,
     };
-    let asked = (name.clone(), target.port);
-    let resolver = "the machine's own resolver".to_owned();
+    let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    let public: Vec<_> = found.into_iter().map(canonical).filter(|address| is_public_now(node, *address)).collect();
+    if public.is_empty() { Err(DialError::Public { host: target.host.clone() }) } else { Ok(public) }
+}
+
+async fn look_up(node: &Inner, name: &str, port: u16, deadline: Instant) -> Result<Vec<SocketAddr>, DialError> {
+    let (name, resolver) = (name.to_owned(), "the machine's own resolver".to_owned());
     let limit = deadline.saturating_duration_since(Instant::now());
-    let found = timeout_at(deadline.into(), tokio::net::lookup_host(asked)).await;
+    let found = timeout_at(deadline.into(), tokio::net::lookup_host((name.clone(), port))).await;
     let newest = node.netmap.borrow().clone();
     if let Some(newest) = newest
-        && !is_outside(node, &newest, &target.host)?
+        && !node.resolvers.is_outside(&newest, &name)?
     {
         let detail = "the tailnet decides the name by now".to_owned();
         return Err(ResolveError::Unreachable { name, resolver, detail }.into());
@@ -99,6 +110,11 @@ pub(super) async fn addresses(node: &Inner, target: &Target, deadline: Instant) 
         Ok(Err(error)) => Err(ResolveError::Failed { name, resolver, rcode: error.to_string() }.into()),
         Err(_) => Err(ResolveError::Silent { name, resolver, limit }.into()),
     }
+}
+
+/// Whether an address is nothing of the tailnet's by the newest netmap.
+fn is_public_now(node: &Inner, address: SocketAddr) -> bool {
+    node.netmap.borrow().as_ref().is_some_and(|netmap| is_public(netmap, address.ip()))
 }
 
 /// Whether a name may mean this address. One under a suffix means this machine or its link (where clouds keep their

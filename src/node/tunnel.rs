@@ -41,14 +41,8 @@ impl Drop for Handle {
 /// Why a connection inside the tunnel was not made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ConnectFailure {
-    /// We have no address of that family.
-    Family,
-    /// Nothing can be at that address and port.
-    Unaddressable,
-    /// No local port is free.
-    Ports,
-    /// No memory is left for its rings.
-    Memory,
+    /// There is no flow to begin with.
+    Unopened(Unopened),
     /// A RST came.
     Refused,
     /// The peer's filter said so.
@@ -59,12 +53,7 @@ pub(super) enum ConnectFailure {
 
 impl From<Unopened> for ConnectFailure {
     fn from(unopened: Unopened) -> Self {
-        match unopened {
-            Unopened::Family => Self::Family,
-            Unopened::Unaddressable => Self::Unaddressable,
-            Unopened::Ports => Self::Ports,
-            Unopened::Memory => Self::Memory,
-        }
+        Self::Unopened(unopened)
     }
 }
 
@@ -76,8 +65,7 @@ pub struct TunnelStream {
 impl TunnelStream {
     /// Connects to `remote`, within `limit`.
     pub(super) async fn connect(core: &Shared, remote: SocketAddr, limit: Duration) -> Result<Self, ConnectFailure> {
-        let id =
-            core.borrow_mut().connect(remote, Instant::now()).map_err(Unopened::from)?.ok_or(ConnectFailure::Family)?;
+        let id = core.borrow_mut().connect(remote, Instant::now()).map_err(Unopened::from)?.ok_or(Unopened::Family)?;
         let handle = Handle { core: core.clone(), id };
         let rejected = core.borrow().peer_changed.clone();
         let established = async {

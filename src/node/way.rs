@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
 use rustix::io::Errno;
@@ -11,12 +11,13 @@ use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tracing::debug;
 
+use super::Inner;
 use super::core::Shared;
 use super::datagrams::Lost;
-use super::dial::{self, DialError, DirectError, Exhausted, Place, RouteError, Target};
-use super::tunnel::flow::{TunnelDatagrams, Unopened, Unsent};
-use super::{Inner, direct};
+use super::dial::{self, DialError, DirectError, Place, Target};
+use super::tunnel::flow::{TunnelDatagrams, Unsent};
 use crate::netmap::{Netmap, NodeId, RouteKind};
+use crate::transport::underlay::connect_udp;
 
 /// The longest datagram that IP carries.
 const LONGEST: usize = 65_535;
@@ -29,26 +30,15 @@ thread_local! {
 
 /// Where datagrams to `target` go, by the rules of a dial, and once the node is in as for a dial.
 pub(super) async fn locate(node: &Inner, target: &Target) -> Result<Remote, DialError> {
-    let mut netmap = dial::joined(node).await?;
+    let netmap = dial::joined(node).await?;
     let deadline = std::time::Instant::now() + node.config.dial_timeout;
-    loop {
-        let outside = match dial::locate(node, netmap, target, deadline).await? {
-            Place::Tunnel(_, addresses) => {
-                let first = addresses.first().expect("a place in the tunnel has at least one address");
-                return Ok(Remote::Tunnel(SocketAddr::new(*first, target.port)));
-            }
-            Place::Outside(netmap) => netmap,
-        };
-        let found = direct::addresses(node, target, deadline).await?;
-        // The newest netmap counts: a route may have come, or the name into the tailnet, while the name was asked.
-        netmap = node.netmap.borrow().clone().unwrap_or(outside);
-        if dial::is_outside(node, &netmap, &target.host)? {
-            let mut address =
-                found.into_iter().map(|address| SocketAddr::new(address.ip().to_canonical(), address.port()));
-            let public = address.find(|address| dial::is_public(&netmap, address.ip()));
-            return public.map(Remote::Outside).ok_or_else(|| DialError::Public { host: target.host.clone() });
+    let best = "a place has at least one address";
+    Ok(match dial::locate(node, netmap, target, deadline).await? {
+        Place::Tunnel(_, addresses) => {
+            Remote::Tunnel(SocketAddr::new(addresses.into_iter().next().expect(best), target.port))
         }
-    }
+        Place::Outside(addresses) => Remote::Outside(addresses.into_iter().next().expect(best)),
+    })
 }
 
 /// Where a mapping leads.
@@ -100,9 +90,9 @@ impl Way {
     pub(super) fn open(core: &Shared, remote: Remote) -> Result<Self, DialError> {
         match remote {
             Remote::Tunnel(address) => {
-                TunnelDatagrams::open(core, address).map(Self::Tunnel).map_err(|why| unopened(why, address))
+                TunnelDatagrams::open(core, address).map(Self::Tunnel).map_err(|why| dial::unopened(why, address))
             }
-            Remote::Outside(address) => match outside(address) {
+            Remote::Outside(address) => match connect_udp(address) {
                 Ok(socket) => Ok(Self::Outside(Rc::new(socket))),
                 Err(error) => Err(DirectError::Failed { address, detail: error.to_string() }.into()),
             },
@@ -130,30 +120,6 @@ fn send_outside(socket: &UdpSocket, octets: &[u8]) -> Result<(), Lost> {
         Err(Errno::MSGSIZE) => Err(Lost::TooLong),
         Err(_) => Err(Lost::Full),
     }
-}
-
-fn unopened(why: Unopened, address: SocketAddr) -> DialError {
-    match why {
-        Unopened::Family => {
-            let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
-            RouteError::Family { address: address.ip(), family }.into()
-        }
-        Unopened::Unaddressable => RouteError::None { address: address.ip() }.into(),
-        Unopened::Ports => Exhausted::Ports { address }.into(),
-        Unopened::Memory => Exhausted::Memory.into(),
-    }
-}
-
-/// A socket of the machine's own, for `address` alone.
-fn outside(address: SocketAddr) -> io::Result<UdpSocket> {
-    let any = match address.ip() {
-        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    };
-    let socket = std::net::UdpSocket::bind((any, 0))?;
-    socket.connect(address)?;
-    socket.set_nonblocking(true)?;
-    UdpSocket::from_std(socket)
 }
 
 /// The next datagram from outside.

@@ -178,6 +178,12 @@ impl Relay<'_> {
     fn inward(&mut self, event: Event) {
         let (source, octets) = match event {
             Event::Received { source, octets } => (source, octets),
+            Event::Lost(lost) => {
+                for (reason, count) in lost {
+                    *self.counted.datagrams.dropped.entry(Dropped::Unsent(reason)).or_default() += count;
+                }
+                return;
+            }
             Event::Failed { target, error, lost, told } => {
                 *self.counted.datagrams.dropped.entry(Dropped::Unsent(Lost::Refused)).or_default() += lost as u64;
                 if !told {

@@ -1,4 +1,4 @@
-//! TCP connections on the underlay: plain, by TLS, and through a corporate HTTP proxy.
+//! Connections on the underlay: TCP plain, by TLS, and through a corporate HTTP proxy; UDP to one address.
 //!
 //! For control, DERP, and resolvers that the tailnet names by a public address. By the same settings, but with a client
 //! of its own ([`crate::provision`]), the API that makes auth keys is reached, and GitHub's runner. Beside these, UDP
@@ -19,7 +19,7 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio_rustls::TlsConnector;
 use url::Url;
 
@@ -32,6 +32,21 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
 /// A boxed byte stream.
 pub type BoxIo = Box<dyn Io>;
+
+/// A UDP socket for `address` alone: the kernel lets nobody else's datagrams in.
+///
+/// # Errors
+/// What the operating system says of binding it or of the way to `address`.
+pub fn connect_udp(address: SocketAddr) -> io::Result<UdpSocket> {
+    let any: IpAddr = match address {
+        SocketAddr::V4(_) => [0; 4].into(),
+        SocketAddr::V6(_) => [0; 16].into(),
+    };
+    let socket = std::net::UdpSocket::bind((any, 0))?;
+    socket.connect(address)?;
+    socket.set_nonblocking(true)?;
+    UdpSocket::from_std(socket)
+}
 
 /// The pause before the next address of a host is tried beside the last one. Source: RFC 8305, 5 (250 ms).
 const NEXT_ADDRESS: Duration = Duration::from_millis(250);

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::super::core::Shared;
+use super::super::tunnel::flow::Unopened;
 use super::super::tunnel::{ConnectFailure, TunnelStream};
 use super::route::{no_family, unrouted};
 use super::{DialError, Exhausted, Inner, RouteError};
@@ -29,11 +30,10 @@ pub(super) async fn connect_any(
     addresses: Vec<IpAddr>,
     deadline: Instant,
 ) -> Result<TunnelStream, DialError> {
-    let exits = node.config.exit_node.is_some();
     let attempts = addresses.into_iter().enumerate().map(|(index, ip)| async move {
         let connected = tokio::select! {
             connected = connect_by_route(node, netmap, SocketAddr::new(ip, port), deadline) => connected,
-            error = withdrawal(node.netmap.clone(), exits, ip) => Err(error),
+            error = withdrawal(node.netmap.clone(), ip) => Err(error),
         };
         connected.map_err(|error| (index, error))
     });
@@ -82,11 +82,11 @@ async fn connect_by_route(
 }
 
 /// Waits until no route covers `ip` any more: whoever dials it need not wait for its silence.
-async fn withdrawal(mut newest: watch::Receiver<Option<Arc<Netmap>>>, exits: bool, ip: IpAddr) -> DialError {
+async fn withdrawal(mut newest: watch::Receiver<Option<Arc<Netmap>>>, ip: IpAddr) -> DialError {
     let gone = |netmap: &Option<Arc<Netmap>>| netmap.as_ref().is_some_and(|netmap| netmap.route(ip).is_none());
     let found = newest.wait_for(gone).await.ok().and_then(|netmap| netmap.clone());
     match found {
-        Some(netmap) => unrouted(&netmap, exits, ip),
+        Some(netmap) => unrouted(&netmap, ip),
         None => std::future::pending().await,
     }
 }
@@ -100,7 +100,7 @@ async fn connect(
 ) -> Result<TunnelStream, DialError> {
     let (core, begun) = (&node.core, Instant::now());
     let router = |netmap: &Netmap| netmap.route(address.ip()).map(|route| route.peer.clone());
-    let Some(mut peer) = router(netmap) else { return Err(unrouted(netmap, false, address.ip())) };
+    let Some(mut peer) = router(netmap) else { return Err(unrouted(netmap, address.ip())) };
     let mut handshakes_before = handshakes(core, &peer.key);
     let mut limit = deadline.saturating_duration_since(begun);
     if peer.online == Some(false) {
@@ -127,10 +127,7 @@ async fn connect(
     let offline = peer.online == Some(false);
     let (name, waited) = (peer.name.clone(), begun.elapsed());
     Err(match failure {
-        ConnectFailure::Family => no_family(address.ip()).into(),
-        ConnectFailure::Unaddressable => RouteError::None { address: address.ip() }.into(),
-        ConnectFailure::Ports => Exhausted::Ports { address }.into(),
-        ConnectFailure::Memory => Exhausted::Memory.into(),
+        ConnectFailure::Unopened(why) => unopened(why, address),
         ConnectFailure::Refused => DialError::Refused { address },
         ConnectFailure::Rejected(reason) => DialError::Rejected { peer: name, reason: reason.to_string() },
         ConnectFailure::Unanswered if offline => RouteError::Offline { address: address.ip(), router: name }.into(),
@@ -142,6 +139,16 @@ async fn connect(
             DialError::PeerSilent { peer: name, tries, waited }
         }
     })
+}
+
+/// The failure for a flow that could not even be opened.
+pub(in crate::node) fn unopened(why: Unopened, address: SocketAddr) -> DialError {
+    match why {
+        Unopened::Family => no_family(address.ip()).into(),
+        Unopened::Unaddressable => RouteError::None { address: address.ip() }.into(),
+        Unopened::Ports => Exhausted::Ports { address }.into(),
+        Unopened::Memory => Exhausted::Memory.into(),
+    }
 }
 
 /// Handshakes sent to a peer so far.

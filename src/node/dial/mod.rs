@@ -8,14 +8,14 @@ mod route;
 mod tests;
 mod wait;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::time::{timeout, timeout_at};
 
-pub(super) use self::connect::NEXT_ADDRESS;
-pub(super) use self::route::is_public;
+pub(super) use self::connect::{NEXT_ADDRESS, unopened};
+pub(super) use self::route::{is_public, no_family};
 pub(super) use self::wait::WiderRoutes;
 use self::wait::{Sought, until_routed};
 use super::error::ResolveError;
@@ -35,8 +35,8 @@ const CONNECTING: Duration = Duration::from_secs(5);
 pub(super) enum Place {
     /// At these addresses, which routes cover, the best first; at least one.
     Tunnel(Arc<Netmap>, Vec<IpAddr>),
-    /// Outside the tailnet, where the user allowed it.
-    Outside(Arc<Netmap>),
+    /// Outside the tailnet, where the user allowed it, at these addresses; at least one.
+    Outside(Vec<SocketAddr>),
 }
 
 /// See [`Node::dial`](super::Node::dial).
@@ -48,9 +48,9 @@ pub(super) async fn dial(node: &Inner, target: &Target) -> Result<Stream, DialEr
             let connected = connect::connect_any(node, &netmap, target.port, addresses, deadline).await;
             connected.map(Stream::Tunnel)
         }
-        Place::Outside(_) => {
+        Place::Outside(addresses) => {
             note_outside(node, target);
-            direct::connect(node, target, deadline).await.map(Stream::Direct)
+            direct::connect(node, addresses, deadline).await.map(Stream::Direct)
         }
     }
 }
@@ -83,13 +83,13 @@ async fn locate_once(
     deadline: Instant,
 ) -> Result<Place, DialError> {
     if rule_for(node, &target.host).is_some() && is_outside(node, &netmap, &target.host)? {
-        return Ok(Place::Outside(netmap));
+        return direct::addresses(node, target, deadline).await.map(Place::Outside);
     }
     let resolved = match &target.host {
         Host::Ip(ip) => Resolved { addresses: vec![ip.to_canonical()], by: By::Tailnet, remembered: false },
         Host::Name(name) => resolve(node, &netmap, name, Ask::Remembered, deadline).await?,
     };
-    if let (Host::Name(name), By::Connector { connectors, .. }) = (&target.host, &resolved.by) {
+    if let (Host::Name(name), By::Connector { connectors }) = (&target.host, &resolved.by) {
         let sought = Sought { name, connectors, addresses: route::canonical(&resolved.addresses) };
         // Being asked is what makes a connector advertise a route; a remembered answer's may be gone.
         let again = async {
@@ -105,7 +105,7 @@ async fn locate_once(
     }
     // The newest netmap counts: a route may have come or gone while the name was asked.
     let netmap = node.netmap.borrow().clone().unwrap_or(netmap);
-    let routed = route::routed(&netmap, node.config.exit_node.is_some(), &target.host, &resolved)?;
+    let routed = route::routed(&netmap, &target.host, &resolved)?;
     let addresses = route::in_order(&netmap, &routed);
     Ok(Place::Tunnel(netmap, addresses))
 }

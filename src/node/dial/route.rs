@@ -75,7 +75,7 @@ pub(super) fn has_family(netmap: &Netmap, ip: IpAddr) -> bool {
 }
 
 /// The failure for an address of a family that we have no address of.
-pub(super) fn no_family(address: IpAddr) -> RouteError {
+pub(in crate::node) fn no_family(address: IpAddr) -> RouteError {
     RouteError::Family { address, family: if address.is_ipv4() { "IPv4" } else { "IPv6" } }
 }
 
@@ -85,8 +85,8 @@ pub(super) fn canonical(addresses: &[IpAddr]) -> Vec<IpAddr> {
     addresses.iter().map(IpAddr::to_canonical).filter(|ip| seen.insert(*ip)).collect()
 }
 
-/// The addresses that a route covers. If there is none, why. `exits`: whether an exit node was asked for.
-pub(super) fn routed(netmap: &Netmap, exits: bool, host: &Host, resolved: &Resolved) -> Result<Vec<IpAddr>, DialError> {
+/// The addresses that a route covers. If there is none, why.
+pub(super) fn routed(netmap: &Netmap, host: &Host, resolved: &Resolved) -> Result<Vec<IpAddr>, DialError> {
     let (routed, covered): (Vec<IpAddr>, Vec<IpAddr>) = canonical(&resolved.addresses)
         .into_iter()
         .filter(|ip| netmap.route(*ip).is_some())
@@ -99,7 +99,7 @@ pub(super) fn routed(netmap: &Netmap, exits: bool, host: &Host, resolved: &Resol
     }
     let public = || DialError::Public { host: host.clone() };
     let Some(&address) = resolved.addresses.first() else { return Err(public()) };
-    let why = unrouted(netmap, exits, address.to_canonical());
+    let why = unrouted(netmap, address.to_canonical());
     Err(match host {
         Host::Name(_) if resolved.by == By::Default && matches!(why, DialError::Public { .. }) => public(),
         Host::Name(name) if matches!(why, DialError::Public { .. }) => {
@@ -110,7 +110,7 @@ pub(super) fn routed(netmap: &Netmap, exits: bool, host: &Host, resolved: &Resol
 }
 
 /// Why no route covers an address: it was withdrawn, belongs to the tailnet all the same, or is public.
-pub(super) fn unrouted(netmap: &Netmap, exits: bool, address: IpAddr) -> DialError {
+pub(super) fn unrouted(netmap: &Netmap, address: IpAddr) -> DialError {
     if netmap.self_node.addresses.contains(&address) {
         return RouteError::Own { address }.into();
     }
@@ -118,7 +118,7 @@ pub(super) fn unrouted(netmap: &Netmap, exits: bool, address: IpAddr) -> DialErr
         return RouteError::Offline { address, router: peer.name.clone() }.into();
     }
     // An exit node was there when the run began, or there would be no run.
-    if netmap.was_routed(address) || (exits && is_internet(address)) {
+    if netmap.was_routed(address) || (netmap.exit_wanted && is_internet(address)) {
         return RouteError::Withdrawn { address }.into();
     }
     if tailnet_range(address) {

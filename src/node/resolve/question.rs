@@ -81,7 +81,8 @@ impl Desk {
         let full = Name::from_ascii(format!("{name}.")).map_err(|error| Failure::Unreachable(error.to_string()))?;
         match &candidate.server {
             Server::Plain(address, road) => {
-                let resolver = self.resolver(*address, *road).map_err(|error| read_error(&error))?;
+                let resolver =
+                    self.resolver(*address, *road).map_err(|error| Failure::Unreachable(error.to_string()))?;
                 let lookup = |kind| {
                     let (resolver, full) = (resolver.clone(), full.clone());
                     Box::pin(async move { read_lookup(resolver.lookup(full, kind).await) })
@@ -110,10 +111,6 @@ impl Desk {
         plain.insert((address, road), resolver.clone());
         Ok(resolver)
     }
-}
-
-fn read_error(error: &NetError) -> Failure {
-    Failure::Unreachable(error.to_string())
 }
 
 /// A question without anything that tells it from the same one of others (RFC 8484, 4.1).

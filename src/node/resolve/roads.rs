@@ -20,7 +20,7 @@ use super::super::bridge::{Datagrams, Tunnel};
 use super::super::dial::is_public;
 use crate::netmap::{Netmap, is_internet};
 use crate::transport::race::race;
-use crate::transport::underlay::{BoxIo, Underlay};
+use crate::transport::underlay::{BoxIo, Underlay, connect_udp};
 
 /// The longest that a connection to a resolver may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -38,13 +38,14 @@ pub(super) enum Road {
 
 impl Road {
     /// The network on which a resolver at `ip` may be asked. A private address that no peer routes belongs to whoever
-    /// owns the network that this machine is in: nothing in the tailnet is there, so nobody is asked.
+    /// owns the network that this machine is in: nothing in the tailnet is there, so nobody is asked. Nor is anybody
+    /// where an exit node was asked for and is gone: public names are its secret.
     pub(super) fn to(netmap: &Netmap, ip: IpAddr) -> Option<Self> {
         let ip = ip.to_canonical();
         if netmap.route(ip).is_some() {
             return Some(Self::Tunnel);
         }
-        (is_public(netmap, ip) && is_internet(ip)).then_some(Self::Underlay)
+        (!netmap.exit_wanted && is_public(netmap, ip) && is_internet(ip)).then_some(Self::Underlay)
     }
 }
 
@@ -129,16 +130,7 @@ impl RuntimeProvider for Provider {
         Box::pin(async move {
             match road {
                 Road::Tunnel => roads.tunnel.open_udp(server).await.map(Socket::Tunnel),
-                Road::Underlay => {
-                    let any: IpAddr = match server {
-                        SocketAddr::V4(_) => [0; 4].into(),
-                        SocketAddr::V6(_) => [0; 16].into(),
-                    };
-                    let socket = UdpSocket::bind((any, 0)).await?;
-                    // Connected: nobody else's datagram is an answer.
-                    socket.connect(server).await?;
-                    Ok(Socket::Underlay(socket))
-                }
+                Road::Underlay => connect_udp(server).map(Socket::Underlay),
             }
         })
     }
@@ -219,6 +211,26 @@ mod tests {
             "::ffff:10.0.0.1",
         ] {
             assert_eq!(road(ip), None, "{ip}");
+        }
+    }
+
+    #[test]
+    fn nobody_is_asked_outside_while_an_exit_node_that_was_asked_for_is_gone() {
+        let node = |id: u8, routes: &[&str]| {
+            json!({"ID": id, "Name": format!("n{id}.tb.example."), "Key": format!("nodekey:{}{id:02x}", "00".repeat(31)),
+                   "HomeDERP": 1, "Addresses": [format!("100.64.0.{id}/32")], "AllowedIPs": routes})
+        };
+        let mut session = Session::new(true).with_exit_node("n2".to_owned());
+        let mut netmap = |peers: &[serde_json::Value]| {
+            session.restart();
+            let message = serde_json::from_value(json!({"Node": node(1, &[]), "Peers": peers})).unwrap();
+            session.apply(message, Timestamp::UNIX_EPOCH).unwrap().netmap.unwrap()
+        };
+        let there = netmap(&[node(2, &["100.64.0.2/32", "0.0.0.0/0", "::/0"])]);
+        let gone = netmap(&[]);
+        for ip in ["9.9.9.9", "2620:fe::fe"] {
+            let road = |netmap: &Netmap| Road::to(netmap, ip.parse().unwrap());
+            assert_eq!((road(&there), road(&gone)), (Some(Road::Tunnel), None), "{ip}");
         }
     }
 }

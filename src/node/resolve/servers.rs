@@ -14,7 +14,7 @@ use crate::netmap::Netmap;
 
 /// How long an app connector has to answer before the next is asked beside it: long enough for a handshake through a
 /// relay, short enough that a page does not wait for one that is gone.
-const CONNECTOR_HEAD_START: Duration = Duration::from_millis(1500);
+pub(super) const CONNECTOR_HEAD_START: Duration = Duration::from_millis(1500);
 /// The same for other resolvers. Source: Tailscale, net/dns/resolver/forwarder.go (200 ms for a second resolver).
 const HEAD_START: Duration = Duration::from_millis(200);
 

@@ -22,10 +22,11 @@ use tracing::debug;
 
 use self::book::Book;
 use super::super::core::Shared;
-use super::super::dial::RouteError;
+use super::super::dial::{RouteError, no_family};
 use super::answer::Failure;
 use super::doh;
 use super::roads::{Road, Roads};
+use super::servers::CONNECTOR_HEAD_START;
 use crate::dns::connectors;
 use crate::netmap::{Netmap, NodeId};
 use crate::transport::race::race;
@@ -34,8 +35,6 @@ use crate::wire::tsmp::Reason;
 
 /// How long one connector may take to agree.
 const LIMIT: Duration = Duration::from_secs(5);
-/// How long a connector has before the next is asked beside it, as with names.
-const HEAD_START: Duration = Duration::from_millis(1500);
 /// The most octets of an answer: a verdict takes less than two hundred, an answer of names holds less than two thousand
 /// addresses.
 const ANSWER_MAX: usize = 512 << 10;
@@ -138,7 +137,7 @@ impl Inner {
                     let (roads, lines, body) = (roads.clone(), lines.clone(), body.clone());
                     async move { ask(&roads, &lines, connector, body).await }
                 });
-                race(attempts, HEAD_START).await
+                race(attempts, CONNECTOR_HEAD_START).await
             }
         });
         let answer = AbortOnDropHandle::new(asked).await.map_err(|_| "the node has stopped".to_owned())?;
@@ -234,10 +233,7 @@ fn dialable(netmap: &Netmap, addresses: &[IpAddr]) -> Result<BTreeSet<IpAddr>, R
     let ours = |ip: &IpAddr| netmap.self_node.addresses.iter().any(|own| own.is_ipv4() == ip.is_ipv4());
     let all: BTreeSet<_> = addresses.iter().map(IpAddr::to_canonical).collect();
     match all.first() {
-        Some(&address) if !all.iter().any(ours) => {
-            let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
-            Err(RouteError::Family { address, family })
-        }
+        Some(&address) if !all.iter().any(ours) => Err(no_family(address)),
         Some(_) | None => Ok(all.into_iter().filter(ours).collect()),
     }
 }

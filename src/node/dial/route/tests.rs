@@ -84,7 +84,7 @@ fn a_public_address_goes_by_the_exit_node_and_a_private_one_never() {
     assert_eq!(by("10.20.0.80"), Some((3, RouteKind::Subnet)));
     for private in ["10.21.0.80", "192.168.1.1", "169.254.169.254", "127.0.0.1", "::1", "fd21::1", "100.64.9.9"] {
         assert_eq!(by(private), None, "{private}");
-        let why = unrouted(&netmap, true, private.parse().unwrap());
+        let why = unrouted(&netmap, private.parse().unwrap());
         let refused = matches!(why, DialError::Public { .. } | DialError::Route(RouteError::None { .. }));
         assert!(refused, "{private}: {why}");
     }
@@ -95,10 +95,10 @@ fn without_its_exit_node_a_public_address_is_withdrawn_and_a_private_one_was_nev
     let mut tailnet = Tailnet::exiting();
     tailnet.map(&[], &[], &["0.0.0.0/0", "::/0"]);
     let netmap = tailnet.map(&[], &[], &[]);
-    let why = |ip: &str| unrouted(&netmap, true, ip.parse().unwrap());
+    let why = |ip: &str| unrouted(&netmap, ip.parse().unwrap());
     assert!(matches!(why("203.0.113.80"), DialError::Route(RouteError::Withdrawn { .. })));
     assert!(matches!(why("10.0.0.1"), DialError::Public { .. }));
-    let never = unrouted(&netmap, false, "203.0.113.80".parse().unwrap());
+    let never = unrouted(&Tailnet::new().map(&[], &[], &[]), "203.0.113.80".parse().unwrap());
     assert!(matches!(never, DialError::Public { .. }));
 }
 
@@ -113,7 +113,7 @@ fn what_a_route_leaves_behind_is_withdrawn_and_never_goes_by_the_exit_node() {
     let netmap = tailnet.map(&[], &[], &exits);
     for gone in ["203.0.113.7", "::ffff:203.0.113.7", "2001:db8:7::7", "198.51.100.1"] {
         assert_eq!(by(&netmap, gone), None, "{gone}");
-        let why = unrouted(&netmap, true, gone.parse().unwrap());
+        let why = unrouted(&netmap, gone.parse().unwrap());
         assert!(matches!(why, DialError::Route(RouteError::Withdrawn { .. })), "{gone}: {why}");
     }
     assert_eq!(by(&netmap, "203.0.113.8"), Some((4, RouteKind::Exit)), "its neighbour was never the tailnet's");
@@ -133,6 +133,6 @@ fn an_address_of_4via6_is_its_site_routers_or_nobodys() {
     let by = |ip: &str| netmap.route(ip.parse().unwrap()).map(|route| (route.peer.id, route.kind));
     assert_eq!(by("fd7a:115c:a1e0:b1a:0:7:a01:110"), Some((3, RouteKind::Subnet)));
     let elsewhere = "fd7a:115c:a1e0:b1a:0:8:a01:110".parse().unwrap();
-    assert!(matches!(unrouted(&netmap, true, elsewhere), DialError::Route(RouteError::None { .. })));
+    assert!(matches!(unrouted(&netmap, elsewhere), DialError::Route(RouteError::None { .. })));
     assert!(!is_public(&netmap, elsewhere));
 }
