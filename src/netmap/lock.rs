@@ -65,7 +65,7 @@ mod tests {
     fn tracked(id: NodeId, key: u8, signature: &[u8]) -> (NodeId, Tracked) {
         let node = Node { id, key: node(key), key_signature: Bytes(signature.to_vec()), ..Node::default() };
         let peer = super::super::node::peer(&node, jiff::Timestamp::UNIX_EPOCH).into();
-        (id, Tracked { node, peer, verdict: OnceLock::new() })
+        (id, Tracked { node: Box::new(node), peer, verdict: OnceLock::new() })
     }
 
     fn hides(peers: impl IntoIterator<Item = (NodeId, Tracked)>) -> Vec<NodeId> {

@@ -129,7 +129,7 @@ impl Session {
     /// stream has said nothing yet, ours is not: what is known of it may be of the key that we had before.
     pub fn next_expiry(&self) -> Option<Timestamp> {
         let state = self.state.as_ref()?;
-        let peers = state.peers.values().filter(|tracked| !tracked.peer.expired).map(|tracked| &tracked.node);
+        let peers = state.peers.values().filter(|tracked| !tracked.peer.expired).map(|tracked| &*tracked.node);
         let ours = (!self.awaits_full).then_some(&state.node);
         let due = peers.chain(ours).filter(|node| !node.expired).filter_map(|node| node.key_expiry).min()?;
         due.max(CLOCK_IS_SET).checked_sub(self.correction()).ok()

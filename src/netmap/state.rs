@@ -43,7 +43,8 @@ pub(super) struct View {
 /// A peer in control's words and in ours.
 #[derive(Debug)]
 pub(super) struct Tracked {
-    pub(super) node: Node,
+    /// Boxed as it was read: ten thousand are moved about, and tree nodes are half empty.
+    pub(super) node: Box<Node>,
     pub(super) peer: Arc<Peer>,
     /// What [`lock::verdict`] says, once somebody asked: it costs a signature's check or two.
     pub(super) verdict: OnceLock<Result<Authorised, SignatureError>>,
@@ -79,7 +80,13 @@ impl State {
     }
 
     /// Makes `nodes` the only peers. Those that are as before in `known` stay the same value.
-    pub(super) fn replace_peers(&mut self, nodes: Vec<Node>, mut known: BTreeMap<NodeId, Tracked>, clock: Timestamp) {
+    #[expect(clippy::vec_box, reason = "they stay in the boxes that they were read into")]
+    pub(super) fn replace_peers(
+        &mut self,
+        nodes: Vec<Box<Node>>,
+        mut known: BTreeMap<NodeId, Tracked>,
+        clock: Timestamp,
+    ) {
         self.peers.clear();
         for node in nodes {
             let before = known.remove(&node.id);
@@ -111,7 +118,7 @@ impl State {
         self.track(node, Some(before), clock);
     }
 
-    fn track(&mut self, node: Node, before: Option<Tracked>, clock: Timestamp) {
+    fn track(&mut self, mut node: Box<Node>, before: Option<Tracked>, clock: Timestamp) {
         // A peer without key can never be spoken to.
         if node.key.is_zero() {
             return;
@@ -126,6 +133,8 @@ impl State {
                 peer = before.peer;
             }
         }
+        // Nothing of that can be patched, and what follows from it is in `peer`.
+        node.hostinfo.keep_services();
         self.peers.insert(node.id, Tracked { node, peer, verdict });
     }
 
@@ -204,7 +213,7 @@ impl State {
                 by_ip.entry(*ip).or_insert(*id);
             }
         }
-        let nodes = self.shown(view).map(|(_, tracked)| &tracked.node).chain([&self.node]);
+        let nodes = self.shown(view).map(|(_, tracked)| &*tracked.node).chain([&self.node]);
         Netmap {
             self_node: Arc::new(self_node(&self.node, clock)),
             index: Arc::new(Index { by_key: peers.values().map(|peer| (peer.key, peer.id)).collect(), by_ip, by_name }),

@@ -74,6 +74,16 @@ impl Process {
         self.child.id()
     }
 
+    /// Kilobytes of memory that it holds. Source: proc(5), status, `VmRSS`.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub(crate) fn resident(&self) -> Result<u64, Failed> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    }
+
     /// The child itself, for its pipes.
     pub(crate) fn child(&mut self) -> &mut Child {
         &mut self.child

@@ -87,6 +87,12 @@ pub struct Hostinfo {
 }
 
 impl Hostinfo {
+    /// Forgets all but what [`peerapi`](Self::peerapi) and its like need.
+    pub fn keep_services(&mut self) {
+        let (services, app_connector) = (std::mem::take(&mut self.services), self.app_connector);
+        *self = Self { services, app_connector, ..Self::default() };
+    }
+
     /// The PeerAPI ports for IPv4 and IPv6; 0 for none.
     pub fn peerapi(&self) -> (u16, u16) {
         let port =

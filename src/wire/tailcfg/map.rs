@@ -85,10 +85,10 @@ pub struct MapResponse {
     pub derp_map: Option<DerpMapUpdate>,
     /// All peers; empty for as before.
     #[serde(default, deserialize_with = "super::list")]
-    pub peers: Vec<Node>,
+    pub peers: Vec<Box<Node>>,
     /// Peers that are new or changed, whole.
     #[serde(default, deserialize_with = "super::list")]
-    pub peers_changed: Vec<Node>,
+    pub peers_changed: Vec<Box<Node>>,
     /// Peers that are gone.
     #[serde(default, deserialize_with = "super::list")]
     pub peers_removed: Vec<i64>,

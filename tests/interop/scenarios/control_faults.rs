@@ -55,13 +55,6 @@ fn recovers(control: &mut TestControl, since: u64, kind: &str) -> Result<(), Fai
     })
 }
 
-/// Kilobytes of memory that a process holds. Source: proc(5), status, `VmRSS`.
-fn resident(pid: u32) -> Result<u64, Failed> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
-}
-
 /// Hundredths of a second that a process has computed. Source: proc(5), stat, `utime` and `stime`.
 fn computed(pid: u32) -> Result<u64, Failed> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -150,14 +143,14 @@ pub(crate) fn an_oversize_message_is_refused_at_its_length(bed: &Bed) -> Result<
     let mut control = TestControl::start(bed)?;
     let _peer = control.peer(bed, PEER)?;
     let sidecar = control.launch(bed).ready()?;
-    let before = resident(sidecar.process.id())?;
+    let before = sidecar.process.resident()?;
     for size in [u32::MAX, i32::MAX.unsigned_abs()] {
         let since = control.now()?;
         control.arm(json!({ "kind": "oversize", "node": sidecar.hostname, "size": size, "fill": 1 << 20 }))?;
         control.cut(&sidecar.hostname)?;
         recovers(&mut control, since, "oversize")?;
     }
-    let grown = resident(sidecar.process.id())?.saturating_sub(before);
+    let grown = sidecar.process.resident()?.saturating_sub(before);
     if grown > 100 << 10 {
         return Err(format!("it grew by {grown} KiB").into());
     }

@@ -2,11 +2,17 @@
 
 use std::io::{Read as _, Write as _};
 use std::thread;
+use std::time::Instant;
 
 use libtest_mimic::Failed;
+use serde_json::json;
 
 use crate::bed::Bed;
 use crate::sidecar::{Launch, Sidecar};
+use crate::testcontrol::TestControl;
+
+/// The most that a sidecar in a tailnet of ten thousand may hold, in KiB.
+const CROWDED: u64 = 60 << 10;
 
 fn echo(stream: &mut std::net::TcpStream, word: &[u8]) -> Result<(), Failed> {
     stream.write_all(word)?;
@@ -68,4 +74,26 @@ pub(crate) fn two_thousand_short_connections_leave_room_for_more(bed: &Bed) -> R
         Ok::<(), Failed>(())
     })?;
     sidecar.page("web", "web")
+}
+
+/// In a tailnet of ten thousand nodes a sidecar is small, knows the last of them, and reaches the one that is there.
+pub(crate) fn ten_thousand_peers_are_no_burden(bed: &Bed) -> Result<(), Failed> {
+    let mut control = TestControl::start(bed)?;
+    let start = Instant::now();
+    drop(control.launch(bed).ready()?);
+    let alone = start.elapsed();
+    // A node more costs testcontrol the more the more there are.
+    for first in (0..10_000).step_by(1_000) {
+        control.ask("crowd", json!({ "first": first, "count": 1_000 }))?;
+    }
+    let _peer = control.peer(bed, "web")?;
+    let start = Instant::now();
+    let sidecar = control.launch(bed).args(&["--dial-timeout", "1s"]).ready()?;
+    let crowded = start.elapsed();
+    sidecar.page("web.tb.example", "web")?;
+    // Known, and nobody there.
+    sidecar.get_absolute("crowd-9999.tb.example", "/")?.expect(504, "TC-1601")?;
+    let held = sidecar.process.resident()?;
+    crate::say(&format!("ready after {alone:.0?} alone, {crowded:.0?} among 10,000; {held} KiB held"));
+    if held > CROWDED { Err(format!("{held} KiB are held").into()) } else { Ok(()) }
 }

@@ -256,9 +256,10 @@ const BROWSER: [Scenario; 2] = [
     scenario!(browser::chromium_gets_no_page_that_is_public).within(90),
 ];
 
-const CROWD: [Scenario; 2] = [
+const CROWD: [Scenario; 3] = [
     scenario!(crowd::two_hundred_connections_at_once_keep_apart),
     scenario!(crowd::two_thousand_short_connections_leave_room_for_more),
+    scenario!(crowd::ten_thousand_peers_are_no_burden),
 ];
 
 const TRANSFER: [Scenario; 8] = [

@@ -67,12 +67,12 @@ pub(crate) fn a_reader_that_stops_is_waited_for(bed: &Bed) -> Result<(), Failed>
     const SIZE: u64 = 256 << 20;
     let sidecar = Launch::new(bed).ready()?;
     sidecar.page(LAN, "corp")?;
-    let before = resident(&sidecar)?;
+    let before = sidecar.process.resident()?;
     let mut slow = sidecar.dial(LAN, 19)?;
     slow.write_all(format!("{SIZE}\n").as_bytes())?;
     held_up(bed, 19)?;
     sidecar.page(LAN, "corp")?;
-    let grown = resident(&sidecar)?.saturating_sub(before);
+    let grown = sidecar.process.resident()?.saturating_sub(before);
     if grown > 32 << 10 {
         return Err(format!("an unread stream made the process grow by {grown} KiB").into());
     }
@@ -227,11 +227,4 @@ fn expect_reset(stream: &mut TcpStream) -> Result<(), Failed> {
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
         other => Err(format!("expected a reset, got {other:?}").into()),
     }
-}
-
-/// The process's resident memory in KiB.
-fn resident(sidecar: &Sidecar<'_>) -> Result<u64, Failed> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", sidecar.process.id()))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
 }
