@@ -29,6 +29,9 @@ func crowd(b *bed, a struct {
 	return nil, nil
 }
 
+// nearby is where real peers are, so that pings to those made up go nowhere else.
+var nearby = netip.AddrFrom4([4]byte{10, 99, 0, 31})
+
 func (b *bed) madeUp(i int) *tailcfg.Node {
 	name, id := fmt.Sprintf("crowd-%d", i), 100_000+i
 	v4 := netip.AddrFrom4([4]byte{100, 80, byte(i >> 8), byte(i)})
@@ -48,8 +51,8 @@ func (b *bed) madeUp(i int) *tailcfg.Node {
 		Addresses:  addresses,
 		AllowedIPs: addresses,
 		Endpoints: []netip.AddrPort{
-			netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}), uint16(1024+i)),
-			netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, byte(i)}), uint16(1024+i)),
+			netip.AddrPortFrom(nearby, uint16(20_000+i)),
+			netip.AddrPortFrom(nearby, uint16(40_000+i)),
 		},
 		HomeDERP:          b.relays[0].region,
 		Hostinfo:          hostinfo.View(),
