@@ -1,6 +1,5 @@
 //! Control at its worst: torn map streams, deltas, requests of its own. Against Tailscale's testcontrol.
 
-use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -53,14 +52,6 @@ fn recovers(control: &mut TestControl, since: u64, kind: &str) -> Result<(), Fai
         let whole = |record: &Record| record.fault.is_empty() && record.frames > 0 && record.ended_ms == 0.0;
         Ok(broken.is_some_and(|at| opened[at + 1..].iter().any(whole)).then_some(()))
     })
-}
-
-/// Hundredths of a second that a process has computed. Source: proc(5), stat, `utime` and `stime`.
-fn computed(pid: u32) -> Result<u64, Failed> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let (_, fields) = stat.rsplit_once(')').ok_or("no name in stat")?;
-    let ticks: Vec<u64> = fields.split_whitespace().skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
-    Ok(ticks.iter().sum())
 }
 
 /// A server may answer in pieces of any size, and a newer one has fields that we do not know.
@@ -162,13 +153,13 @@ pub(crate) fn constant_resets_do_not_make_a_busy_loop(bed: &Bed) -> Result<(), F
     let mut control = TestControl::start(bed)?;
     let _peer = control.peer(bed, PEER)?;
     let sidecar = control.launch(bed).ready()?;
-    let (since, before) = (control.now()?, computed(sidecar.process.id())?);
+    let (since, before) = (control.now()?, sidecar.process.computed()?);
     control.arm(json!({ "kind": "close", "node": sidecar.hostname, "delay_ms": 100, "times": 0 }))?;
     control.cut(&sidecar.hostname)?;
     let watched = Duration::from_secs(8);
     thread::sleep(watched);
     let opened = control.recorded(&streams(since))?.len();
-    let ticks = computed(sidecar.process.id())? - before;
+    let ticks = sidecar.process.computed()? - before;
     control.ask("clear_faults", json!({}))?;
     if !(2..=60).contains(&opened) {
         return Err(format!("{opened} streams in {watched:?}").into());
