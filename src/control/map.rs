@@ -1,7 +1,7 @@
 //! The map stream: length-prefixed frames, each a zstd frame or plain JSON, each one MapResponse.
 //! Source: Tailscale, control/controlclient/direct.go, `sendMapRequest` and `decodeMsg`.
 
-use std::io::Read;
+use std::io::{BufReader, Read};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
@@ -20,6 +20,8 @@ pub(super) const WATCHDOG: Duration = Duration::from_secs(120);
 const FRAME_MAX: usize = 64 << 20;
 /// The most octets that a frame may hold uncompressed.
 const DECODED_MAX: u64 = 256 << 20;
+/// So many octets are unpacked at a time.
+const CHUNK: usize = 64 << 10;
 /// What a zstd frame begins with (RFC 8878, 3.1.1).
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
@@ -79,12 +81,12 @@ fn decode(frame: &[u8]) -> Result<MapResponse, ConnectError> {
         return tailcfg::parse(frame).map_err(|error| garbled(error.to_string()));
     }
     let decoder = StreamingDecoder::new(frame).map_err(|error| garbled(error.to_string()))?;
-    let mut json = Vec::new();
-    decoder.take(DECODED_MAX + 1).read_to_end(&mut json).map_err(|error| garbled(error.to_string()))?;
-    if json.len() as u64 > DECODED_MAX {
+    let mut json = BufReader::with_capacity(CHUNK, decoder.take(DECODED_MAX));
+    let parsed = tailcfg::parse_from(&mut json);
+    if json.get_ref().limit() == 0 {
         return Err(garbled(format!("it exceeds {DECODED_MAX} octets")));
     }
-    tailcfg::parse(&json).map_err(|error| garbled(error.to_string()))
+    parsed.map_err(|error| garbled(error.to_string()))
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ pub mod register;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::BufRead;
 use std::marker::PhantomData;
 use std::str::FromStr;
 
@@ -32,14 +33,23 @@ const ZERO_TIME: &str = "0001-01-01T00:00:00Z";
 /// One whole document: a [`map::MapResponse`] or a [`register::RegisterResponse`].
 ///
 /// # Errors
-/// When the text is no JSON object, or one in which a whole part is of another kind than it must be.
-/// The error may quote the document.
-pub fn parse<T: DeserializeOwned>(document: &[u8]) -> Result<T, serde_json::Error> {
+/// Those of [`parse_from`].
+pub fn parse<T: DeserializeOwned>(mut document: &[u8]) -> Result<T, serde_json::Error> {
+    parse_from(&mut document)
+}
+
+/// The same of a document that is still being unpacked: ten million octets need not be held beside what they say.
+///
+/// # Errors
+/// When reading fails, when the text is no JSON object, or one in which a whole part is of another kind than it must
+/// be. The error may quote the document.
+pub fn parse_from<T: DeserializeOwned>(document: &mut impl BufRead) -> Result<T, serde_json::Error> {
+    let start = document.fill_buf().map_err(serde_json::Error::io)?;
     // Serde would take a list for a struct, and an empty one for an empty answer.
-    if document.trim_ascii_start().first() != Some(&b'{') {
+    if start.trim_ascii_start().first() != Some(&b'{') {
         return Err(serde_json::Error::custom("not a JSON object"));
     }
-    serde_json::from_slice(document)
+    serde_json::from_reader(document)
 }
 
 /// `null` is the default; anything else must fit.
