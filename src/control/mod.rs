@@ -258,6 +258,8 @@ impl Task {
         loop {
             let ended = self.session(&mut backoff).await;
             self.session = None;
+            // Only what the network did to us may be over with another network.
+            let may_hurry = matches!(ended, Ended::Lost(_));
             let pause = match ended {
                 Ended::Lost(error) => {
                     let pause = backoff.next_delay();
@@ -274,7 +276,11 @@ impl Task {
                 Ended::Again => backoff.next_delay(),
                 Ended::Over(failure) => return failure,
             };
-            tokio::time::sleep(pause).await;
+            let mut link = self.config.underlay.link.news();
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                _ = link.next(), if may_hurry => backoff.reset(),
+            }
         }
     }
 

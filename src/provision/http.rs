@@ -260,6 +260,7 @@ mod tests {
             tls: crate::transport::tls::Tls::load(None).unwrap(),
             proxy: None,
             no_proxy: std::sync::Arc::default(),
+            link: crate::transport::link::Link::default(),
         };
         for (base, wanted) in [
             ("https://api.example", "https://api.example/api/v2/x"),

@@ -3,6 +3,7 @@
 pub mod backoff;
 pub mod derp;
 pub mod interfaces;
+pub mod link;
 mod queue;
 pub mod race;
 pub mod tls;

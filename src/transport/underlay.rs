@@ -23,6 +23,7 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio_rustls::TlsConnector;
 use url::Url;
 
+use super::link::{Link, Tied};
 use super::race::race;
 use super::tls::Tls;
 
@@ -97,6 +98,8 @@ pub struct Underlay {
     pub proxy: Option<Arc<Url>>,
     /// Hosts, `.suffixes`, addresses or `*` that are reached without it.
     pub no_proxy: Arc<[String]>,
+    /// The network below it all: when that changes, connections end that came from it, and dials begin anew.
+    pub link: Link,
 }
 
 impl Underlay {
@@ -116,7 +119,7 @@ impl Underlay {
     pub async fn connect_known(&self, host: &str, addresses: &[IpAddr], port: u16) -> Result<BoxIo, UnderlayError> {
         match &self.proxy {
             Some(proxy) if !self.bypasses(host) => self.connect_by_proxy(proxy, host, port).await,
-            _ => Ok(Box::new(connect_tcp(host, addresses, port).await?)),
+            _ => Ok(Box::new(connect_tcp(host, addresses, port, &self.link).await?)),
         }
     }
 
@@ -159,8 +162,8 @@ impl Underlay {
         let proxy_port = proxy.port_or_known_default().unwrap_or(80);
         let failed = |detail: String| UnderlayError::Proxy { proxy: format!("{proxy_host}:{proxy_port}"), detail };
 
-        let mut io: BoxIo =
-            Box::new(connect_tcp(proxy_host, &[], proxy_port).await.map_err(|error| failed(error.to_string()))?);
+        let tcp = connect_tcp(proxy_host, &[], proxy_port, &self.link).await;
+        let mut io: BoxIo = Box::new(tcp.map_err(|error| failed(error.to_string()))?);
         if proxy.scheme() == "https" {
             io = start_tls(io, proxy_host, proxy_port, proxy_host, self.tls.trusted()).await?;
         }
@@ -230,8 +233,19 @@ async fn start_tls(
     Ok(Box::new(stream))
 }
 
-/// Connects to the first address of `host` that answers; each next one is tried beside the last after a pause.
-async fn connect_tcp(host: &str, known: &[IpAddr], port: u16) -> Result<TcpStream, UnderlayError> {
+/// Connects to the first address of `host` that answers; each next one is tried beside the last after a pause. When the
+/// network changes meanwhile, that begins anew: what was sent before may never be answered.
+async fn connect_tcp(host: &str, known: &[IpAddr], port: u16, link: &Link) -> Result<Tied, UnderlayError> {
+    let mut news = link.news();
+    loop {
+        tokio::select! {
+            connected = connect_once(host, known, port) => return Ok(Tied::new(connected?, link)),
+            _ = news.next() => {}
+        }
+    }
+}
+
+async fn connect_once(host: &str, known: &[IpAddr], port: u16) -> Result<TcpStream, UnderlayError> {
     let bare = host.trim_matches(['[', ']']);
     let resolve = |source| UnderlayError::Resolve { host: host.to_owned(), source };
     let addresses: Vec<SocketAddr> = match bare.parse::<IpAddr>() {
@@ -259,7 +273,7 @@ mod tests {
 
     fn underlay(no_proxy: &[&str]) -> Underlay {
         let no_proxy = no_proxy.iter().map(|&rule| rule.to_owned()).collect();
-        Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy }
+        Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy, link: Link::default() }
     }
 
     #[test]
@@ -306,7 +320,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         drop(listener);
-        let error = connect_tcp("127.0.0.1", &[], port).await.unwrap_err();
+        let error = connect_tcp("127.0.0.1", &[], port, &Link::default()).await.err().unwrap();
         assert!(matches!(error, UnderlayError::Connect { host, .. } if host == format!("127.0.0.1:{port}")));
     }
 }

@@ -217,8 +217,10 @@ impl Task {
             if self.events.send((self.id, Event::Lost(Arc::new(error)))).await.is_err() {
                 return;
             }
+            let mut link = self.underlay.link.news();
             tokio::select! {
                 () = tokio::time::sleep(backoff.next_delay()) => {}
+                _ = link.next() => backoff.reset(),
                 () = self.outgoing.closed() => return,
             }
         }

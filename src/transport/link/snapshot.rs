@@ -1,0 +1,187 @@
+//! What the machine's network is at one moment, as far as it decides our paths.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// A default route: the interface, the next hop, and the metric, as the kernel writes them.
+type Route = (String, String, String);
+
+/// `RTF_UP` and `RTF_REJECT`. Source: linux/route.h.
+const UP: u32 = 0x1;
+const REJECT: u32 = 0x200;
+
+/// Addresses and default routes. Loopback and link-local addresses are left out: they come with any interface, and no
+/// peer reaches us by them. So are interfaces that are down or without a carrier.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Snapshot {
+    /// `None` when the operating system does not say.
+    addresses: Option<Arc<BTreeSet<IpAddr>>>,
+    defaults: BTreeSet<Route>,
+}
+
+impl Snapshot {
+    /// Looks now.
+    pub(super) fn take() -> Self {
+        let interfaces = if_addrs::get_if_addrs().ok();
+        let addresses = interfaces.map(|interfaces| {
+            let running =
+                interfaces.into_iter().filter(|interface| interface.is_oper_up() && !interface.is_link_local());
+            running.map(|interface| interface.ip()).filter(|ip| !ip.is_loopback()).collect::<BTreeSet<_>>().into()
+        });
+        let read = |file| std::fs::read_to_string(file).unwrap_or_default();
+        let v4 = read("/proc/net/route");
+        let v6 = read("/proc/net/ipv6_route");
+        let defaults = v4.lines().filter_map(default_v4).chain(v6.lines().filter_map(default_v6)).collect();
+        Self { addresses, defaults }
+    }
+
+    /// The machine's addresses.
+    pub(super) fn addresses(&self) -> Option<Arc<BTreeSet<IpAddr>>> {
+        self.addresses.clone()
+    }
+
+    /// What is different in a later one.
+    pub(super) fn compare(&self, later: &Self) -> Change {
+        let count = |one: &Self, other: &Self| match (&one.addresses, &other.addresses) {
+            (Some(one), Some(other)) => one.difference(other).count(),
+            (None, _) | (_, None) => 0,
+        };
+        let route = match (self.defaults == later.defaults, self.defaults.is_empty(), later.defaults.is_empty()) {
+            (true, ..) => RouteChange::None,
+            (false, _, true) => RouteChange::Gone,
+            (false, true, false) => RouteChange::New,
+            (false, false, false) => RouteChange::Moved,
+        };
+        Change { gone: count(self, later), new: count(later, self), route }
+    }
+
+    /// With these addresses, and a default route by each of these interfaces.
+    #[cfg(test)]
+    pub(super) fn of(addresses: &[&str], interfaces: &[&str]) -> Self {
+        let addresses: BTreeSet<IpAddr> = addresses.iter().map(|ip| ip.parse().expect("an address")).collect();
+        let route = |name: &&str| ((*name).to_owned(), "0102A8C0".to_owned(), "0".to_owned());
+        Self { addresses: Some(addresses.into()), defaults: interfaces.iter().map(route).collect() }
+    }
+}
+
+/// What became of the default routes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum RouteChange {
+    None,
+    New,
+    Moved,
+    Gone,
+}
+
+/// The difference of two looks. Shown without addresses, which are nobody's business at the level where it is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Change {
+    gone: usize,
+    new: usize,
+    route: RouteChange,
+}
+
+impl Change {
+    pub(super) fn is_nothing(self) -> bool {
+        self.gone == 0 && self.new == 0 && self.route == RouteChange::None
+    }
+
+    /// Whether the way that packets take may be another.
+    pub(super) fn is_move(self) -> bool {
+        self.gone > 0 || self.route != RouteChange::None
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let addresses = |count: usize, what| match count {
+            0 => None,
+            1 => Some(format!("an address is {what}")),
+            _ => Some(format!("{count} addresses are {what}")),
+        };
+        let route = match self.route {
+            RouteChange::None => None,
+            RouteChange::New => Some("there is a default route"),
+            RouteChange::Moved => Some("the default route moved"),
+            RouteChange::Gone => Some("the default route is gone"),
+        };
+        let parts = [addresses(self.gone, "gone"), addresses(self.new, "new"), route.map(str::to_owned)];
+        let parts: Vec<String> = parts.into_iter().flatten().collect();
+        f.write_str(if parts.is_empty() { "nothing" } else { "" })?;
+        f.write_str(&parts.join(", "))
+    }
+}
+
+/// A default route in a line of `/proc/net/route`, or half a one. Source: Linux, net/ipv4/fib_trie.c, `fib_route_seq_show`.
+fn default_v4(line: &str) -> Option<Route> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let &[interface, _, gateway, flags, _, _, metric, mask, ..] = fields.as_slice() else { return None };
+    let mask = u32::from_str_radix(mask, 16).ok()?;
+    route(mask.count_ones() <= 1, flags, [interface, gateway, metric])
+}
+
+/// The same of `/proc/net/ipv6_route`. Source: Linux, net/ipv6/route.c, `rt6_info_route` (now `ipv6_route_native_seq_show`).
+fn default_v6(line: &str) -> Option<Route> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let &[_, length, _, _, gateway, metric, _, _, flags, interface] = fields.as_slice() else { return None };
+    route(matches!(length, "00" | "01"), flags, [interface, gateway, metric])
+}
+
+fn route(is_default: bool, flags: &str, parts: [&str; 3]) -> Option<Route> {
+    let flags = u32::from_str_radix(flags, 16).ok()?;
+    let [interface, gateway, metric] = parts.map(str::to_owned);
+    (is_default && flags & UP != 0 && flags & REJECT == 0).then_some((interface, gateway, metric))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn default_routes_are_found_among_others() {
+        // As Linux 6.1 writes them.
+        let v4 = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n\
+                  eth0\t00000000\t010200C0\t0003\t0\t0\t100\t00000000\t0\t0\t0\n\
+                  tun0\t00000080\t00000000\t0001\t0\t0\t0\t00000080\t0\t0\t0\n\
+                  eth0\t000200C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n";
+        let found: Vec<String> = v4.lines().filter_map(default_v4).map(|route| route.0).collect();
+        assert_eq!(found, ["eth0", "tun0"]);
+        let (zero, gateway) = ("0".repeat(32), "fd000000000000000000000000000001");
+        let v6 = [
+            format!(
+                "fd000000000000000000000000000000 40 {zero} 00 {zero} 00000100 00000001 00000000 00000001     eth0"
+            ),
+            format!("{zero} 00 {zero} 00 {gateway} 00000400 00000003 00000000 00000003     eth0"),
+            format!("{zero} 00 {zero} 00 {zero} ffffffff 00000001 00000000 00200200       lo"),
+        ];
+        let found: Vec<Route> = v6.iter().filter_map(|line| default_v6(line)).collect();
+        assert_eq!(found, [("eth0".to_owned(), gateway.to_owned(), "00000400".to_owned())]);
+    }
+
+    #[test]
+    fn a_change_is_said_in_plain_words_without_addresses() {
+        let home = Snapshot::of(&["192.168.1.4"], &["eth0"]);
+        let said = |other: &Snapshot| home.compare(other).to_string();
+        assert_eq!(said(&home), "nothing");
+        assert_eq!(said(&Snapshot::of(&["10.0.0.1"], &["eth0"])), "an address is gone, an address is new");
+        assert_eq!(said(&Snapshot::of(&[], &[])), "an address is gone, the default route is gone");
+        let other = Snapshot::of(&["192.168.1.4", "10.0.0.1", "10.0.0.2"], &["wlan0"]);
+        assert_eq!(said(&other), "2 addresses are new, the default route moved");
+    }
+
+    #[test]
+    fn addresses_that_are_not_known_have_not_changed() {
+        let unknown = Snapshot { addresses: None, ..Snapshot::of(&[], &["eth0"]) };
+        let home = Snapshot::of(&["192.168.1.4"], &["eth0"]);
+        assert!(home.compare(&unknown).is_nothing() && unknown.compare(&home).is_nothing());
+    }
+
+    #[test]
+    fn this_machine_can_be_looked_at() {
+        let now = Snapshot::take();
+        assert!(now.addresses.is_some());
+        assert!(now.compare(&Snapshot::take()).is_nothing());
+    }
+}

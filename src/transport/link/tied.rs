@@ -1,0 +1,184 @@
+//! A TCP stream that knows the network it was made on: it ends when its own address is gone, and is asked for a sign of
+//! life when the way may be another.
+//!
+//! TCP by itself would send into nothing for a quarter of an hour. Asking is left to the kernel: keepalives, and a limit
+//! to what may go unacknowledged, for a few seconds. Source: Tailscale, wgengine/magicsock,
+//! `maybeCloseDERPsOnRebind`, which does so for DERP with pings of its own.
+
+use std::io;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use rustix::net::sockopt::{
+    set_socket_keepalive, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl, set_tcp_user_timeout,
+};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Sleep, sleep};
+use tokio_util::sync::ReusableBoxFuture;
+
+use super::{Link, News, State};
+
+/// How long the other side may take to answer a keepalive. Source: Tailscale, the same, which waits 3 s for its pings.
+const ANSWER: Duration = Duration::from_secs(3);
+/// How long something may go unacknowledged meanwhile.
+const ACKNOWLEDGE_MS: u32 = 4_000;
+/// After that the stream is left in peace again.
+const PROBE: Duration = Duration::from_secs(8);
+
+/// The stream.
+pub(in crate::transport) struct Tied {
+    stream: TcpStream,
+    local: Option<IpAddr>,
+    news: ReusableBoxFuture<'static, (News, State)>,
+    moves: u64,
+    probed_until: Option<Pin<Box<Sleep>>>,
+    gone: bool,
+}
+
+impl Tied {
+    pub(in crate::transport) fn new(stream: TcpStream, link: &Link) -> Self {
+        let local = stream.local_addr().ok().map(|local| local.ip());
+        let (news, moves) = (link.news(), link.state.borrow().moves);
+        let mut tied =
+            Self { stream, local, news: ReusableBoxFuture::new(wait(news)), moves, probed_until: None, gone: false };
+        // It may have gone between the connect and now.
+        tied.gone = tied.local.is_some_and(|local| link.state.borrow().is_gone(local));
+        tied
+    }
+
+    /// Looks for news of the network.
+    ///
+    /// # Errors
+    /// When the stream's own address is gone.
+    fn follow(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        while let Poll::Ready((news, state)) = self.news.poll(cx) {
+            self.news.set(wait(news));
+            self.gone |= self.local.is_some_and(|local| state.is_gone(local));
+            if std::mem::replace(&mut self.moves, state.moves) != state.moves {
+                self.probe();
+            }
+        }
+        if self.gone {
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the address it came from is gone"));
+        }
+        if let Some(until) = &mut self.probed_until
+            && until.as_mut().poll(cx).is_ready()
+        {
+            self.probed_until = None;
+            // A stream that does not take them back is only asked more often than needed.
+            let _ = set_socket_keepalive(&self.stream, false);
+            let _ = set_tcp_user_timeout(&self.stream, 0);
+        }
+        Ok(())
+    }
+
+    /// Has the kernel find out whether the other side is still there. Where it cannot, the protocols above will.
+    fn probe(&mut self) {
+        let asked = || -> rustix::io::Result<()> {
+            set_tcp_keepidle(&self.stream, Duration::from_secs(1))?;
+            set_tcp_keepintvl(&self.stream, ANSWER)?;
+            set_tcp_keepcnt(&self.stream, 1)?;
+            set_tcp_user_timeout(&self.stream, ACKNOWLEDGE_MS)?;
+            set_socket_keepalive(&self.stream, true)
+        };
+        if asked().is_ok() {
+            self.probed_until = Some(Box::pin(sleep(PROBE)));
+        }
+    }
+}
+
+async fn wait(mut news: News) -> (News, State) {
+    let state = news.next().await;
+    (news, state)
+}
+
+impl AsyncRead for Tied {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.follow(cx)?;
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Tied {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.follow(cx)?;
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.follow(cx)?;
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use rustix::net::sockopt::{socket_keepalive, tcp_user_timeout};
+    use tokio::io::AsyncReadExt;
+    use tokio::net::TcpListener;
+    use tokio::sync::watch;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    async fn connected(link: &Link) -> (Tied, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (Tied::new(stream, link), listener.accept().await.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn a_stream_ends_with_its_address_and_at_once() {
+        let out = watch::Sender::new(State::default());
+        let (mut tied, _other) = connected(&Link { state: out.subscribe() }).await;
+        // Loopback never goes; so it is given another.
+        tied.local = Some("192.0.2.1".parse().unwrap());
+        let mut octet = [0];
+        assert!(timeout(Duration::from_millis(20), tied.read(&mut octet)).await.is_err());
+        let reading = tokio::spawn(async move { tied.read(&mut [0]).await.map_err(|error| error.kind()) });
+        tokio::task::yield_now().await;
+        let left = BTreeSet::from(["192.0.2.2".parse().unwrap()]);
+        out.send_replace(State { changes: 1, moves: 1, addresses: Some(left.into()), ..State::default() });
+        let ended = timeout(Duration::from_secs(5), reading).await.unwrap().unwrap();
+        assert_eq!(ended, Err(io::ErrorKind::ConnectionAborted));
+    }
+
+    #[tokio::test]
+    async fn a_stream_whose_way_may_be_another_is_asked_for_a_while() {
+        let out = watch::Sender::new(State::default());
+        let (mut tied, other) = connected(&Link { state: out.subscribe() }).await;
+        let asked = |tied: &Tied| (socket_keepalive(&tied.stream).unwrap(), tcp_user_timeout(&tied.stream).unwrap());
+        out.send_modify(|state| state.changes = 1);
+        assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
+        assert_eq!(asked(&tied), (false, 0), "a new address moves nothing");
+        out.send_modify(|state| state.moves = 1);
+        assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
+        assert_eq!(asked(&tied), (true, ACKNOWLEDGE_MS));
+        tied.probed_until = Some(Box::pin(sleep(Duration::ZERO)));
+        assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
+        assert_eq!(asked(&tied), (false, 0));
+        drop(other);
+        assert_eq!(tied.read(&mut [0]).await.unwrap(), 0);
+    }
+}
