@@ -7,6 +7,7 @@
 mod data;
 mod egress;
 mod inbound;
+mod link;
 mod magicsock;
 mod output;
 mod roster;
@@ -189,7 +190,8 @@ impl Engine {
         self.magicsock.handle_https_latency(region, latency, &self.roster, now);
     }
 
-    /// Our interfaces' addresses with the bound ports. Others than before mean that our network changed.
+    /// Our interfaces' addresses with the bound ports, where the ways that packets take are as before; see
+    /// [`handle_move`](Self::handle_move).
     pub fn set_local_endpoints(&mut self, endpoints: Vec<SocketAddr>, now: Instant) {
         self.magicsock.set_local_endpoints(endpoints, &self.roster, now);
     }

@@ -4,6 +4,7 @@
 //! an `await`. Whoever changes something calls [`Core::pump`], which sends what is to be sent at once: handing it to
 //! another task first would cost a scheduler pass for every message.
 
+mod link;
 mod outputs;
 
 use std::cell::RefCell;
@@ -25,6 +26,7 @@ use crate::key::{NodePrivate, NodePublic};
 use crate::netmap::{Netmap, NodeId, RegionId};
 use crate::netstack::{FlowId, Netstack, OpenError};
 use crate::transport::derp::{ConnectionId, Event};
+use crate::transport::link::State as LinkState;
 use crate::transport::udp::{ReceiveBuffers, Udp};
 use crate::transport::underlay::Underlay;
 use crate::wire::tsmp::Reason;
@@ -68,6 +70,8 @@ pub(super) struct Core {
     /// Wakes those who wait for a peer.
     pub(super) peer_changed: Rc<Notify>,
     next_deadline: Option<Instant>,
+    /// What became of the machine's network.
+    link: LinkState,
     /// Packets that found no connection to their region, or its queue full.
     derp_dropped: u64,
 }
@@ -87,6 +91,7 @@ impl Core {
             wake: Rc::new(Notify::new()),
             peer_changed: Rc::new(Notify::new()),
             next_deadline: None,
+            link: LinkState::default(),
             derp_dropped: 0,
         }
     }
@@ -300,7 +305,8 @@ impl Core {
     /// Says what was counted, once the run is over.
     pub(super) fn say_stats(&self) {
         let (stats, lost, derp_dropped) = (self.parts.engine.stats(), self.parts.outbox.lost, self.derp_dropped);
-        debug!(?stats, lost, derp_dropped, "data plane stopped");
+        let link_changes = self.link.changes;
+        debug!(?stats, lost, derp_dropped, link_changes, "data plane stopped");
     }
 
     /// Does what time demands.

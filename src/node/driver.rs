@@ -12,6 +12,7 @@ use super::regions::Probed;
 use crate::key::NodePrivate;
 use crate::netmap::Netmap;
 use crate::transport::derp::{ConnectionId, Event};
+use crate::transport::link::{News, State};
 
 /// What the driver listens to.
 pub(super) struct Inputs {
@@ -19,6 +20,7 @@ pub(super) struct Inputs {
     pub(super) node_key: watch::Receiver<NodePrivate>,
     pub(super) derp_events: mpsc::Receiver<(ConnectionId, Event)>,
     pub(super) probes: mpsc::Receiver<Probed>,
+    pub(super) link: News,
     pub(super) stop: CancellationToken,
 }
 
@@ -30,6 +32,7 @@ enum Woken {
     NodeKey,
     Netmap,
     Probe(Probed),
+    Link(State),
     Time,
     Stop,
 }
@@ -58,6 +61,7 @@ pub(super) async fn run(core: Shared, mut inputs: Inputs) {
             Ok(()) = inputs.node_key.changed() => Woken::NodeKey,
             Ok(()) = inputs.netmap.changed() => Woken::Netmap,
             Some(probed) = inputs.probes.recv() => Woken::Probe(probed),
+            state = inputs.link.next() => Woken::Link(state),
             () = wait_until(deadline) => Woken::Time,
             () = wake.notified() => Woken::Time,
             () = inputs.stop.cancelled() => Woken::Stop,
@@ -76,6 +80,7 @@ pub(super) async fn run(core: Shared, mut inputs: Inputs) {
                 }
             }
             Woken::Probe(probed) => core.handle_probe(probed, now),
+            Woken::Link(state) => core.handle_link(state, now),
             Woken::Time => core.handle_timeout(now),
             Woken::Stop => return core.say_stats(),
         }

@@ -51,6 +51,7 @@ use crate::netstack::Netstack;
 use crate::provision::{MintError, Minting};
 use crate::transport::derp::{ConnectionId, Event};
 use crate::transport::interfaces::local_endpoints;
+use crate::transport::link::Link;
 use crate::transport::tls::{RootsError, Tls};
 use crate::transport::udp::Udp;
 use crate::transport::underlay::Underlay;
@@ -212,7 +213,8 @@ impl Node {
         let started = Instant::now();
         let tls = Tls::load(config.ca_file.as_deref())?;
         let proxy = config.proxy.clone().map(Arc::new);
-        let underlay = Underlay { tls, proxy, no_proxy: config.no_proxy.clone().into() };
+        let link = Link::watch(&control);
+        let underlay = Underlay { tls, proxy, no_proxy: config.no_proxy.clone().into(), link };
         let udp = bind(config.transport)?;
         let (node_key, disco_key) = (NodePrivate::random(), DiscoPrivate::random());
         let keys = (&node_key, &disco_key);
@@ -262,7 +264,8 @@ impl Node {
         let core: Shared = Rc::new(RefCell::new(Core::new(parts)));
         let stop = CancellationToken::new();
         let (netmap, node_key) = (client.netmap.clone(), client.node_key.clone());
-        let inputs = driver::Inputs { netmap, node_key, derp_events, probes, stop: stop.clone() };
+        let link = underlay.link.news();
+        let inputs = driver::Inputs { netmap, node_key, derp_events, probes, link, stop: stop.clone() };
         tokio::task::spawn_local(driver::run(core.clone(), inputs));
         let netmap = core.borrow().netmap();
         let seen =
@@ -304,7 +307,7 @@ impl Node {
         );
         let ((derp_events, derp_in), (probes, probes_in)) = (mpsc::channel(1), mpsc::channel(1));
         let tls = Tls::load(config.ca_file.as_deref()).expect("the test's own file");
-        let underlay = Underlay { tls, proxy: None, no_proxy: Arc::default() };
+        let underlay = Underlay { tls, proxy: None, no_proxy: Arc::default(), link: Link::default() };
         let dialler =
             Dialler { key: node_key, underlay: underlay.clone(), control: control.clone(), events: derp_events };
         let parts = Parts {

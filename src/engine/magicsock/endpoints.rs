@@ -48,6 +48,11 @@ impl Endpoints {
         self.by_server.clear();
     }
 
+    /// What servers saw is void.
+    pub(super) fn forget_seen(&mut self) {
+        self.seen.clear();
+    }
+
     /// A server saw us there.
     pub(super) fn saw(&mut self, server: SocketAddr, us: SocketAddr, now: Instant) {
         self.by_server.insert(server, us);

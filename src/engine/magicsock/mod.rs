@@ -140,10 +140,24 @@ impl Magicsock {
     }
 
     pub(super) fn set_local_endpoints(&mut self, local: Vec<SocketAddr>, roster: &Roster, now: Instant) {
-        if self.netcheck.set_local_endpoints(local, now) {
-            self.places.iter_mut().flatten().for_each(|place| place.path.reset());
-        }
+        self.netcheck.set_local_endpoints(local, now);
         self.follow_netcheck(roster, now);
+    }
+
+    /// Our network is another: see [`Engine::handle_move`](crate::engine::Engine::handle_move).
+    pub(super) fn handle_move(&mut self, local: Vec<SocketAddr>, roster: &Roster, now: Instant) {
+        self.netcheck.handle_move(local, now);
+        self.follow_netcheck(roster, now);
+        for slot in 0..self.places.len() {
+            let (Some(entry), Some(place)) = (roster.entry(slot), self.places[slot].as_mut()) else {
+                continue;
+            };
+            place.path.doubt();
+            if place.path.is_active(now) {
+                self.discover(slot, entry, now);
+                self.reschedule(slot);
+            }
+        }
     }
 
     /// The ways for a packet that goes out now; counts as use of the peer, and looks for better ways when needed.

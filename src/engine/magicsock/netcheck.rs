@@ -144,14 +144,23 @@ impl Netcheck {
         self.start(true, now);
     }
 
-    /// Whether they differ from before.
-    pub(super) fn set_local_endpoints(&mut self, local: Vec<SocketAddr>, now: Instant) -> bool {
-        let changed = self.transport != Transport::Derp && self.endpoints.set_local(local);
-        if changed {
+    pub(super) fn set_local_endpoints(&mut self, local: Vec<SocketAddr>, now: Instant) {
+        if self.transport != Transport::Derp && self.endpoints.set_local(local) {
             self.start(true, now);
             self.publish(now);
         }
-        changed
+    }
+
+    /// Our network is another. Servers are asked at once; what they said before is void, since peers would go on
+    /// sending to an address that they are told is ours. Nothing is told before they have answered.
+    pub(super) fn handle_move(&mut self, local: Vec<SocketAddr>, now: Instant) {
+        if self.transport == Transport::Derp {
+            return;
+        }
+        self.endpoints.set_local(local);
+        self.settled_at = None;
+        self.start(true, now);
+        self.endpoints.forget_seen();
     }
 
     /// A peer is in use: its NAT and ours must stay mapped.

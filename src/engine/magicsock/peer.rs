@@ -214,9 +214,9 @@ impl Path {
         [self.heartbeat_at, self.pings.next_deadline()].into_iter().flatten().min()
     }
 
-    /// Our own network changed: what was known of paths is void.
-    pub(super) fn reset(&mut self) {
-        self.forget_best();
+    /// Our own network changed: the best address may still be, and is asked first of all.
+    pub(super) fn doubt(&mut self) {
+        self.trusted_until = None;
         self.discover_at = None;
         self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
     }

@@ -170,6 +170,11 @@ impl WireGuard {
         self.places.get(slot).and_then(|place| place.tunnel.as_ref()).is_some_and(|tunnel| tunnel.usable)
     }
 
+    /// The peers to whom there is a session.
+    pub(super) fn usable(&self) -> impl Iterator<Item = Slot> + use<'_> {
+        self.active.iter().copied().filter(|slot| self.is_usable(*slot))
+    }
+
     /// Encrypts into `room`, which has [`OVERHEAD`] bytes more than the packet and 148 at least. False when there is no
     /// session.
     pub(super) fn encrypt(&mut self, slot: Slot, packet: &[u8], room: &mut [u8], now: Instant) -> bool {

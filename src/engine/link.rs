@@ -1,0 +1,29 @@
+//! What the engine does when our own network is another, or when we have slept.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use super::Engine;
+use super::roster::Slot;
+
+impl Engine {
+    /// Our way into the network is another, or may be: an address went, a default route moved, or we slept. What was
+    /// known of paths is in doubt, so the peers in use are asked at every address, and told of ours as soon as STUN has
+    /// found them; meanwhile packets go by DERP as well.
+    pub fn handle_move(&mut self, endpoints: Vec<SocketAddr>, now: Instant) {
+        self.magicsock.handle_move(endpoints, &self.roster, now);
+        self.settle(now);
+    }
+
+    /// We have slept, and the clock that sessions go by with us: peers may have ended theirs long ago, and would not
+    /// say so. New ones are made; what there is stays in use until then.
+    pub fn handle_wake(&mut self, now: Instant) {
+        let usable: Vec<Slot> = self.wireguard.usable().collect();
+        for slot in usable {
+            if let Some(entry) = self.roster.entry(slot) {
+                self.wireguard.renew(slot, &entry.peer.key, now);
+            }
+        }
+        self.settle(now);
+    }
+}
