@@ -6,6 +6,7 @@
 //! silent   10.99.0.22  the sidecar of a scenario that runs beside the others for long
 //! killed   10.99.0.23  likewise
 //! apps     10.99.0.24  the sidecar of the scenarios about app connectors, beside the others too
+//! link     10.99.0.25  the sidecar of the scenarios about another network, with a second way in by eth1
 //! web      10.99.0.31  tailscaled (userspace), a site
 //! router   10.99.0.13  tailscaled (kernel TUN), 10.20.0.1 and fd20::1 on the LAN
 //! router2  10.99.0.15  for a second router: 10.20.0.2 and fd20::2 on the LAN
@@ -37,6 +38,7 @@ pub(crate) struct Hosts {
     pub(crate) silent: Namespace,
     pub(crate) killed: Namespace,
     pub(crate) apps: Namespace,
+    pub(crate) link: Namespace,
     pub(crate) web: Namespace,
     pub(crate) router: Namespace,
     pub(crate) router2: Namespace,
@@ -60,6 +62,7 @@ impl Hosts {
             silent: make("silent")?,
             killed: make("killed")?,
             apps: make("apps")?,
+            link: make("link")?,
             web: make("web")?,
             router: make("router")?,
             router2: make("router2")?,
@@ -78,6 +81,7 @@ impl Hosts {
             (&hosts.silent, 22),
             (&hosts.killed, 23),
             (&hosts.apps, 24),
+            (&hosts.link, 25),
             (&hosts.web, 31),
             (&hosts.router, 13),
             (&hosts.conn, 14),
@@ -90,6 +94,8 @@ impl Hosts {
             hosts.wan.ip(&format!("link set {port} master br0"))?;
             host.ip(&format!("addr add 10.99.0.{last}/24 dev eth0\nroute add default via {TRAP}"))?;
         }
+        cable((&hosts.link, "eth1"), (&hosts.wan, "p26"))?;
+        hosts.wan.ip("link set p26 master br0")?;
         hosts.forward()?;
         hosts.lan()?;
         hosts.app_network()?;

@@ -16,6 +16,7 @@ mod failover;
 mod join;
 mod keys;
 mod leave;
+mod link;
 mod names;
 mod paths;
 mod ping;
@@ -116,6 +117,14 @@ const CONN25: [Scenario; 5] = [
     scenario!(conn25::a_connector_that_forgot_is_agreed_with_anew),
     scenario!(conn25::another_connector_takes_over).within(90),
     scenario!(conn25::an_app_that_no_connector_serves_fails_with_its_code),
+];
+
+/// About a network that becomes another, one after the other on a host of their own.
+const LINK: [Scenario; 4] = [
+    scenario!(link::a_new_address_in_place_of_the_old_one_stops_no_download).within(90),
+    scenario!(link::an_interface_that_goes_and_comes_back_stops_no_download).within(90),
+    scenario!(link::a_default_route_by_another_interface_stops_no_download).within(90),
+    scenario!(link::a_download_goes_on_after_a_sleep).within(90),
 ];
 
 const CONTROL_GROUP: [Scenario; 1] =
@@ -307,5 +316,6 @@ pub(crate) fn all() -> impl Iterator<Item = Scenario> {
         &CROWD,
         &TRANSFER,
     ];
-    BESIDE.into_iter().chain(apps).chain(on_client.into_iter().flatten().copied())
+    let link = LINK.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.link));
+    BESIDE.into_iter().chain(apps).chain(link).chain(on_client.into_iter().flatten().copied())
 }

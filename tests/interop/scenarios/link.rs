@@ -1,0 +1,194 @@
+//! The machine's network becomes another in mid-download: the download goes on, control and DERP are reached anew.
+
+use std::io::{Read as _, Write as _};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use ring::digest::{Context, SHA256};
+use rustix::process::Signal;
+
+use crate::bed::{Bed, TRAP};
+use crate::process::{output, tail, until};
+use crate::sidecar::{Launch, Sidecar};
+
+/// How much is downloaded, and how fast the wire is: it takes some five seconds.
+const SIZE: u64 = 24 << 20;
+const RATE: &str = "rate 40mbit burst 64kb latency 100ms";
+/// The network changes once so much has arrived.
+const UNDER_WAY: u64 = 2 << 20;
+/// How long the download may pause, and how long control and DERP may take to be back: a machine under load is slow, and
+/// what would be waited for without our doing is minutes.
+const PAUSE_MOST: Duration = Duration::from_secs(20);
+const BACK_MOST: Duration = Duration::from_secs(20);
+/// How long the process is stopped. What is waited for is the stop itself.
+const STOPPED: Duration = Duration::from_secs(8);
+
+/// What the log says of connections that were made.
+const CONTROL: &str = "map stream open";
+const DERP: &str = "derp connected region=";
+
+/// Another address instead of the first.
+pub(crate) fn a_new_address_in_place_of_the_old_one_stops_no_download(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = begin(bed)?;
+    // An interface without an address is nothing to us.
+    bed.hosts.link.ip("link add idle0 type veth peer name idle1\nlink set idle0 up\nlink set idle1 up")?;
+    let pause = download(&sidecar, || {
+        bed.hosts.link.ip(&format!(
+            "addr del 10.99.0.25/24 dev eth0\naddr add 10.99.0.27/24 dev eth0\nroute add default via {TRAP}"
+        ))?;
+        back(&sidecar, "an address is gone")
+    });
+    bed.hosts.link.ip("link del idle0")?;
+    told(&sidecar, "another address", pause?)?;
+    match changes(&sidecar).iter().find(|change| !change.contains("address is")) {
+        Some(change) => Err(format!("something else changed: {change}").into()),
+        None => Ok(()),
+    }
+}
+
+/// The interface goes down, and comes back once that was noticed.
+pub(crate) fn an_interface_that_goes_and_comes_back_stops_no_download(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = begin(bed)?;
+    let pause = download(&sidecar, || {
+        bed.hosts.link.ip("link set eth0 down")?;
+        until(BACK_MOST, "the change in the log", || Ok((!changes(&sidecar).is_empty()).then_some(())))?;
+        bed.hosts.link.ip(&format!("link set eth0 up\nroute add default via {TRAP}"))?;
+        back(&sidecar, "an address is new")
+    })?;
+    told(&sidecar, "an interface down and up", pause)
+}
+
+/// Everything goes by another interface, and what comes from the first one's address is lost there, as in any network
+/// that has not given it out. The address stays: only asking finds out that connections from it are dead.
+pub(crate) fn a_default_route_by_another_interface_stops_no_download(bed: &Bed) -> Result<(), Failed> {
+    let host = &bed.hosts.link;
+    let sidecar = begin(bed)?;
+    let pause = download(&sidecar, || {
+        host.nft(
+            "table inet foreign { chain out { type filter hook output priority 0; \
+             oifname eth1 ip saddr 10.99.0.25 drop; }; }",
+        )?;
+        host.ip(&format!(
+            "addr add 10.99.0.26/24 dev eth1\nroute replace default via {TRAP} dev eth1 src 10.99.0.26\n\
+             route del 10.99.0.0/24 dev eth0"
+        ))?;
+        back(&sidecar, "the default route moved")
+    });
+    host.nft("table inet foreign { }\ndelete table inet foreign")?;
+    told(&sidecar, "another default route", pause?)
+}
+
+/// The process is stopped for a while, as the whole machine would be by a suspend.
+pub(crate) fn a_download_goes_on_after_a_sleep(bed: &Bed) -> Result<(), Failed> {
+    let mut sidecar = begin(bed)?;
+    let pause = download(&sidecar, || {
+        sidecar.process.signal(Signal::STOP);
+        thread::sleep(STOPPED);
+        sidecar.process.signal(Signal::CONT);
+        Ok(None)
+    })?;
+    sidecar.process.says("awake again", Duration::from_secs(10))?;
+    told(&sidecar, "a sleep", Paused { longest: pause.longest.saturating_sub(STOPPED), ..pause })
+}
+
+/// A sidecar on a host that is as it was before the first of these scenarios, behind a wire of a known rate.
+fn begin(bed: &Bed) -> Result<Sidecar<'_>, Failed> {
+    let host = &bed.hosts.link;
+    host.ip(&format!(
+        "addr flush dev eth0\naddr flush dev eth1\nlink set eth0 up\nlink set eth1 up\n\
+         addr add 10.99.0.25/24 dev eth0\nroute replace default via {TRAP} dev eth0"
+    ))?;
+    for port in ["p25", "p26"] {
+        let mut command = bed.hosts.wan.command("tc");
+        command.args(["qdisc", "replace", "dev", port, "root", "tbf"]).args(RATE.split(' '));
+        output(command)?;
+    }
+    let sidecar = Launch::new(bed).on(host).ready()?;
+    sidecar.page("web", "web")?;
+    Ok(sidecar)
+}
+
+/// How a download went over a change.
+struct Paused {
+    /// The longest time in which nothing arrived.
+    longest: Duration,
+    /// When control and DERP were back.
+    back: Option<Back>,
+}
+
+/// How long after the change control and DERP were back.
+type Back = (Duration, Duration);
+
+/// Downloads from the web peer, and changes the network meanwhile.
+fn download(
+    sidecar: &Sidecar<'_>,
+    change: impl FnOnce() -> Result<Option<Back>, Failed> + Send,
+) -> Result<Paused, Failed> {
+    let expected = sidecar.get("web", &format!("/sum?n={SIZE}&seed=3"))?.text();
+    let mut stream = sidecar.dial("web", 80)?;
+    let request = format!("GET /bytes?n={SIZE}&seed=3 HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
+    while !crate::client::line(&mut stream)?.is_empty() {}
+    let mut change = Some(change);
+    thread::scope(|scope| {
+        let (mut digest, mut buffer, mut length) = (Context::new(&SHA256), vec![0; 64 << 10], 0);
+        let (mut longest, mut last, mut changing) = (Duration::ZERO, Instant::now(), None);
+        loop {
+            let read = stream.read(&mut buffer).map_err(|error| {
+                format!("the download broke after {length} bytes: {error}\n{}", tail(&sidecar.process.log()))
+            })?;
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
+            digest.update(&buffer[..read]);
+            length += read as u64;
+            if length > UNDER_WAY
+                && let Some(change) = change.take()
+            {
+                changing = Some(scope.spawn(change));
+                longest = Duration::ZERO;
+            }
+            if read == 0 {
+                break;
+            }
+        }
+        let sum = hex::encode(digest.finish());
+        if length != SIZE || sum != expected.trim() {
+            return Err(format!("{length} bytes of {SIZE}, checksum {sum}, not {expected}").into());
+        }
+        let changing = changing.ok_or("it ended before the network changed")?;
+        let back = changing.join().map_err(|_| "the change panicked")??;
+        Ok(Paused { longest, back })
+    })
+}
+
+/// The network changed: waits for the log to say so, and for new connections to control and DERP.
+fn back(sidecar: &Sidecar<'_>, what: &str) -> Result<Option<Back>, Failed> {
+    let changed = Instant::now();
+    let after = |text: &str| {
+        let log = sidecar.process.log();
+        let said = log.rfind("the network changed");
+        said.is_some_and(|at| log[at..].contains(text)).then(|| changed.elapsed())
+    };
+    until(BACK_MOST, what, || Ok(changes(sidecar).iter().any(|change| change.contains(what)).then_some(())))?;
+    let derp = until(BACK_MOST, "DERP to be back", || Ok(after(DERP)))?;
+    let control = until(BACK_MOST, "control to be back", || Ok(after(CONTROL)))?;
+    Ok(Some((control, derp)))
+}
+
+/// The changes that the log told of.
+fn changes(sidecar: &Sidecar<'_>) -> Vec<String> {
+    sidecar.process.log().lines().filter(|line| line.contains("the network changed")).map(str::to_owned).collect()
+}
+
+/// Says how it went, and holds the pause to its bound. A page afterwards is as ever.
+fn told(sidecar: &Sidecar<'_>, what: &str, paused: Paused) -> Result<(), Failed> {
+    let back = paused.back.map_or_else(String::new, |(control, derp)| {
+        format!("; DERP back after {:.1} s, control after {:.1} s", derp.as_secs_f32(), control.as_secs_f32())
+    });
+    crate::say(&format!("{what}: the download paused for {:.1} s{back}", paused.longest.as_secs_f32()));
+    if paused.longest > PAUSE_MOST {
+        return Err(format!("the download paused for {:?}\n{}", paused.longest, tail(&sidecar.process.log())).into());
+    }
+    sidecar.page("web", "web")
+}
