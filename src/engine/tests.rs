@@ -1,5 +1,6 @@
 //! Two engines and what lies between them.
 
+mod link;
 mod netcheck;
 mod paths;
 mod rivals;

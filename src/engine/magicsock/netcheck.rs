@@ -64,6 +64,8 @@ pub(super) struct Netcheck {
     measured: BTreeMap<String, f64>,
     round: Option<Round>,
     settled_at: Option<Instant>,
+    /// Whether our network is another, and no server has answered since.
+    moved: bool,
     full_at: Option<Instant>,
     refresh_at: Option<Instant>,
     used_at: Option<Instant>,
@@ -94,6 +96,7 @@ impl Netcheck {
             measured: BTreeMap::new(),
             round: None,
             settled_at: None,
+            moved: false,
             full_at: None,
             refresh_at: None,
             used_at: None,
@@ -152,13 +155,13 @@ impl Netcheck {
     }
 
     /// Our network is another. Servers are asked at once; what they said before is void, since peers would go on
-    /// sending to an address that they are told is ours. Nothing is told before they have answered.
+    /// sending to an address that they are told is ours. Nothing is told before one has answered.
     pub(super) fn handle_move(&mut self, local: Vec<SocketAddr>, now: Instant) {
         if self.transport == Transport::Derp {
             return;
         }
         self.endpoints.set_local(local);
-        self.settled_at = None;
+        (self.settled_at, self.moved) = (None, true);
         self.start(true, now);
         self.endpoints.forget_seen();
     }
@@ -196,6 +199,11 @@ impl Netcheck {
         self.latencies.record(region, latency, now);
         let family = if server.is_ipv6() { "v6" } else { "v4" };
         self.measured.insert(format!("{region}-{family}"), latency.as_secs_f64());
+        if std::mem::take(&mut self.moved) {
+            // Peers look for us where we were: they need not wait for the slower servers.
+            self.settled_at = Some(now);
+            self.publish(now);
+        }
         self.conclude(now);
         true
     }

@@ -128,9 +128,14 @@ impl Path {
             // Worth a try at once.
             self.discover_at = None;
         }
+        let named = self.best_candidate().is_some_and(|best| best.in_netmap);
         self.candidates.values_mut().for_each(|candidate| candidate.in_netmap = false);
         for endpoint in endpoints.iter().take(CANDIDATES) {
             self.candidates.entry(*endpoint).or_default().in_netmap = true;
+        }
+        if named && self.best_candidate().is_some_and(|best| !best.in_netmap) {
+            // The peer was heard from there a moment ago, so it is kept, and asked.
+            self.trusted_until = None;
         }
         self.forget_unknown(now);
     }
@@ -142,6 +147,10 @@ impl Path {
             self.candidates.entry(*endpoint).or_default().from_call = true;
         }
         self.forget_unknown(now);
+        if self.best_candidate().is_some_and(|best| !best.from_call) {
+            // It may be one that the peer had, whatever the netmap still says.
+            self.trusted_until = None;
+        }
         self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
         Probe { call: false, ..self.discover(now) }
     }
@@ -234,6 +243,10 @@ impl Path {
         if self.best.is_some_and(|best| !self.candidates.contains_key(&best.addr)) {
             self.forget_best();
         }
+    }
+
+    fn best_candidate(&self) -> Option<&Candidate> {
+        self.candidates.get(&self.best?.addr)
     }
 
     fn forget_best(&mut self) {

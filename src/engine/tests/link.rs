@@ -1,0 +1,97 @@
+//! What an engine does when its own network is another, and after a sleep.
+
+use std::time::Duration;
+
+use super::SECOND;
+use super::world::{STUN_SERVER, World};
+use crate::engine::{PathStatus, Transport};
+
+/// Two nodes with a direct path.
+fn direct() -> World {
+    let mut world = World::started(Transport::Auto);
+    world.open_flows();
+    world.send(0, b"hello");
+    world.run(SECOND * 2);
+    assert!(world.is_direct(0) && world.is_direct(1), "{:?}", world.status(0));
+    world.nodes.iter_mut().for_each(|node| node.received.clear());
+    world.datagrams.clear();
+    world
+}
+
+/// Node 0 has another address.
+fn move_away(world: &mut World) {
+    world.nodes[0].underlay = "192.0.2.77:7777".parse().unwrap();
+    let (underlay, now) = (world.nodes[0].underlay, world.now);
+    world.nodes[0].engine.handle_move(vec![underlay], now);
+}
+
+#[test]
+fn a_peer_in_use_is_asked_at_once_although_nothing_is_sent() {
+    let mut world = direct();
+    let peer = world.nodes[1].underlay;
+    move_away(&mut world);
+    assert!(!world.is_direct(0), "the path is in doubt");
+    world.run(Duration::from_millis(30));
+    assert_eq!(world.status(0).path, PathStatus::Direct { addr: peer, rtt: Duration::from_millis(20) });
+}
+
+#[test]
+fn a_peer_that_only_sends_finds_us_at_our_new_address() {
+    let mut world = direct();
+    move_away(&mut world);
+    world.run(Duration::from_millis(100));
+    // Control has told it meanwhile.
+    world.publish();
+    for _ in 0..10 {
+        world.send(1, b"on");
+        world.run(Duration::from_millis(100));
+    }
+    assert!(world.is_direct(1), "{:?}", world.status(1));
+    assert_eq!(world.texts(0).len(), 10);
+}
+
+#[test]
+fn while_a_path_is_in_doubt_packets_go_both_ways() {
+    let mut world = direct();
+    world.udp_works = false;
+    move_away(&mut world);
+    world.send(0, b"by derp");
+    world.run(Duration::from_millis(100));
+    assert_eq!(world.texts(1), ["by derp"]);
+}
+
+#[test]
+fn what_servers_saw_before_is_told_to_nobody_any_more() {
+    let mut world = direct();
+    let old = world.nodes[0].underlay;
+    assert!(world.nodes[0].host.endpoints.iter().any(|(endpoint, _)| *endpoint == old));
+    move_away(&mut world);
+    // A round trip to the server that answers; the one that does not is not waited for.
+    world.run(Duration::from_millis(20));
+    let told: Vec<_> = world.nodes[0].host.endpoints.iter().map(|(endpoint, _)| *endpoint).collect();
+    assert_eq!(told, [world.nodes[0].underlay]);
+    let asked = |to: &str| world.datagrams.iter().any(|it| it.0 == world.nodes[0].underlay && it.1.to_string() == to);
+    assert!(asked(STUN_SERVER));
+}
+
+#[test]
+fn another_address_beside_the_first_leaves_paths_alone() {
+    let mut world = direct();
+    let (locals, now) = (vec![world.nodes[0].underlay, "172.17.0.1:1000".parse().unwrap()], world.now);
+    world.nodes[0].engine.set_local_endpoints(locals.clone(), now);
+    assert!(world.is_direct(0));
+    world.run(Duration::from_millis(30));
+    assert!(locals.iter().all(|local| world.nodes[0].host.endpoints.iter().any(|(endpoint, _)| endpoint == local)));
+}
+
+#[test]
+fn after_a_sleep_sessions_are_made_anew_and_the_old_ones_serve_until_then() {
+    let mut world = direct();
+    let (before, now) = (world.status(0).handshakes_sent, world.now);
+    world.nodes[0].engine.handle_wake(now);
+    world.send(0, b"at once");
+    world.run(Duration::from_millis(25));
+    assert_eq!(world.texts(1), ["at once"]);
+    assert_eq!(world.status(0).handshakes_sent, before + 1);
+    assert!(world.status(0).last_handshake.is_some_and(|at| at > now));
+}
