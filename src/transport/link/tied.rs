@@ -1,12 +1,12 @@
-//! A TCP stream that knows the network it was made on: it ends when its own address is gone, and is asked for a sign of
-//! life when the way may be another.
+//! A TCP stream that knows the network it was made on: it ends when its own address is gone or would not be chosen any
+//! more, and is asked for a sign of life when the way may be another all the same.
 //!
 //! TCP by itself would send into nothing for a quarter of an hour. Asking is left to the kernel: keepalives, and a limit
 //! to what may go unacknowledged, for a few seconds. Source: Tailscale, wgengine/magicsock,
 //! `maybeCloseDERPsOnRebind`, which does so for DERP with pings of its own.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -28,41 +28,49 @@ const ACKNOWLEDGE_MS: u32 = 4_000;
 /// After that the stream is left in peace again.
 const PROBE: Duration = Duration::from_secs(8);
 
+/// Why a stream ended whose address is gone.
+const GONE: &str = "the address it came from is gone";
+
 /// The stream.
 pub(in crate::transport) struct Tied {
     stream: TcpStream,
+    /// Its ends.
     local: Option<IpAddr>,
+    remote: Option<SocketAddr>,
     news: ReusableBoxFuture<'static, (News, State)>,
     moves: u64,
     probed_until: Option<Pin<Box<Sleep>>>,
-    gone: bool,
+    /// Why it ended.
+    gone: Option<&'static str>,
 }
 
 impl Tied {
     pub(in crate::transport) fn new(stream: TcpStream, link: &Link) -> Self {
         let local = stream.local_addr().ok().map(|local| local.ip());
+        let remote = stream.peer_addr().ok();
         let (news, moves) = (link.news(), link.state.borrow().moves);
-        let mut tied =
-            Self { stream, local, news: ReusableBoxFuture::new(wait(news)), moves, probed_until: None, gone: false };
         // It may have gone between the connect and now.
-        tied.gone = tied.local.is_some_and(|local| link.state.borrow().is_gone(local));
-        tied
+        let gone = local.is_some_and(|local| link.state.borrow().is_gone(local)).then_some(GONE);
+        let news = ReusableBoxFuture::new(wait(news));
+        Self { stream, local, remote, news, moves, probed_until: None, gone }
     }
 
     /// Looks for news of the network.
     ///
     /// # Errors
-    /// When the stream's own address is gone.
+    /// When the stream's own address is gone, or packets to the other side leave by another one now.
     fn follow(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         while let Poll::Ready((news, state)) = self.news.poll(cx) {
             self.news.set(wait(news));
-            self.gone |= self.local.is_some_and(|local| state.is_gone(local));
+            if self.local.is_some_and(|local| state.is_gone(local)) {
+                self.gone = Some(GONE);
+            }
             if std::mem::replace(&mut self.moves, state.moves) != state.moves {
-                self.probe();
+                self.judge();
             }
         }
-        if self.gone {
-            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the address it came from is gone"));
+        if let Some(why) = self.gone {
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, why));
         }
         if let Some(until) = &mut self.probed_until
             && until.as_mut().poll(cx).is_ready()
@@ -73,6 +81,17 @@ impl Tied {
             let _ = set_tcp_user_timeout(&self.stream, 0);
         }
         Ok(())
+    }
+
+    /// The way may be another. What would be dialled from another address now is: packets from this one may be lost on
+    /// the new way, and who has moved does not want the old one.
+    fn judge(&mut self) {
+        let chosen = self.remote.and_then(source_for);
+        if chosen.is_some() && chosen != self.local {
+            self.gone = self.gone.or(Some("packets leave by another address now"));
+        } else {
+            self.probe();
+        }
     }
 
     /// Has the kernel find out whether the other side is still there. Where it cannot, the protocols above will.
@@ -88,6 +107,14 @@ impl Tied {
             self.probed_until = Some(Box::pin(sleep(PROBE)));
         }
     }
+}
+
+/// The address that the kernel chooses for packets to `remote`; nothing is sent. `None` without a route.
+fn source_for(remote: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = if remote.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(remote).ok()?;
+    Some(socket.local_addr().ok()?.ip())
 }
 
 async fn wait(mut news: News) -> (News, State) {
@@ -135,7 +162,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use rustix::net::sockopt::{socket_keepalive, tcp_user_timeout};
-    use tokio::io::AsyncReadExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
     use tokio::sync::watch;
     use tokio::time::timeout;
@@ -162,6 +189,19 @@ mod tests {
         out.send_replace(State { changes: 1, moves: 1, addresses: Some(left.into()), ..State::default() });
         let ended = timeout(Duration::from_secs(5), reading).await.unwrap().unwrap();
         assert_eq!(ended, Err(io::ErrorKind::ConnectionAborted));
+    }
+
+    #[tokio::test]
+    async fn a_stream_ends_when_packets_leave_by_another_address() {
+        let out = watch::Sender::new(State::default());
+        let (mut tied, _other) = connected(&Link { state: out.subscribe() }).await;
+        // Towards loopback the kernel chooses loopback.
+        tied.local = Some("192.0.2.1".parse().unwrap());
+        out.send_modify(|state| state.changes = 1);
+        assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
+        out.send_modify(|state| state.moves = 1);
+        assert_eq!(tied.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+        assert_eq!(tied.write(&[0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
     }
 
     #[tokio::test]
