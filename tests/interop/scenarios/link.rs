@@ -30,7 +30,16 @@ const DERP: &str = "derp connected region=";
 
 /// Another address instead of the first.
 pub(crate) fn a_new_address_in_place_of_the_old_one_stops_no_download(bed: &Bed) -> Result<(), Failed> {
-    let sidecar = begin(bed)?;
+    replace_address(bed, &[], "another address")
+}
+
+/// The same by DERP alone: all stands still until that is connected from the new address.
+pub(crate) fn a_new_address_stops_no_relayed_download(bed: &Bed) -> Result<(), Failed> {
+    replace_address(bed, &["--transport", "derp"], "another address, relayed")
+}
+
+fn replace_address(bed: &Bed, args: &[&str], what: &str) -> Result<(), Failed> {
+    let sidecar = begin(bed, args)?;
     // An interface without an address is nothing to us.
     bed.hosts.link.ip("link add idle0 type veth peer name idle1\nlink set idle0 up\nlink set idle1 up")?;
     let pause = download(&sidecar, || {
@@ -40,7 +49,7 @@ pub(crate) fn a_new_address_in_place_of_the_old_one_stops_no_download(bed: &Bed)
         back(&sidecar, "an address is gone")
     });
     bed.hosts.link.ip("link del idle0")?;
-    told(&sidecar, "another address", pause?)?;
+    told(&sidecar, what, pause?)?;
     match changes(&sidecar).iter().find(|change| !change.contains("address is")) {
         Some(change) => Err(format!("something else changed: {change}").into()),
         None => Ok(()),
@@ -49,7 +58,7 @@ pub(crate) fn a_new_address_in_place_of_the_old_one_stops_no_download(bed: &Bed)
 
 /// The interface goes down, and comes back once that was noticed.
 pub(crate) fn an_interface_that_goes_and_comes_back_stops_no_download(bed: &Bed) -> Result<(), Failed> {
-    let sidecar = begin(bed)?;
+    let sidecar = begin(bed, &[])?;
     let pause = download(&sidecar, || {
         bed.hosts.link.ip("link set eth0 down")?;
         until(BACK_MOST, "the change in the log", || Ok((!changes(&sidecar).is_empty()).then_some(())))?;
@@ -59,11 +68,25 @@ pub(crate) fn an_interface_that_goes_and_comes_back_stops_no_download(bed: &Bed)
     told(&sidecar, "an interface down and up", pause)
 }
 
-/// Everything goes by another interface, and what comes from the first one's address is lost there, as in any network
-/// that has not given it out. The address stays: only asking finds out that connections from it are dead.
-pub(crate) fn a_default_route_by_another_interface_stops_no_download(bed: &Bed) -> Result<(), Failed> {
+/// Another gateway, which like any NAT or firewall lets no connection pass that it has not seen begin. The address
+/// stays: only asking finds out that those to control and DERP are dead.
+pub(crate) fn a_gateway_that_knows_no_connection_stops_no_download(bed: &Bed) -> Result<(), Failed> {
     let host = &bed.hosts.link;
-    let sidecar = begin(bed)?;
+    let sidecar = begin(bed, &[])?;
+    let pause = download(&sidecar, || {
+        host.nft("table inet foreign { chain out { type filter hook output priority 0; oifname eth0 ct state invalid drop; }; }")?;
+        host.set("netfilter/nf_conntrack_tcp_loose", "0")?;
+        host.ip("route replace default via 10.99.0.253 dev eth0")?;
+        back(&sidecar, "the default route moved")
+    });
+    host.nft("table inet foreign { }\ndelete table inet foreign")?;
+    told(&sidecar, "another gateway", pause?)
+}
+
+/// By another interface, relayed: what comes from the first one's address would be lost there.
+pub(crate) fn another_interface_stops_no_relayed_download(bed: &Bed) -> Result<(), Failed> {
+    let host = &bed.hosts.link;
+    let sidecar = begin(bed, &["--transport", "derp"])?;
     let pause = download(&sidecar, || {
         host.nft(
             "table inet foreign { chain out { type filter hook output priority 0; \
@@ -76,12 +99,12 @@ pub(crate) fn a_default_route_by_another_interface_stops_no_download(bed: &Bed) 
         back(&sidecar, "the default route moved")
     });
     host.nft("table inet foreign { }\ndelete table inet foreign")?;
-    told(&sidecar, "another default route", pause?)
+    told(&sidecar, "another interface, relayed", pause?)
 }
 
 /// The process is stopped for a while, as the whole machine would be by a suspend.
 pub(crate) fn a_download_goes_on_after_a_sleep(bed: &Bed) -> Result<(), Failed> {
-    let mut sidecar = begin(bed)?;
+    let mut sidecar = begin(bed, &[])?;
     let pause = download(&sidecar, || {
         sidecar.process.signal(Signal::STOP);
         thread::sleep(STOPPED);
@@ -93,7 +116,7 @@ pub(crate) fn a_download_goes_on_after_a_sleep(bed: &Bed) -> Result<(), Failed> 
 }
 
 /// A sidecar on a host that is as it was before the first of these scenarios, behind a wire of a known rate.
-fn begin(bed: &Bed) -> Result<Sidecar<'_>, Failed> {
+fn begin<'a>(bed: &'a Bed, args: &[&str]) -> Result<Sidecar<'a>, Failed> {
     let host = &bed.hosts.link;
     host.ip(&format!(
         "addr flush dev eth0\naddr flush dev eth1\nlink set eth0 up\nlink set eth1 up\n\
@@ -104,7 +127,7 @@ fn begin(bed: &Bed) -> Result<Sidecar<'_>, Failed> {
         command.args(["qdisc", "replace", "dev", port, "root", "tbf"]).args(RATE.split(' '));
         output(command)?;
     }
-    let sidecar = Launch::new(bed).on(host).ready()?;
+    let sidecar = Launch::new(bed).on(host).args(args).ready()?;
     sidecar.page("web", "web")?;
     Ok(sidecar)
 }
