@@ -123,10 +123,13 @@ async fn run(out: watch::Sender<State>) {
     let (mut clock, mut looked) = (Clock::start(), Instant::now());
     loop {
         let heard = tokio::select! {
-            () = hear(netlink.as_ref()) => true,
+            () = heard(netlink.as_ref()) => true,
             () = sleep(TICK) => false,
             () = out.closed() => return,
         };
+        if heard && let Some(netlink) = &netlink {
+            settle(netlink).await;
+        }
         let asleep = clock.missed();
         if !heard && asleep.is_none() && (netlink.is_some() || looked.elapsed() < POLL) {
             continue;
@@ -138,10 +141,16 @@ async fn run(out: watch::Sender<State>) {
     }
 }
 
-/// Waits until the kernel has told of a change and been quiet since.
-async fn hear(netlink: Option<&Netlink>) {
-    let Some(netlink) = netlink else { return std::future::pending().await };
-    netlink.heard().await;
+/// Waits until the kernel tells of a change; for ever where it does not.
+async fn heard(netlink: Option<&Netlink>) {
+    match netlink {
+        Some(netlink) => netlink.heard().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until nothing more is told.
+async fn settle(netlink: &Netlink) {
     let latest = Instant::now() + SETTLE_MOST;
     while timeout_at(latest.min(Instant::now() + QUIET), netlink.heard()).await.is_ok() && Instant::now() < latest {}
 }
