@@ -97,6 +97,19 @@ mod tests {
         assert!(!concerns(&[message(24, 24), message(25, 64)].concat()));
     }
 
+    #[tokio::test]
+    async fn what_concerns_us_is_heard_and_the_rest_is_not() {
+        let (kernel, socket) = UnixDatagram::pair().unwrap();
+        let netlink = Netlink { socket };
+        let heard = async || tokio::time::timeout(std::time::Duration::from_millis(50), netlink.heard()).await.is_ok();
+        kernel.send(&message(24, 24)).await.unwrap();
+        assert!(!heard().await, "a route to some few addresses");
+        kernel.send(&message(24, 24)).await.unwrap();
+        kernel.send(&message(20, 24)).await.unwrap();
+        assert!(heard().await, "an address behind it");
+        assert!(!heard().await, "it is heard once");
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_read(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
