@@ -55,7 +55,8 @@ pub(crate) struct Key {
 }
 
 impl Headscale {
-    /// Starts the server in `wan` with its policy, and waits until it answers.
+    /// Starts the server in `wan` with its policy, and waits until it answers. `tick` is how long it collects
+    /// changes of nodes before they take effect.
     ///
     /// # Errors
     /// When it ends, or does not listen within ten seconds.
@@ -65,9 +66,10 @@ impl Headscale {
         folder: &Path,
         tls: &Identity,
         regions: &Path,
+        tick: &str,
     ) -> Result<Self, Failed> {
         let config = folder.join("headscale.json");
-        fs::write(&config, configuration(folder, tls, regions).to_string())?;
+        fs::write(&config, configuration(folder, tls, regions, tick).to_string())?;
         let mut process = Process::start(serve(program, &config, wan), "headscale", folder, false)?;
         await_listener(wan, &mut process)?;
         let headscale = Self {
@@ -222,7 +224,7 @@ fn await_listener(wan: &Namespace, process: &mut Process) -> Result<(), Failed> 
 }
 
 /// headscale's configuration, as JSON, which its YAML reader takes.
-fn configuration(folder: &Path, tls: &Identity, regions: &Path) -> Value {
+fn configuration(folder: &Path, tls: &Identity, regions: &Path, tick: &str) -> Value {
     serde_json::json!({
         "server_url": format!("https://{CONTROL}"),
         "listen_addr": CONTROL,
@@ -244,8 +246,7 @@ fn configuration(folder: &Path, tls: &Identity, regions: &Path) -> Value {
             "urls": [], "paths": [regions], "auto_update_enabled": false,
         },
         "disable_check_updates": true,
-        // Its half a second would be waited for at each of a hundred joins, and says nothing about us.
-        "tuning": {"node_store_batch_timeout": "20ms"},
+        "tuning": {"node_store_batch_timeout": tick},
         "node": {
             "expiry": 0,
             "ephemeral": {"inactivity_timeout": "66s"},

@@ -206,7 +206,7 @@ fn up_flags(role: &Role<'_>, control: &str) -> Vec<String> {
 }
 
 /// What keeps it from looking for a way out of the bed, and from the caller's own proxies.
-fn environment(command: &mut Command, authority: &Path, folder: &Path) {
+pub(crate) fn environment(command: &mut Command, authority: &Path, folder: &Path) {
     for name in ["TS_NO_LOGS_NO_SUPPORT", "TS_PANIC_IF_HIT_MAIN_CONTROL", "TS_DISABLE_PORTMAPPER", "TS_DISABLE_UPNP"] {
         command.env(name, "1");
     }

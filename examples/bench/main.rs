@@ -1,0 +1,232 @@
+//! tailcar beside tailscaled (userspace) and arkitekt-meshd, in one bed and one run: a table of ratios, and JSON.
+//!
+//! `tests/run bench` builds the peers and runs it; `cargo run --release --example bench` does where they are built.
+//! It needs root, for network namespaces. Everything stays on this machine.
+
+#[path = "../../tests/interop/authority.rs"]
+mod authority;
+mod bed;
+mod contender;
+mod figures;
+mod generator;
+#[expect(dead_code, reason = "shared with the interop tests, which ask more of it")]
+#[path = "../../tests/interop/headscale.rs"]
+mod headscale;
+mod line;
+#[expect(dead_code, reason = "shared with the interop tests, which ask more of it")]
+#[path = "../../tests/interop/namespace.rs"]
+mod namespace;
+#[expect(dead_code, reason = "shared with the interop tests, which ask more of it")]
+#[path = "../../tests/interop/process.rs"]
+mod process;
+mod procfs;
+mod report;
+mod server;
+mod start;
+mod steady;
+#[expect(dead_code, reason = "shared with the interop tests, which ask more of it")]
+#[path = "../../tests/interop/tailscaled.rs"]
+mod tailscaled;
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::{Parser, Subcommand, ValueEnum};
+use libtest_mimic::Failed;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use bed::Bed;
+use contender::Contender;
+use report::Report;
+
+/// tailcar beside tailscaled (userspace) and arkitekt-meshd, in one bed and one run.
+#[derive(Debug, Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    role: Option<Role>,
+    /// Only these rows; may be given several times.
+    #[arg(long, value_enum)]
+    only: Vec<Row>,
+    /// Only these contenders; may be given several times.
+    #[arg(long, value_enum)]
+    contender: Vec<Contender>,
+    /// One short round of everything: figures to look at, not to quote.
+    #[arg(long)]
+    quick: bool,
+    /// How long headscale collects changes of nodes; its own default.
+    #[arg(long, default_value = "500ms")]
+    tick: String,
+    /// Where the JSON goes.
+    #[arg(long, default_value = "target/bench.json")]
+    json: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// The far end's server, which the bench starts itself.
+    #[command(hide = true)]
+    Serve,
+}
+
+/// Rows that can be measured by themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Row {
+    Binary,
+    Start,
+    Latency,
+    Idle,
+    Connections,
+    Bulk,
+    Derp,
+}
+
+/// What is measured, how often and how long.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    rows: Vec<Row>,
+    pub(crate) contenders: Vec<Contender>,
+    /// Starts of each.
+    pub(crate) starts: usize,
+    /// Rounds of all that is measured in a run.
+    pub(crate) rounds: usize,
+    pub(crate) round_trips: usize,
+    pub(crate) warm_up: Duration,
+    pub(crate) measured: Duration,
+    pub(crate) idle: Duration,
+}
+
+impl Plan {
+    fn new(arguments: &Arguments) -> Self {
+        let all = |given: &[Row]| if given.is_empty() { Row::value_variants().to_vec() } else { given.to_vec() };
+        let contenders = match arguments.contender.is_empty() {
+            true => Contender::value_variants().to_vec(),
+            false => arguments.contender.clone(),
+        };
+        let seconds = Duration::from_secs;
+        let (starts, rounds, round_trips, measured, idle) = match arguments.quick {
+            true => (1, 1, 1000, seconds(2), seconds(5)),
+            false => (5, 3, 4000, seconds(3), seconds(10)),
+        };
+        let warm_up = Duration::from_millis(500);
+        Self { rows: all(&arguments.only), contenders, starts, rounds, round_trips, warm_up, measured, idle }
+    }
+
+    /// Whether a row is to be measured.
+    pub(crate) fn wants(&self, row: Row) -> bool {
+        self.rows.contains(&row)
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if let Some(Role::Serve) = arguments.role {
+        return ended(server::run().map_err(Failed::from));
+    }
+    end_on_signals();
+    let result = run(&arguments);
+    bed::take_down(result.is_err());
+    ended(result)
+}
+
+fn ended(result: Result<(), Failed>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("bench: {}", error.message().unwrap_or("failed")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), Failed> {
+    let peers = std::env::var_os("TAILCAR_PEERS")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".peers"), PathBuf::from);
+    let (mut plan, mut report) = (Plan::new(arguments), Report::default());
+    // Ten thousand connections are as many files here, in the server and in what is measured.
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
+    leave_out(&mut plan, &peers, &mut report)?;
+    let start = Instant::now();
+    let bed = Bed::up(&peers, &arguments.tick)?;
+    say(&format!("bed up in {:.1} s", start.elapsed().as_secs_f32()));
+    let result = measure(&bed, &plan, &mut report);
+    report.note(format!("{:.0} s in all", start.elapsed().as_secs_f32()));
+    // What was measured before a failure is worth reading.
+    write!(std::io::stdout(), "{}", report.table(&plan.contenders))?;
+    report::write(&arguments.json, &report.json())?;
+    result
+}
+
+/// Takes out who is not built, aloud. Without tailscaled and headscale there is no bed.
+fn leave_out(plan: &mut Plan, peers: &Path, report: &mut Report) -> Result<(), Failed> {
+    if let Some(missing) = ["headscale", "tailscaled", "tailscale"].iter().find(|name| !peers.join(name).exists()) {
+        return Err(format!("{missing} is not built: `tests/run bench` builds it").into());
+    }
+    let absent = |contender: &Contender| !contender.program(peers).exists();
+    if plan.contenders.iter().any(|contender| *contender == Contender::Tailcar && absent(contender)) {
+        return Err("tailcar is not built: `cargo build --release`".into());
+    }
+    if plan.contenders.contains(&Contender::Meshd) && absent(&Contender::Meshd) {
+        let why = "not installed: cargo install --locked --version 0.11.0 --root .peers arkitekt-meshd";
+        report.skip(Contender::Meshd, why.to_owned());
+        plan.contenders.retain(|contender| *contender != Contender::Meshd);
+    }
+    Ok(())
+}
+
+fn measure(bed: &Bed, plan: &Plan, report: &mut Report) -> Result<(), Failed> {
+    let start = Instant::now();
+    let done = |what: &str| say(&format!("{:>4.0} s  {what}", start.elapsed().as_secs_f32()));
+    if plan.wants(Row::Binary) {
+        for contender in &plan.contenders {
+            let mut bytes = std::fs::metadata(contender.program(&bed.peers))?.len();
+            if *contender == Contender::Tailscaled {
+                bytes += std::fs::metadata(bed.peers.join("tailscale"))?.len();
+            }
+            report.add("binary", *contender, bytes as f64 / 1e6);
+        }
+    }
+    if plan.wants(Row::Start) {
+        start::rows(bed, plan, report)?;
+        done("start");
+    }
+    if [Row::Latency, Row::Idle, Row::Connections, Row::Bulk].into_iter().any(|row| plan.wants(row)) {
+        steady::rows(bed, plan, report)?;
+        done("latency, idle, connections, bulk");
+    }
+    if plan.wants(Row::Derp) {
+        steady::relayed(bed, plan, report)?;
+        done("over DERP");
+    }
+    Ok(())
+}
+
+/// SIGINT and SIGTERM take the bed down before they end us.
+fn end_on_signals() {
+    thread::spawn(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let Ok(runtime) = runtime else { return };
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let (Ok(mut interrupt), Ok(mut terminate)) =
+                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+            else {
+                return;
+            };
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            bed::take_down(true);
+            std::process::exit(130);
+        });
+    });
+}
+
+/// A line for whoever watches.
+pub(crate) fn say(line: &str) {
+    drop(writeln!(std::io::stderr(), "{line}"));
+}
