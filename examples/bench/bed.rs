@@ -102,11 +102,24 @@ impl Bed {
         Ok(stream)
     }
 
-    /// Whether the control server lists a node of that name, asked where it costs least.
+    /// Whether the control server lists a node of that name.
     ///
     /// # Errors
     /// When the server does not answer.
     pub(crate) fn lists(&self, hostname: &str) -> Result<bool, Failed> {
+        Ok(self.nodes()?.contains(&format!("\"{hostname}\"")))
+    }
+
+    /// Whether the control server lists a node whose name begins so.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub(crate) fn lists_any(&self, beginning: &str) -> Result<bool, Failed> {
+        Ok(self.nodes()?.contains(&format!("\"{beginning}")))
+    }
+
+    /// All that the control server knows of its nodes, asked where it costs least.
+    fn nodes(&self) -> Result<String, Failed> {
         use std::io::{Read as _, Write as _};
         let mut stream = self.wan.inside(|| TcpStream::connect((Ipv4Addr::LOCALHOST, 9090)))??;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -116,7 +129,7 @@ impl Bed {
         if !answer.starts_with("HTTP/1.0 200") {
             return Err(format!("headscale does not tell its nodes: {answer:.200}").into());
         }
-        Ok(answer.contains(&format!("\"{hostname}\"")))
+        Ok(answer)
     }
 
     /// Lets no datagram through between a host and the far end: what is left is DERP.

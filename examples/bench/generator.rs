@@ -199,40 +199,29 @@ impl Way {
         Ok(sum)
     }
 
-    /// Connections asked for at the same moment: how long each waited for its first byte, sorted, and the streams.
+    /// Connections that are all open in the end, so many of them new side by side: how long each waited for its first
+    /// byte, sorted, and the streams.
     ///
     /// # Errors
     /// The first that fails.
-    pub(crate) async fn crowd(self, count: usize) -> Result<(Vec<Duration>, Vec<TcpStream>), Failed> {
-        let start = Instant::now();
-        let workers: Vec<_> = (0..count)
-            .map(|_| {
-                tokio::task::spawn_local(async move {
+    pub(crate) async fn crowd(self, count: usize, at_once: usize) -> Result<(Vec<Duration>, Vec<TcpStream>), Failed> {
+        let (mut times, mut streams) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        let (mut workers, mut started) = (JoinSet::new(), 0);
+        while streams.len() < count {
+            while workers.len() < at_once && started < count {
+                started += 1;
+                workers.spawn_local(async move {
+                    let start = Instant::now();
                     let stream = self.answered().await?;
                     Ok::<_, io::Error>((start.elapsed(), stream))
-                })
-            })
-            .collect();
-        let (mut times, mut streams) = (Vec::with_capacity(count), Vec::with_capacity(count));
-        for worker in workers {
-            let (time, stream) = worker.await??;
+                });
+            }
+            let (time, stream) = workers.join_next().await.ok_or("none is left")???;
             times.push(time);
             streams.push(stream);
         }
         times.sort_unstable();
         Ok((times, streams))
-    }
-
-    /// Idle connections, opened a few at a time.
-    ///
-    /// # Errors
-    /// The first that fails.
-    pub(crate) async fn idle(self, count: usize) -> Result<Vec<TcpStream>, Failed> {
-        let mut streams = Vec::with_capacity(count);
-        while streams.len() < count {
-            streams.append(&mut self.crowd(20).await?.1);
-        }
-        Ok(streams)
     }
 
     /// Bytes in bulk; an upload is counted by the server.
@@ -241,13 +230,17 @@ impl Way {
     /// When a flow cannot be opened or ends early.
     pub(crate) async fn bulk(self, load: &Load<'_>, counts: &mut std::net::TcpStream) -> Result<Bulk, Failed> {
         let (down, label) = (Rc::new(Cell::new(0)), rand::random());
-        let mut flows = Vec::new();
+        let port = if load.direction == Direction::Down { SOURCE } else { SINK };
+        // All are open before any moves: opening beside those that do would take its time.
+        let mut streams = Vec::with_capacity(load.flows);
         for _ in 0..load.flows {
-            flows.push(match load.direction {
-                Direction::Down => tokio::task::spawn_local(receive(self.open(SOURCE).await?, Rc::clone(&down))),
-                Direction::Up => tokio::task::spawn_local(transmit(self.open(SINK).await?, label)),
-            });
+            streams.push(self.open(port).await?);
         }
+        let start = |stream| match load.direction {
+            Direction::Down => tokio::task::spawn_local(receive(stream, Rc::clone(&down))),
+            Direction::Up => tokio::task::spawn_local(transmit(stream, label)),
+        };
+        let mut flows: Vec<_> = streams.into_iter().map(start).collect();
         let mut look = || -> io::Result<u64> {
             match load.direction {
                 Direction::Down => Ok(down.get()),

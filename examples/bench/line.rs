@@ -34,6 +34,7 @@ pub(crate) struct Shape {
 
 /// A line that is laid. Dropping it takes it away.
 pub(crate) struct Line {
+    shape: Arc<Mutex<Shape>>,
     stop: Arc<AtomicBool>,
     carriers: Vec<JoinHandle<()>>,
 }
@@ -51,13 +52,13 @@ impl Line {
     ///
     /// # Errors
     /// When the machine has no TAP devices.
-    pub(crate) fn lay(host: &Namespace, wan: &Namespace, port: &str, shape: &Shape) -> Result<Self, Failed> {
+    pub(crate) fn lay(host: &Namespace, wan: &Namespace, port: &str, shape: Shape) -> Result<Self, Failed> {
         let (near, far) = (tap(host, "eth0")?, tap(wan, port)?);
-        let mut line = Self { stop: Arc::default(), carriers: Vec::new() };
+        let mut line = Self { shape: Arc::new(Mutex::new(shape)), stop: Arc::default(), carriers: Vec::new() };
         for (number, from, to) in [(0, &near, &far), (1, &far, &near)] {
             let road = Road::default();
             let entry = Entry {
-                shape: *shape,
+                shape: Arc::clone(&line.shape),
                 // The same losses in every run; other ones on each line.
                 dice: StdRng::seed_from_u64(seed(port) * 2 + number),
                 free: Instant::now(),
@@ -74,6 +75,11 @@ impl Line {
         Ok(line)
     }
 
+    /// Gives the line another shape. What is under way arrives as it would have.
+    pub(crate) fn reshape(&self, shape: Shape) {
+        *self.shape.lock().unwrap_or_else(PoisonError::into_inner) = shape;
+    }
+
     fn carry(&mut self, work: impl FnOnce() + Send + 'static) {
         self.carriers.push(thread::spawn(work));
     }
@@ -88,7 +94,7 @@ impl Drop for Line {
 
 /// What decides about a frame at a road's entry.
 struct Entry {
-    shape: Shape,
+    shape: Arc<Mutex<Shape>>,
     dice: StdRng,
     /// When the last frame that was let in has left the queue.
     free: Instant,
@@ -97,21 +103,18 @@ struct Entry {
 impl Entry {
     /// When a frame that comes now arrives, if it does.
     fn arrival(&mut self, length: usize, now: Instant) -> Option<Instant> {
-        if self.shape.rate == 0 {
-            return (!self.lost()).then(|| now + self.shape.delay);
+        let Shape { delay, rate, queue, loss } = *self.shape.lock().unwrap_or_else(PoisonError::into_inner);
+        if rate > 0 {
+            let on_line = |bytes: usize| Duration::from_secs_f64(bytes as f64 * 8.0 / rate as f64);
+            let waiting = self.free.saturating_duration_since(now);
+            if waiting > on_line(queue) {
+                return None;
+            }
+            // What is lost on the way takes its time on the line too.
+            self.free = now + waiting + on_line(length);
         }
-        let on_line = |bytes: usize| Duration::from_secs_f64(bytes as f64 * 8.0 / self.shape.rate as f64);
-        let waiting = self.free.saturating_duration_since(now);
-        if waiting > on_line(self.shape.queue) {
-            return None;
-        }
-        self.free = now + waiting + on_line(length);
-        // What is lost on the way has taken its time on the line.
-        (!self.lost()).then(|| self.free + self.shape.delay)
-    }
-
-    fn lost(&mut self) -> bool {
-        self.shape.loss > 0.0 && self.dice.random_bool(self.shape.loss)
+        let lost = loss > 0.0 && self.dice.random_bool(loss);
+        (!lost).then(|| self.free.max(now) + delay)
     }
 }
 
@@ -171,7 +174,7 @@ mod tests {
     use super::*;
 
     fn entry(shape: Shape, now: Instant) -> Entry {
-        Entry { shape, dice: StdRng::seed_from_u64(1), free: now }
+        Entry { shape: Arc::new(Mutex::new(shape)), dice: StdRng::seed_from_u64(1), free: now }
     }
 
     #[test]

@@ -7,7 +7,9 @@
 mod authority;
 mod bed;
 mod contender;
+mod crowd;
 mod figures;
+mod fleet;
 mod generator;
 #[expect(dead_code, reason = "shared with the interop tests, which ask more of it")]
 #[path = "../../tests/interop/headscale.rs"]
@@ -27,6 +29,7 @@ mod steady;
 #[expect(dead_code, reason = "shared with the interop tests, which ask more of it")]
 #[path = "../../tests/interop/tailscaled.rs"]
 mod tailscaled;
+mod wan;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -56,12 +59,15 @@ struct Arguments {
     /// One short round of everything: figures to look at, not to quote.
     #[arg(long)]
     quick: bool,
+    /// The table over a WAN instead: 200 Mbit/s, 20 and 100 ms, with and without loss.
+    #[arg(long)]
+    wan: bool,
     /// How long headscale collects changes of nodes; its own default.
     #[arg(long, default_value = "500ms")]
     tick: String,
-    /// Where the JSON goes.
-    #[arg(long, default_value = "target/bench.json")]
-    json: PathBuf,
+    /// Where the JSON goes; target/bench.json, or target/bench-wan.json.
+    #[arg(long)]
+    json: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -81,6 +87,8 @@ pub(crate) enum Row {
     Connections,
     Bulk,
     Derp,
+    Crowd,
+    Fleet,
 }
 
 /// What is measured, how often and how long.
@@ -96,6 +104,9 @@ pub(crate) struct Plan {
     pub(crate) warm_up: Duration,
     pub(crate) measured: Duration,
     pub(crate) idle: Duration,
+    /// Rounds where loss rules, and every transfer's time.
+    pub(crate) lossy_rounds: usize,
+    pub(crate) wan_measured: Duration,
 }
 
 impl Plan {
@@ -111,7 +122,19 @@ impl Plan {
             false => (5, 3, 4000, seconds(3), seconds(10)),
         };
         let warm_up = Duration::from_millis(500);
-        Self { rows: all(&arguments.only), contenders, starts, rounds, round_trips, warm_up, measured, idle }
+        let (lossy_rounds, wan_measured) = if arguments.quick { (1, seconds(3)) } else { (5, seconds(5)) };
+        Self {
+            rows: all(&arguments.only),
+            contenders,
+            starts,
+            rounds,
+            round_trips,
+            warm_up,
+            measured,
+            idle,
+            lossy_rounds,
+            wan_measured,
+        }
     }
 
     /// Whether a row is to be measured.
@@ -152,11 +175,17 @@ fn run(arguments: &Arguments) -> Result<(), Failed> {
     let start = Instant::now();
     let bed = Bed::up(&peers, &arguments.tick)?;
     say(&format!("bed up in {:.1} s", start.elapsed().as_secs_f32()));
+    let file = |name: &str| arguments.json.clone().unwrap_or_else(|| PathBuf::from(name));
+    if arguments.wan {
+        let (table, json) = wan::table(&bed, &plan)?;
+        writeln!(std::io::stdout(), "{table}{:.0} s in all", start.elapsed().as_secs_f32())?;
+        return Ok(report::write(&file("target/bench-wan.json"), &json)?);
+    }
     let result = measure(&bed, &plan, &mut report);
     report.note(format!("{:.0} s in all", start.elapsed().as_secs_f32()));
     // What was measured before a failure is worth reading.
     write!(std::io::stdout(), "{}", report.table(&plan.contenders))?;
-    report::write(&arguments.json, &report.json())?;
+    report::write(&file("target/bench.json"), &report.json())?;
     result
 }
 
@@ -200,6 +229,14 @@ fn measure(bed: &Bed, plan: &Plan, report: &mut Report) -> Result<(), Failed> {
     if plan.wants(Row::Derp) {
         steady::relayed(bed, plan, report)?;
         done("over DERP");
+    }
+    if plan.wants(Row::Crowd) {
+        crowd::connections(bed, plan, report)?;
+        done("10,000 connections");
+    }
+    if plan.wants(Row::Fleet) && plan.contenders.contains(&Contender::Tailcar) {
+        crowd::sidecars(bed, report)?;
+        done("100 sidecars");
     }
     Ok(())
 }

@@ -28,8 +28,9 @@ pub(crate) fn rows(bed: &Bed, plan: &Plan, report: &mut Report) -> Result<(), Fa
             report.add("bound", *contender, ms(run.bound - run.exec));
             let first = first_byte(&run, &bed.client, BACKUP)? - run.exec;
             report.add("first", *contender, ms(first));
-            if let Some(register) = register(&run)? {
+            if let Some([register, map]) = answers(&run)? {
                 report.add("register", *contender, ms(register));
+                report.add("map", *contender, ms(map));
                 report.add("first-own", *contender, ms(first) - ms(register));
             }
             let left = run.leave(&bed.client)?;
@@ -41,7 +42,7 @@ pub(crate) fn rows(bed: &Bed, plan: &Plan, report: &mut Report) -> Result<(), Fa
     bed.client.ip("route del default")?;
     early?;
     let shape = Shape { delay: DISTANT / 2, ..Shape::default() };
-    let (distant, line) = bed.host("distant", 41, |host, wan, port| Line::lay(host, wan, port, &shape))?;
+    let (distant, line) = bed.host("distant", 41, |host, wan, port| Line::lay(host, wan, port, shape))?;
     let rows = variant(bed, &distant, plan, report, ["distant", "distant-own"], DISTANT, BACKUP);
     drop(line);
     rows
@@ -62,7 +63,7 @@ fn variant(
             let run = contender.start(bed, host)?;
             let first = first_byte(&run, host, hangs)? - run.exec;
             report.add(whole, *contender, ms(first));
-            if let Some(register) = register(&run)? {
+            if let Some([register, _]) = answers(&run)? {
                 report.add(own, *contender, ms(first) - ms(register.saturating_sub(trip)));
             }
             run.leave(host)?;
@@ -72,9 +73,9 @@ fn variant(
 }
 
 /// tailcar tells when it asked and was answered; the others do not.
-fn register(run: &Run<'_>) -> Result<Option<Duration>, Failed> {
+fn answers(run: &Run<'_>) -> Result<Option<[Duration; 2]>, Failed> {
     match run.contender {
-        Contender::Tailcar => Ok(Some(run.register().ok_or("tailcar's log has no register")?)),
+        Contender::Tailcar => Ok(Some(run.answers().ok_or("tailcar's log does not tell of its join")?)),
         Contender::Tailscaled | Contender::Meshd => Ok(None),
     }
 }

@@ -85,7 +85,7 @@ fn idle(bed: &Bed, plan: &Plan, report: &mut Report, run: &Run<'_>) -> Result<()
     let used = procfs::cpu(pid).saturating_sub(before);
     report.add("cpu-idle", run.contender, used.as_secs_f64() / plan.idle.as_secs_f64() * 100.0);
     let crowded = inside(&bed.client, move || async move {
-        let streams = way.idle(IDLE).await?;
+        let (_, streams) = way.crowd(IDLE, 20).await?;
         sleep(SETTLE).await;
         let crowded = resident()?;
         drop(streams);
