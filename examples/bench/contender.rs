@@ -184,8 +184,9 @@ impl Run<'_> {
                 Some(Process::start(command, &format!("{}-logout", self.hostname), &self.bed.folder, false)?)
             }
         };
+        let limit = if self.contender == Contender::Meshd { NO_LOGOUT } else { FORGOTTEN };
         let mut left = None;
-        while left.is_none() && start.elapsed() < FORGOTTEN {
+        while left.is_none() && start.elapsed() < limit {
             match self.bed.lists(&self.hostname)? {
                 false => left = Some(start.elapsed()),
                 true => thread::sleep(Duration::from_millis(2)),
@@ -205,7 +206,9 @@ impl Run<'_> {
 }
 
 /// A logout that has done nothing by then does nothing.
-const FORGOTTEN: Duration = Duration::from_secs(4);
+const FORGOTTEN: Duration = Duration::from_secs(8);
+/// The same where none is known of.
+const NO_LOGOUT: Duration = Duration::from_millis(1500);
 
 /// When the process began to be `program`: before, it is `ip` that enters the namespace.
 fn executed(process: &Process, program: &Path) -> Result<Instant, Failed> {

@@ -79,7 +79,7 @@ pub(crate) fn sidecars(bed: &Bed, report: &mut Report) -> Result<(), Failed> {
         }
     }
     report.add("fleet", Contender::Tailcar, start.elapsed().as_secs_f64());
-    report.add("fleet-rss", Contender::Tailcar, fleet.resident());
+    report.add("fleet-memory", Contender::Tailcar, fleet.memory());
     fleet.leave(bed)
 }
 

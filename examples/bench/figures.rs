@@ -70,5 +70,5 @@ pub(crate) const FIGURES: &[Figure] = &[
     row("crowd-rss", "  RSS when all are open", "MiB", Aim::None),
     row("burst-p99", "  all 10,000 asked for at one moment, p99", "ms", Aim::None),
     row("fleet", "100 sidecars, all ready", "s", Aim::AtMost(10.0)),
-    row("fleet-rss", "  RSS together", "MiB", Aim::AtMost(1024.0)),
+    row("fleet-memory", "  memory together (PSS)", "MiB", Aim::AtMost(1024.0)),
 ];

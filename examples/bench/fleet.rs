@@ -46,9 +46,9 @@ impl Fleet {
         self.sidecars.get(number).is_some_and(|(_, ready)| ready.exists())
     }
 
-    /// What they take together, in MiB.
-    pub(crate) fn resident(&self) -> f64 {
-        self.sidecars.iter().filter_map(|(process, _)| procfs::resident(process.id())).sum()
+    /// What they take together, in MiB: the program's own pages, which they share, once.
+    pub(crate) fn memory(&self) -> f64 {
+        self.sidecars.iter().filter_map(|(process, _)| procfs::proportional(process.id())).sum()
     }
 
     /// Ends them all, and waits until the control server lists none.

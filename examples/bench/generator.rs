@@ -21,7 +21,7 @@ use crate::procfs;
 use crate::server::{CHUNK, CONGESTION, ECHO, SINK, SOURCE};
 
 /// How long one connection may take to be made before the row fails.
-const PATIENCE: Duration = Duration::from_secs(40);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The pause after a failed attempt.
 const AGAIN: Duration = Duration::from_millis(5);

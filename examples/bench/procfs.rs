@@ -18,8 +18,17 @@ pub(crate) fn cpu(pid: u32) -> Duration {
 
 /// Resident memory in MiB.
 pub(crate) fn resident(pid: u32) -> Option<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    mebibytes(&format!("/proc/{pid}/status"), "VmRSS:")
+}
+
+/// Resident memory in MiB, of pages that others have too only this process's part.
+pub(crate) fn proportional(pid: u32) -> Option<f64> {
+    mebibytes(&format!("/proc/{pid}/smaps_rollup"), "Pss:")
+}
+
+fn mebibytes(file: &str, field: &str) -> Option<f64> {
+    let text = fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
     let kib: f64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
     Some(kib / 1024.0)
 }
@@ -51,7 +60,8 @@ mod tests {
             std::hint::spin_loop();
         }
         assert!(cpu(me) > Duration::ZERO);
-        assert!(resident(me).unwrap() > 0.5);
+        assert!(proportional(me).unwrap() > 0.1);
+        assert!(resident(me).unwrap() > proportional(me).unwrap());
         assert_eq!(program(me).unwrap(), std::env::current_exe().unwrap());
     }
 }

@@ -43,7 +43,7 @@ impl Report {
 
     /// The table for people.
     pub(crate) fn table(&self, contenders: &[Contender]) -> String {
-        let mut out = format!("{:<46}{:<8}", "", "");
+        let mut out = format!("{:<54}{:<8}", "", "");
         for contender in contenders {
             let _ = write!(out, "{:>15}", contender.name());
         }
@@ -65,7 +65,7 @@ impl Report {
         if medians.iter().all(Option::is_none) {
             return;
         }
-        let _ = write!(out, "{:<46}{:<8}", figure.title, figure.unit);
+        let _ = write!(out, "{:<54}{:<8}", figure.title, figure.unit);
         for median in &medians {
             let _ = write!(out, "{:>15}", median.map_or("-".to_owned(), number));
         }
