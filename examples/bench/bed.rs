@@ -193,6 +193,8 @@ fn hosts() -> Result<(Namespace, Namespace, Namespace), Failed> {
         attach(&wan, host, port, address)?;
     }
     far.set("core/somaxconn", "32768")?;
+    // Without one tailscaled takes its own device's coming up for a change of the link, seconds later.
+    far.ip(&format!("route add default via {TRAP}"))?;
     client.set("ipv4/ip_local_port_range", "10000 65000")?;
     // The trap swallows: no rejection, as from a machine that is not there.
     wan.nft(&format!("table ip trap {{ chain in {{ type filter hook input priority 0; ip daddr {TRAP} drop; }}; }}"))?;
