@@ -56,10 +56,9 @@ mod tests {
     fn this_process_has_time_memory_and_a_program() {
         let me = std::process::id();
         let start = std::time::Instant::now();
-        while start.elapsed() < Duration::from_millis(50) {
-            std::hint::spin_loop();
+        while cpu(me) < Duration::from_millis(20) {
+            assert!(start.elapsed() < Duration::from_secs(20), "no time passes for a process that spins");
         }
-        assert!(cpu(me) > Duration::ZERO);
         assert!(proportional(me).unwrap() > 0.1);
         assert!(resident(me).unwrap() > proportional(me).unwrap());
         assert_eq!(program(me).unwrap(), std::env::current_exe().unwrap());
