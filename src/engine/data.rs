@@ -9,6 +9,7 @@ use super::roster::Slot;
 use super::stats::Dropped;
 use super::wireguard::{OVERHEAD, Received, SCRATCH_LENGTH};
 use super::{Engine, NoRoute, Output};
+use crate::netmap::RegionId;
 use crate::wire::{Kind, classify, ip, tsmp};
 
 impl Engine {
@@ -107,19 +108,20 @@ impl Engine {
         let source = self.netmap.as_ref().and_then(|netmap| netmap.source_for(remote)).ok_or(NoRoute)?;
         let ping = tsmp::Message::Ping(token).encode();
         let packet = ip::build(ip::protocol::TSMP, source, remote, &ping).ok_or(NoRoute)?;
-        self.handle_outbound(&packet, now)
+        self.handle_outbound(&packet, now).map(drop)
     }
 
-    /// Encrypts a packet into the way, or both ways, that it takes now.
-    pub(super) fn send_data(&mut self, slot: Slot, packet: &[u8], now: Instant) {
-        let Some(entry) = self.roster.entry(slot) else {
-            return;
-        };
+    /// Encrypts a packet into the way, or both ways, that it takes now. Returns its region if that is the only one.
+    pub(super) fn send_data(&mut self, slot: Slot, packet: &[u8], now: Instant) -> Option<RegionId> {
+        let entry = self.roster.entry(slot)?;
         let ways = self.magicsock.ways(slot, entry, now);
         let length = packet.len() + OVERHEAD;
         let Self { wireguard, egress, stats, .. } = self;
         let sealed = match (ways.udp, ways.derp) {
-            (None, None) => return stats.drop(Dropped::NoPath, 1),
+            (None, None) => {
+                stats.drop(Dropped::NoPath, 1);
+                return None;
+            }
             (None, Some(region)) => {
                 stats.sent_derp += 1;
                 egress.derp(region, entry.peer.key, length, |room| wireguard.encrypt(slot, packet, room, now))
@@ -134,7 +136,12 @@ impl Engine {
                 egress.both(to, (region, entry.peer.key), length, |room| wireguard.encrypt(slot, packet, room, now))
             }
         };
-        if sealed { stats.sent += 1 } else { stats.drop(Dropped::NoSession, 1) }
+        if sealed {
+            stats.sent += 1
+        } else {
+            stats.drop(Dropped::NoSession, 1)
+        }
+        ways.derp.filter(|_| ways.udp.is_none())
     }
 
     /// Sends a handshake message or keepalive as it is.

@@ -196,28 +196,28 @@ impl Engine {
         self.magicsock.set_local_endpoints(endpoints, &self.roster, now);
     }
 
-    /// Sends an inner packet whose source is one of our addresses, or keeps it for a handshake.
+    /// Sends an inner packet whose source is one of our addresses, or keeps it for a handshake. Returns the region
+    /// that it leaves by, if it leaves by no other way.
     ///
     /// # Errors
     /// [`NoRoute`] when no peer serves its destination.
-    pub fn handle_outbound(&mut self, packet: &[u8], now: Instant) -> Result<(), NoRoute> {
+    pub fn handle_outbound(&mut self, packet: &[u8], now: Instant) -> Result<Option<RegionId>, NoRoute> {
         let Some(slot) = ip::destination(packet).and_then(|destination| self.slot_for(destination)) else {
             self.stats.drop(Dropped::NoRoute, 1);
             return Err(NoRoute);
         };
         if packet.len() > BATCH_LENGTH - OVERHEAD {
             self.stats.drop(Dropped::TooLong, 1);
-            return Ok(());
+            return Ok(None);
         }
         if self.wireguard.is_usable(slot) {
-            self.send_data(slot, packet, now);
-            return Ok(());
+            return Ok(self.send_data(slot, packet, now));
         }
         if let Some(entry) = self.roster.entry(slot) {
             self.wireguard.stage(slot, &entry.peer.key, packet, now);
         }
         self.settle(now);
-        Ok(())
+        Ok(None)
     }
 
     /// Admits what answers a flow, until [`close_flow`](Self::close_flow).

@@ -288,7 +288,7 @@ impl Engine {
             .find_map(|(from, to)| ip::build(ip::protocol::TSMP, from, to, &ping));
         let key = entry.peer.key;
         match packet {
-            Some(packet) if self.wireguard.is_usable(slot) => self.send_data(slot, &packet, now),
+            Some(packet) if self.wireguard.is_usable(slot) => drop(self.send_data(slot, &packet, now)),
             _ => self.insist(slot, &key, now),
         }
     }

@@ -10,11 +10,11 @@ pub(super) const MTU: usize = 1280;
 pub(super) struct Device<'d> {
     input: Option<&'d [u8]>,
     scratch: &'d mut [u8],
-    output: &'d mut dyn FnMut(&[u8]),
+    output: &'d mut dyn FnMut(&mut [u8]),
 }
 
 impl<'d> Device<'d> {
-    pub(super) fn new(input: Option<&'d [u8]>, scratch: &'d mut [u8], output: &'d mut dyn FnMut(&[u8])) -> Self {
+    pub(super) fn new(input: Option<&'d [u8]>, scratch: &'d mut [u8], output: &'d mut dyn FnMut(&mut [u8])) -> Self {
         Self { input, scratch, output }
     }
 }
@@ -64,7 +64,7 @@ impl phy::RxToken for Received<'_> {
 /// Room for one packet that goes out.
 pub(super) struct Sent<'a> {
     scratch: &'a mut [u8],
-    output: &'a mut dyn FnMut(&[u8]),
+    output: &'a mut dyn FnMut(&mut [u8]),
 }
 
 impl phy::TxToken for Sent<'_> {

@@ -11,6 +11,8 @@ use super::OpenError;
 use super::device::Device;
 use super::ports::endpoint;
 use super::rings::Sockets;
+use super::window::{Window, shift_of};
+use crate::netmap::RegionId;
 
 /// Octets that a connection receives ahead of its reader: with the round trip it bounds the rate (1 MiB at 100 ms is
 /// 84 Mbit/s).
@@ -83,6 +85,8 @@ pub(super) struct Flow {
     /// When smoltcp wants it polled.
     pub(super) due: Option<Instant>,
     released: bool,
+    /// What it may have in flight.
+    pub(super) window: Window,
     /// The SYN of a connection that has had no answer; empty until it has left.
     syn: Option<Vec<u8>>,
 }
@@ -117,7 +121,7 @@ impl Flow {
     fn new(kind: Kind, local: SocketAddr, remote: SocketAddr, sockets: Sockets, handle: SocketHandle) -> Self {
         let key = FlowKey { kind, local, remote };
         let syn = (kind == Kind::Tcp).then(Vec::new);
-        Self { key, sockets, handle, dirty: false, due: None, released: false, syn }
+        Self { key, sockets, handle, dirty: false, due: None, released: false, window: Window::default(), syn }
     }
 
     /// Runs `act` on the socket set.
@@ -141,22 +145,31 @@ impl Flow {
     pub(super) fn send_one(
         &mut self,
         iface: &mut Interface,
-        time: smoltcp::time::Instant,
+        (now, time): (Instant, smoltcp::time::Instant),
         scratch: &mut [u8],
-        send: &mut dyn FnMut(&[u8]),
+        send: &mut dyn FnMut(&[u8]) -> Option<RegionId>,
     ) -> bool {
-        let mut first = None;
-        let mut keep = |packet: &[u8]| {
-            first = Some(packet.to_vec());
-            send(packet);
-        };
         let keeps = self.syn.as_ref().is_some_and(Vec::is_empty);
-        let mut device = Device::new(None, scratch, if keeps { &mut keep } else { send });
+        let (mut first, mut window) = (None, std::mem::take(&mut self.window));
+        let mut leave = |packet: &mut [u8]| {
+            window.handle_outbound(packet, shift_of(RECEIVE_RING), now);
+            if keeps {
+                first = Some(packet.to_vec());
+            }
+            window.note_way(send(packet));
+        };
+        let mut device = Device::new(None, scratch, &mut leave);
         let sent = self.with_set(|set| iface.poll_egress(time, &mut device, set) == PollResult::SocketStateChanged);
+        self.window = window;
         if keeps {
             self.syn = Some(first.unwrap_or_default());
         }
         sent
+    }
+
+    /// Has an answer that smoltcp made on the spot announce no more than the others.
+    pub(super) fn announce(&mut self, reply: &mut [u8], now: Instant) {
+        self.window.handle_outbound(reply, shift_of(RECEIVE_RING), now);
     }
 
     /// Something has come in: once it is the answer, the SYN is needed no longer.

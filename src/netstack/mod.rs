@@ -8,6 +8,7 @@ mod device;
 mod flow;
 mod ports;
 mod rings;
+mod window;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -21,6 +22,8 @@ use device::{Device, MTU};
 pub use flow::FlowId;
 use flow::{Flow, FlowKey, Kind};
 use ports::Ports;
+
+use crate::netmap::RegionId;
 
 /// Segments that one flow may send before the next has its turn: one GSO batch.
 const QUANTUM: usize = 48;
@@ -74,7 +77,7 @@ impl Netstack {
         let mut config = smoltcp::iface::Config::new(HardwareAddress::Ip);
         config.random_seed = seed;
         let mut scratch = Box::new([0; MTU]);
-        let mut nowhere = |_: &[u8]| {};
+        let mut nowhere = |_: &mut [u8]| {};
         let mut device = Device::new(None, &mut scratch[..], &mut nowhere);
         let iface = Interface::new(config, &mut device, smoltcp::time::Instant::ZERO);
         Self {
@@ -203,22 +206,25 @@ impl Netstack {
     }
 
     /// Takes a packet from the tunnel. Returns the flow that it belongs to, or `None`: it is dropped then.
-    pub fn handle_packet(&mut self, packet: &[u8], now: Instant) -> Option<FlowId> {
+    pub fn handle_packet(&mut self, packet: &mut [u8], now: Instant) -> Option<FlowId> {
         let id = *self.by_key.get(&FlowKey::of_inbound(packet)?)?;
         let flow = self.flows.get_mut(&id)?;
+        flow.window.handle_inbound(packet, now);
+        let first = self.replies.len();
         let replies = &mut self.replies;
-        let mut reply = |packet: &[u8]| replies.push(packet.to_vec());
+        let mut reply = |packet: &mut [u8]| replies.push(packet.to_vec());
         let mut device = Device::new(Some(packet), &mut self.scratch[..], &mut reply);
         let (iface, time) = (&mut self.iface, timestamp(self.epoch, now));
         flow.with_set(|set| iface.poll_ingress_single(time, &mut device, set));
         flow.note_ingress();
+        self.replies[first..].iter_mut().for_each(|reply| flow.announce(reply, now));
         self.touch(id);
         Some(id)
     }
 
     /// Gives flows that have something to send their turns, each at most 48 packets, until about `ROUND` packets
-    /// are out; `send` takes each packet. Returns whether more waits.
-    pub fn egress(&mut self, now: Instant, send: &mut dyn FnMut(&[u8])) -> bool {
+    /// are out; `send` takes each packet, and says which relay it leaves by, if by one. Returns whether more waits.
+    pub fn egress(&mut self, now: Instant, send: &mut dyn FnMut(&[u8]) -> Option<RegionId>) -> bool {
         for packet in self.replies.drain(..) {
             send(&packet);
         }
@@ -232,7 +238,7 @@ impl Netstack {
             let Some(flow) = self.flows.get_mut(&id) else { continue };
             flow.dirty = false;
             let mut sent = QUANTUM;
-            while sent > 0 && flow.send_one(&mut self.iface, time, &mut self.scratch[..], send) {
+            while sent > 0 && flow.send_one(&mut self.iface, (now, time), &mut self.scratch[..], send) {
                 sent -= 1;
             }
             left = left.saturating_sub(QUANTUM - sent);

@@ -31,7 +31,7 @@ impl World {
         let start = Instant::now();
         let mut stack = Netstack::new(7, start);
         stack.set_addresses(&[OURS.parse().unwrap(), "fd7a:115c:a1e0::2".parse().unwrap()]);
-        let (mut scratch, mut nowhere) = ([0; MTU], |_: &[u8]| {});
+        let (mut scratch, mut nowhere) = ([0; MTU], |_: &mut [u8]| {});
         let mut device = Device::new(None, &mut scratch, &mut nowhere);
         let mut iface = Interface::new(Config::new(HardwareAddress::Ip), &mut device, smoltcp::time::Instant::ZERO);
         iface.update_ip_addrs(|list| list.push("100.64.0.1/32".parse().unwrap()).unwrap());
@@ -70,7 +70,10 @@ impl World {
     fn step(&mut self) {
         self.stack.handle_timeout(self.now);
         let out = &mut self.to_server;
-        while self.stack.egress(self.now, &mut |packet| out.push_back(packet.to_vec())) {}
+        while self.stack.egress(self.now, &mut |packet| {
+            out.push_back(packet.to_vec());
+            None
+        }) {}
         let time = timestamp(self.start, self.now);
         let mut replies = Vec::new();
         let mut scratch = [0; MTU];
@@ -78,18 +81,18 @@ impl World {
             if self.lost() {
                 continue;
             }
-            let mut reply = |packet: &[u8]| replies.push(packet.to_vec());
+            let mut reply = |packet: &mut [u8]| replies.push(packet.to_vec());
             let mut device = Device::new(Some(&packet), &mut scratch, &mut reply);
             self.iface.poll_ingress_single(time, &mut device, &mut self.sockets);
         }
-        let mut reply = |packet: &[u8]| replies.push(packet.to_vec());
+        let mut reply = |packet: &mut [u8]| replies.push(packet.to_vec());
         let mut device = Device::new(None, &mut scratch, &mut reply);
         while self.iface.poll_egress(time, &mut device, &mut self.sockets)
             == smoltcp::iface::PollResult::SocketStateChanged
         {}
-        for packet in replies {
+        for mut packet in replies {
             if !self.lost() {
-                self.stack.handle_packet(&packet, self.now);
+                self.stack.handle_packet(&mut packet, self.now);
             }
         }
     }
@@ -177,11 +180,17 @@ fn a_packet_of_no_flow_is_not_answered() {
     let mut stranger = Vec::new();
     let mut other = World::new(0);
     let id = other.stack.connect(OURS.parse().unwrap(), "100.64.0.9:80".parse().unwrap()).unwrap();
-    other.stack.egress(other.now, &mut |packet| stranger = packet.to_vec());
+    other.stack.egress(other.now, &mut |packet| {
+        stranger = packet.to_vec();
+        None
+    });
     assert!(other.stack.addresses_of(id).is_some());
-    assert_eq!(world.stack.handle_packet(&stranger, world.now), None);
+    assert_eq!(world.stack.handle_packet(&mut stranger, world.now), None);
     let mut answers = 0;
-    world.stack.egress(world.now, &mut |_| answers += 1);
+    world.stack.egress(world.now, &mut |_| {
+        answers += 1;
+        None
+    });
     assert_eq!(answers, 0);
 }
 
@@ -192,7 +201,10 @@ fn packets_keep_to_the_tunnels_mtu() {
     world.stack.with_tcp(id, |socket| socket.send_slice(&[0; 100_000])).unwrap().unwrap();
     world.stack.touch(id);
     let mut longest = 0;
-    world.stack.egress(world.now, &mut |packet| longest = longest.max(packet.len()));
+    world.stack.egress(world.now, &mut |packet| {
+        longest = longest.max(packet.len());
+        None
+    });
     assert_eq!(longest, MTU);
 }
 
@@ -206,7 +218,10 @@ fn one_flow_does_not_keep_another_from_its_turn() {
     world.stack.touch(first);
     world.stack.connect(local, remote).unwrap();
     let mut versions = Vec::new();
-    world.stack.egress(world.now, &mut |packet| versions.push(packet[0] >> 4));
+    world.stack.egress(world.now, &mut |packet| {
+        versions.push(packet[0] >> 4);
+        None
+    });
     assert!(versions.contains(&6) && versions.len() <= QUANTUM + 1, "{} packets", versions.len());
 }
 
@@ -220,7 +235,10 @@ fn longest_datagram_is_one_packet_and_nothing_longer_is_any() {
             world.stack.with_udp(id, |socket| socket.send_slice(&vec![7; octets], to)).unwrap().unwrap();
             world.stack.touch(id);
             let mut lengths = Vec::new();
-            world.stack.egress(world.now, &mut |packet| lengths.push(packet.len()));
+            world.stack.egress(world.now, &mut |packet| {
+                lengths.push(packet.len());
+                None
+            });
             lengths
         };
         assert_eq!(lengths(datagram_limit(remote.ip())), [MTU], "{remote}");
@@ -234,7 +252,10 @@ fn a_syn_that_went_to_another_router_is_repeated_at_once_as_it_was() {
     let id = world.stack.connect(OURS.parse().unwrap(), THEIRS.parse().unwrap()).unwrap();
     let packets = |world: &mut World| {
         let mut packets = Vec::new();
-        world.stack.egress(world.now, &mut |packet| packets.push(packet.to_vec()));
+        world.stack.egress(world.now, &mut |packet| {
+            packets.push(packet.to_vec());
+            None
+        });
         packets
     };
     let first = packets(&mut world);
@@ -275,7 +296,7 @@ fn address_that_is_not_the_nodes_is_ours_as_long_as_a_flow_uses_it() {
     for (id, used) in flows.into_iter().zip([true, false]) {
         assert!(stack.iface.has_ip_addr(masked));
         stack.release(id);
-        stack.egress(now, &mut |_| {});
+        stack.egress(now, &mut |_| None);
         assert_eq!(stack.iface.has_ip_addr(masked), used);
     }
     assert!(stack.iface.has_ip_addr(OURS.parse::<IpAddr>().unwrap()));
@@ -311,7 +332,7 @@ proptest! {
             stack.touch(id);
         }
         let mut sent = 0;
-        while stack.egress(now, &mut |_| sent += 1) {}
+        while stack.egress(now, &mut |_| { sent += 1; None }) {}
         prop_assert_eq!(sent, if fits { 2 } else { 0 });
     }
 }

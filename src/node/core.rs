@@ -347,9 +347,8 @@ impl Core {
             if self.parts.outbox.blocked().is_none() {
                 let (engine, netstack) = (&mut self.parts.engine, &mut self.parts.netstack);
                 more = netstack.egress(now, &mut |packet| {
-                    if let Err(error) = engine.handle_outbound(packet, now) {
-                        trace!(%error, "packet without a route");
-                    }
+                    let sent = engine.handle_outbound(packet, now);
+                    sent.inspect_err(|error| trace!(%error, "packet without a route")).ok().flatten()
                 });
             }
             self.execute_outputs();

@@ -18,7 +18,7 @@ use hyper::{Method, Request, header};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, BufReader};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio_rustls::TlsConnector;
 use url::Url;
@@ -51,6 +51,9 @@ pub fn connect_udp(address: SocketAddr) -> io::Result<UdpSocket> {
 
 /// The pause before the next address of a host is tried beside the last one. Source: RFC 8305, 5 (250 ms).
 const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+
+/// What is read of a connection at once. rustls by itself asks for 4 KiB, and a relay writes records of 2.
+const READ_AHEAD: usize = 64 << 10;
 
 /// Why a connection was not made.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +139,7 @@ impl Underlay {
         config: Arc<ClientConfig>,
     ) -> Result<BoxIo, UnderlayError> {
         let tcp = self.connect_known(host, addresses, port).await?;
+        let tcp = Box::new(BufReader::with_capacity(READ_AHEAD, tcp));
         start_tls(tcp, host, port, name, config).await
     }
 
