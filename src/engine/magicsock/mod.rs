@@ -215,7 +215,9 @@ impl Magicsock {
 
     pub(super) fn handle_derp_connected(&mut self, region: RegionId, connected: bool, roster: &Roster, now: Instant) {
         self.relays.set_connected(region, connected);
-        if !connected {
+        if connected {
+            self.netcheck.note_admitted(region);
+        } else {
             self.netcheck.recheck(now);
         }
         self.follow_netcheck(roster, now);

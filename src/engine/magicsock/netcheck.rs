@@ -30,6 +30,9 @@ const FULL_INTERVAL: Duration = Duration::from_secs(300);
 const HOME_GRACE: Duration = Duration::from_secs(5);
 /// Between two searches for another home while none admits us.
 const HOME_SEARCH: Duration = Duration::from_secs(15);
+/// A home that stayed away is not chosen again for so long, unless it admits us: else every full round moves there
+/// and back where a relay fails whose STUN server answers.
+const FAILED: Duration = Duration::from_secs(1800);
 /// Between small rounds, at least and at most. Source: Tailscale, wgengine/magicsock, `shouldDoPeriodicReSTUNLocked`.
 const REFRESH: std::ops::Range<f64> = 20.0..26.0;
 /// Rounds that events ask for come no closer.
@@ -78,6 +81,8 @@ pub(super) struct Netcheck {
     alive_at: Option<Instant>,
     /// The home that `alive_at` is about.
     watched: Option<RegionId>,
+    /// Regions that were home and stayed away, and since when: their STUN may answer all the same.
+    failed: BTreeMap<RegionId, Instant>,
     /// When another home is looked for, since this one is away.
     away_at: Option<Instant>,
     outputs: VecDeque<Output>,
@@ -105,6 +110,7 @@ impl Netcheck {
             home_alive: false,
             alive_at: None,
             watched: None,
+            failed: BTreeMap::new(),
             away_at: None,
             outputs: VecDeque::new(),
         }
@@ -128,6 +134,11 @@ impl Netcheck {
         self.home_alive = alive;
         let away = !alive && self.host.home.is_some();
         self.away_at = away.then(|| self.away_at.unwrap_or(now + HOME_GRACE));
+    }
+
+    /// A region's relay has admitted us: it may be home, whatever was before.
+    pub(super) fn note_admitted(&mut self, region: RegionId) {
+        self.failed.remove(&region);
     }
 
     /// Whether the home may stay: it is connected, or was, or was chosen, a moment ago.
@@ -235,6 +246,7 @@ impl Netcheck {
         }
         if self.away_at.is_some_and(|at| at <= now) {
             self.away_at = Some(now + HOME_SEARCH);
+            self.failed.extend(self.host.home.map(|home| (home, now)));
             self.start(true, now);
         }
         if self.refresh_at.is_some_and(|at| at <= now) {
@@ -361,7 +373,11 @@ impl Netcheck {
     }
 
     fn choose_home(&mut self, now: Instant) {
-        let latencies = self.latencies.best(now);
+        self.failed.retain(|_, at| now.duration_since(*at) < FAILED);
+        let mut latencies = self.latencies.best(now);
+        if latencies.keys().any(|region| !self.failed.contains_key(region)) {
+            latencies.retain(|region, _| !self.failed.contains_key(region));
+        }
         let chosen = home::choose(&self.map, self.host.home, &latencies, self.home_may_stay(now));
         self.set_home(chosen.or_else(|| home::without_measurement(&self.map, &self.key)));
     }

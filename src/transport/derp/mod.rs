@@ -4,46 +4,36 @@
 //! than we are, as a router would; what the relay says comes out as [`Event`]s. The task ends when its queue closes.
 //! Source: Tailscale, derp/derphttp/derphttp_client.go and derp/derp_client.go.
 
+mod retry;
+mod session;
 mod upgrade;
 
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use crypto_box::aead::{Aead, AeadCore, OsRng};
-use crypto_box::{PublicKey, SalsaBox, SecretKey};
-use serde::Deserialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tracing::{debug, info, warn};
 
-use super::backoff::Backoff;
+use self::retry::Retry;
+use self::session::Session;
 use super::queue::{Receiver, Sender, queue};
 use super::tls::Check;
 use super::underlay::{BoxIo, Underlay, UnderlayError};
-use crate::key::{DerpPublic, NodePrivate, NodePublic};
+use crate::key::{NodePrivate, NodePublic};
 use crate::netmap::RegionId;
-use crate::wire::derp::{ClientFrame, FrameError, Gone, ServerFrame};
+use crate::wire::derp::Gone;
 
 /// The longest that connecting to a region may take, all its nodes together. Source: derphttp_client.go, `dialRegion`.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// The longest that one node of a region may take for TCP and TLS before the next is tried.
 const NODE_LIMIT: Duration = Duration::from_secs(3);
-/// A relay speaks at least once a minute; silence beyond this means that the connection is dead.
-/// Source: derp_client.go, `recvTimeout`.
-const SILENCE_LIMIT: Duration = Duration::from_secs(120);
-/// A relay that takes nothing for so long is gone: it keeps two seconds itself. Source: derpserver, `writeTimeout`.
-const WRITE_LIMIT: Duration = Duration::from_secs(15);
 /// How long a plain upgrade may take before a WebSocket is tried: something between us may swallow it.
 const UPGRADE_LIMIT: Duration = Duration::from_millis(1500);
-/// Octets asked of the socket at a time.
-const READ_CHUNK: usize = 64 << 10;
 /// Packets that wait for a slow relay. More would only grow the delay: a relay's own queue holds 32.
 const QUEUE: usize = 128;
-/// Packets handed to the driver at once at most.
-const BATCH: usize = 64;
 
 /// A relay of a region, from the netmap.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,6 +133,16 @@ pub enum DerpError {
         /// How.
         detail: String,
     },
+    /// The relay is about to restart.
+    #[error("relay {host} restarts, to be back in {reconnect_in:?}")]
+    Restarting {
+        /// The relay.
+        host: String,
+        /// When it wants to see us again.
+        reconnect_in: Duration,
+        /// For how long we are to try then, before it counts as gone.
+        try_for: Duration,
+    },
     /// The region has no relay that we could use.
     #[error("the region has no usable relay")]
     Empty,
@@ -192,37 +192,46 @@ struct Task {
     preferred: tokio::sync::watch::Receiver<bool>,
 }
 
-/// What the relay says of its limits, sealed to our key.
-#[derive(Deserialize)]
-struct ServerInfo {
-    #[serde(default, rename = "TokenBucketBytesPerSecond")]
-    bytes_per_second: u64,
-}
-
 impl Task {
     async fn run(mut self) {
-        let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+        let (mut retry, mut told) = (Retry::new(), false);
         while !self.outgoing.is_closed() {
             let connected = tokio::select! {
                 connected = timeout(CONNECT_LIMIT, self.connect()) => connected,
                 () = self.outgoing.closed() => return,
             };
+            let begun = Instant::now();
             let lost = match connected {
-                Ok(Ok((io, host))) => self.serve(io, &host, &mut backoff).await,
+                Ok(Ok((io, host))) => {
+                    let (ended, admitted) = Session::new(&mut self, host).run(io).await;
+                    told &= !admitted;
+                    ended
+                }
                 Ok(Err(error)) => Err(error),
                 Err(_) => Err(DerpError::Silent { host: self.first_host(), limit: CONNECT_LIMIT }),
             };
             let Err(error) = lost else { return };
-            debug!(region = self.id.region, %error, "derp connection lost");
+            self.log_loss(&error, &mut told);
+            retry.note_loss(&error, begun.elapsed());
             if self.events.send((self.id, Event::Lost(Arc::new(error)))).await.is_err() {
                 return;
             }
             let mut link = self.underlay.link.news();
             tokio::select! {
-                () = tokio::time::sleep(backoff.next_delay()) => {}
-                _ = link.next() => backoff.reset(),
+                () = tokio::time::sleep(retry.next_delay()) => {}
+                _ = link.next() => retry.begin_anew(),
                 () = self.outgoing.closed() => return,
             }
+        }
+    }
+
+    /// Says why the connection is lost, and why it could not be made again, once until it could.
+    fn log_loss(&self, error: &DerpError, told: &mut bool) {
+        let region = self.id.region;
+        match error {
+            DerpError::Closed { .. } | DerpError::Restarting { .. } => info!(region, %error, "derp connection lost"),
+            _ if std::mem::replace(told, true) => debug!(region, %error, "derp connection lost"),
+            _ => warn!(region, %error, "derp region cannot be used"),
         }
     }
 
@@ -256,131 +265,7 @@ impl Task {
             other => other,
         }
     }
-
-    /// Speaks with the relay until the connection ends (an error) or nobody needs it any more.
-    async fn serve(&mut self, io: BoxIo, host: &str, backoff: &mut Backoff) -> Result<(), DerpError> {
-        let (mut reader, mut writer) = tokio::io::split(io);
-        let mut input = BytesMut::with_capacity(READ_CHUNK);
-        let mut output = BytesMut::new();
-        let mut admitted = false;
-        let mut sealer = None;
-        let mut deadline = Instant::now() + CONNECT_LIMIT;
-        self.preferred.mark_changed();
-        loop {
-            let closed = |error: std::io::Error| DerpError::Closed { host: host.to_owned(), detail: error.to_string() };
-            tokio::select! {
-                read = reader.read_buf(&mut input) => {
-                    if read.map_err(closed)? == 0 {
-                        return Err(DerpError::Closed { host: host.to_owned(), detail: "closed by the relay".to_owned() });
-                    }
-                    deadline = Instant::now() + SILENCE_LIMIT;
-                    let connected = self.handle_input(&mut input, &mut output, &mut sealer, host).await?;
-                    if connected && !admitted {
-                        admitted = true;
-                        backoff.reset();
-                    }
-                    input.reserve(READ_CHUNK);
-                }
-                batch = self.outgoing.recv(BATCH), if admitted => {
-                    let Some(batch) = batch else { return Ok(()) };
-                    for packet in &batch {
-                        ClientFrame::SendPacket { to: packet.peer, packet: &packet.contents }.encode(&mut output);
-                    }
-                }
-                changed = self.preferred.changed(), if admitted => {
-                    if changed.is_err() {
-                        return Ok(());
-                    }
-                    ClientFrame::NotePreferred(*self.preferred.borrow_and_update()).encode(&mut output);
-                }
-                () = self.outgoing.closed(), if !admitted => return Ok(()),
-                () = tokio::time::sleep_until(deadline) => {
-                    return Err(DerpError::Silent { host: host.to_owned(), limit: SILENCE_LIMIT });
-                }
-            }
-            if !output.is_empty() {
-                let written = timeout(WRITE_LIMIT, async {
-                    writer.write_all_buf(&mut output).await?;
-                    writer.flush().await
-                });
-                let stuck = |_| DerpError::Silent { host: host.to_owned(), limit: WRITE_LIMIT };
-                written.await.map_err(stuck)?.map_err(closed)?;
-            }
-        }
-    }
-
-    /// Takes every whole frame off `input`; answers go to `output`. Returns whether the relay has admitted us now.
-    async fn handle_input(
-        &self,
-        input: &mut BytesMut,
-        output: &mut BytesMut,
-        sealer: &mut Option<SalsaBox>,
-        host: &str,
-    ) -> Result<bool, DerpError> {
-        let mut packets = Vec::new();
-        let mut connected = false;
-        let broken = |error: FrameError| DerpError::Protocol { host: host.to_owned(), detail: error.to_string() };
-        while let Some(frame) = ServerFrame::parse(input).map_err(broken)? {
-            match frame {
-                ServerFrame::ServerKey(server) => *sealer = Some(self.introduce(server, output)),
-                ServerFrame::ServerInfo(sealed) => {
-                    self.open_info(sealer.as_ref(), &sealed, host)?;
-                    connected = true;
-                    self.tell(Event::Connected).await;
-                }
-                ServerFrame::Packet { from, packet } => packets.push(Packet { peer: from, contents: packet }),
-                ServerFrame::PeerGone { peer, reason } => {
-                    self.tell_packets(&mut packets).await;
-                    self.tell(Event::PeerGone(peer, reason)).await;
-                }
-                ServerFrame::Ping(octets) => ClientFrame::Pong(octets).encode(output),
-                ServerFrame::Health(problem) if problem.is_empty() => {
-                    info!(region = self.id.region, "derp healthy again")
-                }
-                ServerFrame::Health(problem) => warn!(region = self.id.region, problem, "derp reports a problem"),
-                ServerFrame::Restarting { reconnect_in, .. } => {
-                    let detail = format!("the relay restarts, back in {reconnect_in:?}");
-                    self.tell_packets(&mut packets).await;
-                    return Err(DerpError::Closed { host: host.to_owned(), detail });
-                }
-                ServerFrame::KeepAlive | ServerFrame::Pong(_) | ServerFrame::Unknown(_) => {}
-            }
-        }
-        self.tell_packets(&mut packets).await;
-        Ok(connected)
-    }
-
-    /// Says who we are: the settings, sealed to the relay's key. Returns the box that its answer comes in.
-    fn introduce(&self, server: DerpPublic, output: &mut BytesMut) -> SalsaBox {
-        let sealer = SalsaBox::new(&PublicKey::from(*server.as_bytes()), &SecretKey::from(*self.key.as_bytes()));
-        let nonce = SalsaBox::generate_nonce(&mut OsRng);
-        let settings: &[u8] = br#"{"version":2,"CanAckPings":true}"#;
-        let boxed = sealer.encrypt(&nonce, settings).expect("sealing a short text in memory cannot fail");
-        let sealed = [nonce.as_slice(), &boxed].concat();
-        ClientFrame::ClientInfo { key: self.key.public(), sealed: &sealed }.encode(output);
-        sealer
-    }
-
-    /// Only the holder of the relay's key can have sealed this. Its limits are for the log: it enforces them itself.
-    fn open_info(&self, sealer: Option<&SalsaBox>, sealed: &[u8], host: &str) -> Result<(), DerpError> {
-        let broken = |detail: &str| DerpError::Protocol { host: host.to_owned(), detail: detail.to_owned() };
-        let sealer = sealer.ok_or_else(|| broken("server info before the server key"))?;
-        let (nonce, boxed) = sealed.split_at_checked(24).ok_or_else(|| broken("server info without nonce"))?;
-        let json = sealer.decrypt(nonce.into(), boxed).map_err(|_| broken("server info is not sealed to us"))?;
-        let info: ServerInfo = serde_json::from_slice(&json).map_err(|_| broken("server info is not JSON"))?;
-        debug!(region = self.id.region, bytes_per_second = info.bytes_per_second, "derp connected");
-        Ok(())
-    }
-
-    async fn tell_packets(&self, packets: &mut Vec<Packet>) {
-        if !packets.is_empty() {
-            self.tell(Event::Packets(std::mem::take(packets))).await;
-        }
-    }
-
-    /// A full driver stops us from reading, which is the back-pressure that TCP hands to the relay.
-    async fn tell(&self, event: Event) {
-        // A driver that is gone drops our queue too, which ends the task.
-        let _ = self.events.send((self.id, event)).await;
-    }
 }
+
+#[cfg(test)]
+mod tests;

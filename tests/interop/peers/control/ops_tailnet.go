@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 
@@ -97,6 +98,50 @@ func init() {
 		return nil, r.start()
 	})
 	operations["derp_connected"] = does(derpConnected)
+	operations["derp_frame"] = does(func(b *bed, a struct {
+		regionArg
+		From string `json:"from"` // the client's IP address
+		Kind byte   `json:"kind"`
+		Hex  string `json:"hex"`
+	}) (any, error) {
+		r, err := b.relay(a.regionArg)
+		if err != nil {
+			return nil, err
+		}
+		payload, err := hex.DecodeString(a.Hex)
+		if err != nil {
+			return nil, err
+		}
+		return r.send(a.From, a.Kind, payload)
+	})
+	operations["derp_limit"] = does(func(b *bed, a struct {
+		regionArg
+		Rate uint64 `json:"rate"`
+	}) (any, error) {
+		r, err := b.relay(a.regionArg)
+		if err != nil {
+			return nil, err
+		}
+		return nil, r.limit(a.Rate)
+	})
+	// The relay restarts with a certificate that nobody knows.
+	operations["derp_strange"] = does(func(b *bed, a regionArg) (any, error) {
+		r, err := b.relay(a)
+		if err != nil {
+			return nil, err
+		}
+		strange, _, err := newPinned([]string{b.config.addr, b.config.host})
+		if err != nil {
+			return nil, err
+		}
+		if err := r.stop(); err != nil {
+			return nil, err
+		}
+		r.mu.Lock()
+		r.cert = strange
+		r.mu.Unlock()
+		return nil, r.start()
+	})
 }
 
 // regionArg names one of our regions; 1 when absent.

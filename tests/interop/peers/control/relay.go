@@ -3,12 +3,15 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"tailscale.com/derp/derpserver"
@@ -33,6 +36,45 @@ type relay struct {
 	port     int // 0 until the first start
 	stunPort int
 	running  *runningRelay // nil while stopped
+	taps     map[*tap]struct{}
+}
+
+// tap is a client's connection that frames can be put into which no derpserver sends.
+type tap struct {
+	net.Conn
+	relay *relay
+	mu    sync.Mutex
+}
+
+func (t *tap) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.Conn.Write(p)
+}
+
+func (t *tap) Close() error {
+	t.relay.mu.Lock()
+	delete(t.relay.taps, t)
+	t.relay.mu.Unlock()
+	return t.Conn.Close()
+}
+
+// tapListener makes taps of what it accepts.
+type tapListener struct {
+	net.Listener
+	relay *relay
+}
+
+func (l tapListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	t := &tap{Conn: conn, relay: l.relay}
+	l.relay.mu.Lock()
+	defer l.relay.mu.Unlock()
+	l.relay.taps[t] = struct{}{}
+	return t, nil
 }
 
 type runningRelay struct {
@@ -60,6 +102,7 @@ func newRelay(c *config, index int, cert *tls.Certificate, certName string) *rel
 		key:      key.NewNode(),
 		port:     c.derpPorts[index],
 		stunPort: c.stunPorts[index],
+		taps:     map[*tap]struct{}{},
 	}
 }
 
@@ -90,12 +133,16 @@ func (r *relay) start() error {
 	mux.HandleFunc("/derp/latency-check", derpserver.ProbeHandler)
 	mux.HandleFunc("/generate_204", derpserver.ServeNoContent)
 	trust := &tls.Config{
-		NextProtos:     []string{"http/1.1"},
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return r.cert, nil },
+		NextProtos: []string{"http/1.1"},
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			return r.cert, nil
+		},
 	}
 	server.ModifyTLSConfigToAddMetaCert(trust)
 	running := &runningRelay{derp: server, http: plainServer(mux), stun: cancel}
-	go running.http.Serve(tls.NewListener(listener, trust))
+	go running.http.Serve(tapListener{tls.NewListener(listener, trust), r})
 	go stun.Serve()
 	r.running = running
 	return nil
@@ -108,10 +155,45 @@ func (r *relay) stop() error {
 	if r.running == nil {
 		return errors.New("not running")
 	}
-	r.running.http.Close()
-	r.running.derp.Close()
-	r.running.stun()
+	running := r.running
 	r.running = nil
+	// Closing a connection needs the lock.
+	r.mu.Unlock()
+	running.http.Close()
+	running.derp.Close()
+	running.stun()
+	r.mu.Lock()
+	return nil
+}
+
+// send puts a frame between those of the server, for every client at an address. Nothing else may be on its way to
+// them: a server's frame may leave in two writes.
+func (r *relay) send(from string, kind byte, payload []byte) (int, error) {
+	frame := append(binary.BigEndian.AppendUint32([]byte{kind}, uint32(len(payload))), payload...)
+	r.mu.Lock()
+	taps := slices.Collect(maps.Keys(r.taps))
+	r.mu.Unlock()
+	sent := 0
+	for _, t := range taps {
+		if host, _, _ := net.SplitHostPort(t.RemoteAddr().String()); host != from {
+			continue
+		}
+		if _, err := t.Write(frame); err != nil {
+			return sent, err
+		}
+		sent++
+	}
+	return sent, nil
+}
+
+// limit sets how many bytes a second the relay reads of a client; 0 is all.
+func (r *relay) limit(rate uint64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.running == nil {
+		return errors.New("not running")
+	}
+	r.running.derp.UpdateRateLimits(derpserver.RateConfig{PerClientRateLimitBytesPerSec: rate})
 	return nil
 }
 

@@ -1,0 +1,128 @@
+//! Sessions with a relay at the other end of a pipe, in virtual time.
+
+use bytes::{Buf, BytesMut};
+use crypto_box::aead::{Aead, AeadCore, OsRng};
+use crypto_box::{PublicKey, SalsaBox, SecretKey};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::transport::link::Link;
+use crate::transport::tls::Tls;
+
+/// A relay's end, and everything else that the session's owner has.
+struct World {
+    relay: DuplexStream,
+    packets: Sender<Packet>,
+    _home: tokio::sync::watch::Sender<bool>,
+    events: mpsc::Receiver<(ConnectionId, Event)>,
+    session: JoinHandle<(Result<(), DerpError>, bool)>,
+}
+
+impl World {
+    /// A session that the relay has admitted with these limits.
+    async fn admitted(limits: &str) -> Self {
+        let (io, mut relay) = tokio::io::duplex(4096);
+        let (packets, outgoing) = queue(QUEUE);
+        let (home, preferred) = tokio::sync::watch::channel(false);
+        let (tell, mut events) = mpsc::channel(64);
+        let key = NodePrivate::random();
+        let node = key.public();
+        let underlay = Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
+        let id = ConnectionId { region: 1, number: 1 };
+        let mut task = Task { id, relays: Vec::new(), key, underlay, events: tell, outgoing, preferred };
+        let session = tokio::spawn(async move { Session::new(&mut task, "relay".to_owned()).run(Box::new(io)).await });
+
+        let own = SecretKey::generate(&mut OsRng);
+        let magic = b"DERP\xf0\x9f\x94\x91";
+        relay.write_all(&frame(0x01, &[magic.as_slice(), own.public_key().as_bytes()].concat())).await.unwrap();
+        assert_eq!(read_frame(&mut relay).await.0, 0x02);
+        let sealer = SalsaBox::new(&PublicKey::from(*node.as_bytes()), &own);
+        let nonce = SalsaBox::generate_nonce(&mut OsRng);
+        let sealed = sealer.encrypt(&nonce, limits.as_bytes()).unwrap();
+        relay.write_all(&frame(0x03, &[nonce.as_slice(), &sealed].concat())).await.unwrap();
+        assert!(matches!(events.recv().await, Some((_, Event::Connected))));
+        assert_eq!(read_frame(&mut relay).await, (0x07, vec![0]));
+        Self { relay, packets, _home: home, events, session }
+    }
+
+    fn send(&self, count: usize) {
+        for _ in 0..count {
+            let contents = vec![7; 963].into();
+            self.packets.push(Packet { peer: NodePublic::from_bytes([9; 32]), contents });
+        }
+    }
+}
+
+fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&[kind], length.as_slice(), payload].concat()
+}
+
+async fn read_frame(relay: &mut DuplexStream) -> (u8, Vec<u8>) {
+    let mut head = [0; 5];
+    relay.read_exact(&mut head).await.unwrap();
+    let mut payload = vec![0; BytesMut::from(&head[1..]).get_u32() as usize];
+    relay.read_exact(&mut payload).await.unwrap();
+    (head[0], payload)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_comes_is_heard_while_the_relay_takes_nothing() {
+    let mut world = World::admitted("{}").await;
+    world.send(64);
+    // The pipe is full long before.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    world.relay.write_all(&frame(0x05, &[[3; 32].as_slice(), b"hello"].concat())).await.unwrap();
+    let Some((_, Event::Packets(packets))) = world.events.recv().await else { panic!("no packets") };
+    assert_eq!(packets[0].contents, b"hello".as_slice());
+    // The relay goes on after ten seconds, as one that limits our rate does, and gets every packet whole.
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    for _ in 0..64 {
+        assert_eq!(read_frame(&mut world.relay).await.1.len(), 32 + 963);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_that_takes_nothing_at_all_is_given_up() {
+    let world = World::admitted("{}").await;
+    let start = Instant::now();
+    world.send(64);
+    let (ended, admitted) = world.session.await.unwrap();
+    assert!(matches!(ended, Err(DerpError::Silent { .. })), "{ended:?}");
+    assert!(admitted && (14..17).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_gets_no_more_than_it_allows() {
+    let mut world = World::admitted(r#"{"TokenBucketBytesPerSecond":10000,"TokenBucketBytesBurst":10000}"#).await;
+    let start = Instant::now();
+    let mut frames = 0;
+    world.send(QUEUE);
+    while frames < QUEUE {
+        read_frame(&mut world.relay).await;
+        frames += 1;
+    }
+    // Of 128 frames of 1,000 octets, all but the first batches wait for their time.
+    let took = start.elapsed().as_secs_f64();
+    assert!((5.0..14.0).contains(&took), "{took}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_ends_the_session_with_what_the_relay_wishes() {
+    let mut world = World::admitted("{}").await;
+    let wishes = [2_000_u32.to_be_bytes(), 5_000_u32.to_be_bytes()].concat();
+    world.relay.write_all(&frame(0x15, &wishes)).await.unwrap();
+    let (ended, _) = world.session.await.unwrap();
+    let Err(DerpError::Restarting { reconnect_in, try_for, .. }) = ended else { panic!("{ended:?}") };
+    assert_eq!((reconnect_in, try_for), (Duration::from_secs(2), Duration::from_secs(5)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_problem_that_the_relay_tells_leaves_the_session_alone() {
+    let mut world = World::admitted("{}").await;
+    world.relay.write_all(&frame(0x14, b"duplicate client")).await.unwrap();
+    world.relay.write_all(&frame(0x12, b"12345678")).await.unwrap();
+    assert_eq!(read_frame(&mut world.relay).await, (0x13, b"12345678".to_vec()));
+    assert!(!world.session.is_finished());
+}
