@@ -1,10 +1,12 @@
 //! The bed's hosts and the wires between them.
 //!
 //! ```text
-//! wan      bridge 10.99.0.0/24: .1 headscale, DERP 999, STUN; .2 derper, region 998; .2 to .4 tbcontrol; .254 the trap
+//! wan      bridge 10.99.0.0/24: .1 headscale, DERP 999, STUN; .2 derper, region 998; .2 to .5 tbcontrol; .254 the trap
 //! client   10.99.0.21  the sidecar, and who uses it
 //! silent   10.99.0.22  the sidecar of a scenario that runs beside the others for long
 //! killed   10.99.0.23  likewise
+//! relayed  10.99.0.41  the sidecar of the scenarios about relays, beside the others too
+//! lasting  10.99.0.42  the sidecar of one connection that lasts, likewise
 //! apps     10.99.0.24  the sidecar of the scenarios about app connectors, beside the others too
 //! link     10.99.0.25  the sidecar of the scenarios about another network, with a second way in by eth1
 //! web      10.99.0.31  tailscaled (userspace), a site
@@ -39,6 +41,8 @@ pub(crate) struct Hosts {
     pub(crate) killed: Namespace,
     pub(crate) apps: Namespace,
     pub(crate) link: Namespace,
+    pub(crate) relayed: Namespace,
+    pub(crate) lasting: Namespace,
     pub(crate) web: Namespace,
     pub(crate) router: Namespace,
     pub(crate) router2: Namespace,
@@ -63,6 +67,8 @@ impl Hosts {
             killed: make("killed")?,
             apps: make("apps")?,
             link: make("link")?,
+            relayed: make("relayed")?,
+            lasting: make("lasting")?,
             web: make("web")?,
             router: make("router")?,
             router2: make("router2")?,
@@ -74,7 +80,8 @@ impl Hosts {
         };
         hosts.wan.ip(&format!(
             "link add br0 type bridge\naddr add 10.99.0.1/24 dev br0\naddr add 10.99.0.2/24 dev br0\n\
-             addr add 10.99.0.3/24 dev br0\naddr add 10.99.0.4/24 dev br0\naddr add {TRAP}/24 dev br0\nlink set br0 up"
+             addr add 10.99.0.3/24 dev br0\naddr add 10.99.0.4/24 dev br0\naddr add 10.99.0.5/24 dev br0\n\
+             addr add {TRAP}/24 dev br0\nlink set br0 up"
         ))?;
         for (host, last) in [
             (&hosts.client, 21),
@@ -82,6 +89,8 @@ impl Hosts {
             (&hosts.killed, 23),
             (&hosts.apps, 24),
             (&hosts.link, 25),
+            (&hosts.relayed, 41),
+            (&hosts.lasting, 42),
             (&hosts.web, 31),
             (&hosts.router, 13),
             (&hosts.conn, 14),

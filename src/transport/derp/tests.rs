@@ -28,7 +28,8 @@ impl World {
         let (tell, mut events) = mpsc::channel(64);
         let key = NodePrivate::random();
         let node = key.public();
-        let underlay = Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
+        let underlay =
+            Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
         let id = ConnectionId { region: 1, number: 1 };
         let mut task = Task { id, relays: Vec::new(), key, underlay, events: tell, outgoing, preferred };
         let session = tokio::spawn(async move { Session::new(&mut task, "relay".to_owned()).run(Box::new(io)).await });

@@ -15,12 +15,14 @@ mod exit_node;
 mod failover;
 mod join;
 mod keys;
+mod lasting;
 mod leave;
 mod link;
 mod names;
 mod paths;
 mod ping;
 mod provision;
+mod relay;
 mod routes;
 mod shared;
 mod transfer;
@@ -89,7 +91,8 @@ macro_rules! scenario {
 }
 
 /// Long and quiet; first, so that they are done when the others are.
-const BESIDE: [Scenario; 2] = [
+const BESIDE: [Scenario; 3] = [
+    scenario!(lasting::a_connection_outlives_its_keys).within(330).beside(|hosts| &hosts.lasting),
     scenario!(control_faults::a_silent_map_stream_is_given_up).within(200).beside(|hosts| &hosts.silent),
     scenario!(leave::a_killed_run_is_forgotten_by_the_server).within(260).beside(|hosts| &hosts.killed),
 ];
@@ -127,6 +130,15 @@ const LINK: [Scenario; 6] = [
     scenario!(link::a_gateway_that_knows_no_connection_stops_no_download).within(90),
     scenario!(link::another_interface_stops_no_relayed_download).within(90),
     scenario!(link::a_download_goes_on_after_a_sleep).within(90),
+];
+
+/// About relays that fail, one after the other on a host of their own.
+const RELAY: [Scenario; 5] = [
+    scenario!(relay::a_relay_that_stops_moves_the_home_and_control_hears_of_it).within(90),
+    scenario!(relay::a_relay_with_another_certificate_is_left_for_another_region).within(90),
+    scenario!(relay::a_relay_that_restarts_is_awaited_as_it_wishes).within(90),
+    scenario!(relay::a_problem_that_a_relay_tells_is_told_and_cleared),
+    scenario!(relay::a_relay_that_limits_us_is_waited_for).within(90),
 ];
 
 const CONTROL_GROUP: [Scenario; 1] =
@@ -231,7 +243,8 @@ const CONFORMANCE: [Scenario; 12] = [
     scenario!(conformance::credentials_are_asked_for_when_configured),
 ];
 
-const PATHS: [Scenario; 4] = [
+const PATHS: [Scenario; 5] = [
+    scenario!(relay::connections_go_on_while_control_and_relay_restart).within(120),
     scenario!(paths::on_one_lan_bytes_go_directly),
     scenario!(paths::a_relayed_connection_becomes_direct_without_breaking).within(120),
     scenario!(paths::a_direct_connection_survives_the_loss_of_udp),
@@ -296,6 +309,7 @@ const UDP: [Scenario; 6] = [
 /// All of them, in the order in which they begin.
 pub(crate) fn all() -> impl Iterator<Item = Scenario> {
     let apps = APP_CONNECTORS.into_iter().chain(CONN25).map(|scenario| scenario.beside(|hosts| &hosts.apps));
+    let relay = RELAY.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.relayed));
     let on_client: [&[Scenario]; 20] = [
         &CONTROL_GROUP,
         &JOIN,
@@ -319,5 +333,6 @@ pub(crate) fn all() -> impl Iterator<Item = Scenario> {
         &TRANSFER,
     ];
     let link = LINK.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.link));
-    BESIDE.into_iter().chain(apps).chain(link).chain(on_client.into_iter().flatten().copied())
+    let beside = BESIDE.into_iter().chain(apps).chain(link).chain(relay);
+    beside.chain(on_client.into_iter().flatten().copied())
 }

@@ -101,7 +101,7 @@ pub(crate) fn a_peer_homed_in_another_region_is_reached_there(bed: &Bed) -> Resu
         // A netmap may still have the home of before.
         until(Duration::from_secs(15), &format!("bytes by region {region}"), || by_region(bed, region))
     });
-    debug(bed, &["force-prefer-derp", "0"])?;
+    prefer_none(bed)?;
     result
 }
 
@@ -120,12 +120,17 @@ fn by_region(bed: &Bed, region: &str) -> Result<Option<()>, Failed> {
 }
 
 /// Makes the web peer choose its home region, and waits until it has.
-fn prefer(bed: &Bed, region: &str, code: &str) -> Result<(), Failed> {
+pub(crate) fn prefer(bed: &Bed, region: &str, code: &str) -> Result<(), Failed> {
     debug(bed, &["force-prefer-derp", region])?;
     debug(bed, &["restun"])?;
     until(Duration::from_secs(20), "the web peer's home region", || {
         Ok((bed.web().status()?["Self"]["Relay"] == code).then_some(()))
     })
+}
+
+/// The opposite of [`prefer`].
+pub(crate) fn prefer_none(bed: &Bed) -> Result<(), Failed> {
+    debug(bed, &["force-prefer-derp", "0"])
 }
 
 fn debug(bed: &Bed, args: &[&str]) -> Result<(), Failed> {

@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"time"
 
 	"tailscale.com/tailcfg"
 )
@@ -140,7 +141,8 @@ func init() {
 		r.mu.Lock()
 		r.cert = strange
 		r.mu.Unlock()
-		return nil, r.start()
+		// The old STUN server gives its port back a moment later.
+		return until(5*time.Second, "the relay's ports", func() (any, bool) { return nil, r.start() == nil })
 	})
 }
 
