@@ -223,14 +223,14 @@ mod tests {
         let (mut window, now) = opened(Some(1), Duration::from_micros(300));
         // All of the ring was announced before the way was known.
         assert_eq!(announced(&mut window, 1, now), 0x7fff << 5);
-        assert_eq!(announced(&mut window, 1_000_001, now), (0x7fff << 5) - 1_000_000 + 31 & !31);
+        assert_eq!(announced(&mut window, 1_000_001, now), ((0x7fff << 5) - 1_000_000_usize).next_multiple_of(32));
         let settled = announced(&mut window, 1_048_545, now);
         assert!((QUEUE..QUEUE + 32).contains(&settled), "{settled}");
     }
 
     #[test]
     fn a_long_way_and_a_direct_path_keep_their_window() {
-        let (mut window, now) = opened(Some(1), Duration::from_millis(50));
+        let (mut window, now) = opened(Some(1), Duration::from_millis(60));
         assert_eq!(announced(&mut window, 1_048_545, now), 0x7fff << 5);
         let (mut window, now) = opened(None, Duration::from_micros(300));
         assert_eq!(announced(&mut window, 1_048_545, now), 0x7fff << 5);

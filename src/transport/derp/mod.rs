@@ -228,10 +228,13 @@ impl Task {
     /// Says why the connection is lost, and why it could not be made again, once until it could.
     fn log_loss(&self, error: &DerpError, told: &mut bool) {
         let region = self.id.region;
-        match error {
-            DerpError::Closed { .. } | DerpError::Restarting { .. } => info!(region, %error, "derp connection lost"),
-            _ if std::mem::replace(told, true) => debug!(region, %error, "derp connection lost"),
-            _ => warn!(region, %error, "derp region cannot be used"),
+        let was_there = matches!(error, DerpError::Closed { .. } | DerpError::Restarting { .. });
+        if was_there {
+            info!(region, %error, "derp connection lost");
+        } else if std::mem::replace(told, true) {
+            debug!(region, %error, "derp connection lost");
+        } else {
+            warn!(region, %error, "derp region cannot be used");
         }
     }
 
