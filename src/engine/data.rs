@@ -180,6 +180,7 @@ impl Engine {
         }
         self.flush_established(now);
         self.stats.drop(Dropped::Staged, self.wireguard.take_staged_dropped());
+        self.begin_watch(now);
     }
 
     /// Sends what waited for sessions that are usable now.

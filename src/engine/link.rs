@@ -18,7 +18,7 @@ impl Engine {
     /// We have slept, and the clock that sessions go by with us: peers may have ended theirs long ago, and would not
     /// say so. New ones are made; what there is stays in use until then.
     pub fn handle_wake(&mut self, now: Instant) {
-        let usable: Vec<Slot> = self.wireguard.usable().collect();
+        let usable: Vec<Slot> = self.wireguard.usable(now).collect();
         for slot in usable {
             if let Some(entry) = self.roster.entry(slot) {
                 self.wireguard.renew(slot, &entry.peer.key, now);

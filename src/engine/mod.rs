@@ -210,7 +210,7 @@ impl Engine {
             self.stats.drop(Dropped::TooLong, 1);
             return Ok(None);
         }
-        if self.wireguard.is_usable(slot) {
+        if self.wireguard.is_usable(slot, now) {
             return Ok(self.send_data(slot, packet, now));
         }
         if let Some(entry) = self.roster.entry(slot) {
@@ -244,12 +244,10 @@ impl Engine {
 
     /// Does what time demands; see [`next_deadline`](Self::next_deadline).
     pub fn handle_timeout(&mut self, now: Instant) {
-        let ticks = self.wireguard.handle_timeout(now);
+        self.wireguard.handle_timeout(now);
         self.magicsock.handle_timeout(&self.roster, now);
         self.settle(now);
-        if ticks {
-            self.examine_rivals(now);
-        }
+        self.watch_rivals(now);
     }
 
     /// The next thing to do. Ask until there is none, after every batch of calls of the others.
@@ -259,7 +257,7 @@ impl Engine {
 
     /// When to call [`handle_timeout`](Self::handle_timeout), and why. It may turn out that nothing is to do then.
     pub fn next_deadline(&self) -> Option<(Instant, &'static str)> {
-        let deadlines = [self.wireguard.next_deadline(), self.magicsock.next_deadline()];
+        let deadlines = [self.wireguard.next_deadline(), self.magicsock.next_deadline(), self.rivalry.next_deadline()];
         deadlines.into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
@@ -271,7 +269,7 @@ impl Engine {
         Some(PeerStatus {
             handshakes_sent: counters.handshakes_sent,
             last_handshake: counters.last_handshake,
-            established: self.wireguard.is_usable(slot),
+            established: self.wireguard.is_usable(slot, now),
             path: self.magicsock.status(slot, entry, now),
             sent_bytes: counters.sent_bytes,
             received_bytes: counters.received_bytes,

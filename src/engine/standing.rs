@@ -31,6 +31,9 @@ const PROBATION: Duration = Duration::from_secs(30);
 /// So often it is asked meanwhile.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
+/// How often peers with rivals are looked at while one of them has a tunnel.
+const LOOK_EVERY: Duration = Duration::from_millis(240);
+
 /// What is remembered of peers with rivals.
 #[derive(Debug, Default)]
 pub(super) struct Rivalry {
@@ -39,6 +42,13 @@ pub(super) struct Rivalry {
     /// When our home region was last found unconnected, and nobody was heard: that says nothing of anybody.
     deaf_at: Option<Instant>,
     deaf: bool,
+    look_at: Option<Instant>,
+}
+
+impl Rivalry {
+    pub(super) fn next_deadline(&self) -> Option<(Instant, &'static str)> {
+        self.look_at.map(|at| (at, "peers with rivals"))
+    }
 }
 
 /// A peer that serves a prefix which another serves too.
@@ -142,8 +152,23 @@ impl Engine {
         }
     }
 
+    /// Peers with rivals are looked at from now on, if one of them is in use.
+    pub(super) fn begin_watch(&mut self, now: Instant) {
+        if self.rivalry.look_at.is_none() && self.rivalry.rivals.keys().any(|slot| self.wireguard.is_active(*slot)) {
+            self.rivalry.look_at = Some(now + LOOK_EVERY);
+        }
+    }
+
+    /// Looks at them when it is time to.
+    pub(super) fn watch_rivals(&mut self, now: Instant) {
+        if self.rivalry.look_at.take_if(|at| *at <= now).is_some() {
+            self.examine_rivals(now);
+            self.begin_watch(now);
+        }
+    }
+
     /// Looks whether peers with rivals have fallen silent, or are heard again.
-    pub(super) fn examine_rivals(&mut self, now: Instant) {
+    fn examine_rivals(&mut self, now: Instant) {
         let slots: Vec<Slot> = self.rivalry.rivals.keys().copied().collect();
         self.note_deafness(&slots, now);
         let mut news = self.measure_rivals(now);
@@ -288,7 +313,7 @@ impl Engine {
             .find_map(|(from, to)| ip::build(ip::protocol::TSMP, from, to, &ping));
         let key = entry.peer.key;
         match packet {
-            Some(packet) if self.wireguard.is_usable(slot) => drop(self.send_data(slot, &packet, now)),
+            Some(packet) if self.wireguard.is_usable(slot, now) => drop(self.send_data(slot, &packet, now)),
             _ => self.insist(slot, &key, now),
         }
     }

@@ -1,5 +1,6 @@
 //! Two engines and what lies between them.
 
+mod life;
 mod link;
 mod netcheck;
 mod paths;
@@ -57,21 +58,26 @@ fn staged_packets_leave_when_the_peers_handshake_wins() {
 }
 
 #[test]
-fn an_unanswered_initiation_is_repeated_ever_later() {
+fn an_unanswered_initiation_is_repeated_each_quarter_second_and_then_ever_later() {
     let mut world = World::started(Transport::Derp);
     world.derp_works = false;
-    let start = world.now;
     world.send(0, b"lost");
-    let mut sent_at = Vec::new();
-    for _ in 0..1000 {
-        let before = world.status(0).handshakes_sent;
+    let mut pauses = Vec::new();
+    let (mut at, mut before) = (world.now, 1);
+    while before < 45 {
         world.run(Duration::from_millis(10));
-        if world.status(0).handshakes_sent > before {
-            sent_at.push((world.now - start).as_millis() as u64);
+        let sent = world.status(0).handshakes_sent;
+        if sent > before {
+            pauses.push((world.now - at).as_millis() as u64);
+            (at, before) = (world.now, sent);
         }
     }
-    assert_eq!(sent_at, [250, 750, 1750, 3750, 7750]);
-    assert_eq!(world.status(0).handshakes_sent, 6);
+    let eager = pauses.iter().take_while(|pause| **pause <= 250).count();
+    assert!((19..=26).contains(&eager), "for five seconds: {pauses:?}");
+    assert!(pauses[..eager].iter().all(|pause| *pause >= 190), "{pauses:?}");
+    let later = &pauses[eager..];
+    assert!(later.len() >= 15 && later.iter().all(|pause| (390..=4_000).contains(pause)), "{pauses:?}");
+    assert!(later[3..].iter().all(|pause| *pause >= 3_190), "{pauses:?}");
 }
 
 #[test]

@@ -125,6 +125,9 @@ impl Magicsock {
                     let place = self.places.get_mut(*slot).and_then(Option::as_mut);
                     if let (Some(place), Some(entry)) = (place, roster.entry(*slot)) {
                         place.path.set_endpoints(&entry.peer.endpoints, now);
+                        if matches!(change, Change::Restarted(_)) {
+                            place.path.doubt();
+                        }
                     }
                 }
             }
@@ -201,8 +204,14 @@ impl Magicsock {
     /// A packet of the peer came by this region.
     pub(super) fn note_derp(&mut self, slot: Slot, entry: &Entry, region: RegionId, now: Instant) {
         self.relays.touch(region, now);
+        // Two that each answer by the region that the other used last would swap regions with every packet: the first
+        // stays while it works. Tailscale's client takes the last, and so follows us.
+        let used = self.places.get(slot).and_then(Option::as_ref).and_then(|place| place.path.replies_by);
+        let works = used.is_some_and(|used| self.relays.is_connected(used));
         let path = &mut self.place(slot, entry, now).path;
-        path.replies_by = Some(region);
+        if !works {
+            path.replies_by = Some(region);
+        }
         path.heard_by = Some(region);
     }
 

@@ -75,7 +75,7 @@ pub(super) struct Path {
     last_full_ping: Option<Instant>,
     heartbeat_at: Option<Instant>,
     discover_at: Option<Instant>,
-    /// The region by which the peer last reached us, while PeerGone has not said otherwise.
+    /// The region by which the peer reached us and is answered, while PeerGone has not said otherwise.
     pub(super) replies_by: Option<RegionId>,
     /// The same, for ever.
     pub(super) heard_by: Option<RegionId>,
@@ -142,13 +142,15 @@ impl Path {
 
     /// The peer asks to be pinged there, now.
     pub(super) fn handle_call(&mut self, endpoints: &[SocketAddr], now: Instant) -> Probe {
+        // Behind a hard NAT the best address may be one that the peer does not know of, and never names.
+        let named = self.best_candidate().is_some_and(|best| best.in_netmap || best.from_call);
         self.candidates.values_mut().for_each(|candidate| candidate.from_call = false);
         for endpoint in endpoints.iter().filter(|endpoint| !is_link_local_v6(endpoint)).take(CANDIDATES) {
             self.candidates.entry(*endpoint).or_default().from_call = true;
         }
         self.forget_unknown(now);
-        if self.best_candidate().is_some_and(|best| !best.from_call) {
-            // It may be one that the peer had, whatever the netmap still says.
+        if named && self.best_candidate().is_some_and(|best| !best.from_call) {
+            // It is one that the peer had, whatever the netmap still says.
             self.trusted_until = None;
         }
         self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
@@ -223,7 +225,7 @@ impl Path {
         [self.heartbeat_at, self.pings.next_deadline()].into_iter().flatten().min()
     }
 
-    /// Our own network changed: the best address may still be, and is asked first of all.
+    /// Our own network changed, or the peer has started anew: the best address may still be, and is asked first of all.
     pub(super) fn doubt(&mut self) {
         self.trusted_until = None;
         self.discover_at = None;

@@ -44,6 +44,8 @@ pub(super) struct World {
     pub(super) udp_works: bool,
     pub(super) stun_works: bool,
     pub(super) derp_works: bool,
+    /// Which packets get lost, by either way.
+    pub(super) lose: fn(&[u8]) -> bool,
     /// One way, by UDP.
     pub(super) udp_delay: Duration,
     /// One way, by DERP.
@@ -91,6 +93,7 @@ impl World {
             udp_works: true,
             stun_works: true,
             derp_works: true,
+            lose: |_| false,
             udp_delay: Duration::from_millis(10),
             derp_delay: Duration::from_millis(30),
             datagrams: Vec::new(),
@@ -265,6 +268,9 @@ impl World {
             }
             return;
         }
+        if (self.lose)(&datagram) {
+            return;
+        }
         if !self.udp_works && to != STUN_SERVER.parse().unwrap() && from != STUN_SERVER.parse().unwrap() {
             return;
         }
@@ -280,7 +286,7 @@ impl World {
 
     fn deliver_derp(&mut self, region: RegionId, from: usize, to: NodePublic, mut packet: Vec<u8>) {
         let sender = self.nodes[from].key.public();
-        if !self.derp_works || !self.nodes[from].regions.contains(&region) {
+        if !self.derp_works || (self.lose)(&packet) || !self.nodes[from].regions.contains(&region) {
             return;
         }
         if self.dead.iter().any(|dead| *dead == from || self.nodes[*dead].key.public() == to) {
@@ -291,6 +297,11 @@ impl World {
             let admitted = node.engine.handle_derp(region, sender, &mut packet, self.now).map(|packet| packet.to_vec());
             node.received.extend(admitted);
         }
+    }
+
+    /// A node no longer knows its tunnels, and tells nobody.
+    pub(super) fn forget_sessions(&mut self, node: usize) {
+        (0..self.nodes.len()).for_each(|slot| self.nodes[node].engine.wireguard.remove(slot));
     }
 
     /// The flow that [`World::send`] uses, from this node's side.

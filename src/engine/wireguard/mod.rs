@@ -1,31 +1,35 @@
-//! WireGuard: one boringtun `Tunn` for each peer that is in use, and everything that is peculiar about boringtun.
+//! WireGuard: tunnels of boringtun's `Tunn`s, one for each peer that is in use, and everything that is peculiar about
+//! boringtun.
 //!
-//! - `Tunn` queues packets while it has no session, but flushes that queue only where it initiated. So packets are
+//! - It reads the clock itself, for its timers and its rate limiter, so virtual time would not reach them; it calls a
+//!   handshake expired that began 90 s after the peer's last one; and it repeats an unanswered one only after 5 s. So
+//!   `update_timers` is never called: rekey, expiry, keepalives and repeats are here, in the engine's time, and cost
+//!   an idle peer nothing. boringtun's `mock-instant` would freeze the clock of every binary that a test run builds.
+//!   What still comes of the clock is a handshake's timestamp.
+//! - Without its timers a `Tunn` sends by the session that it last received by: see [`tunnel`].
+//! - It queues packets while it has no session, but flushes that queue only where it initiated. So packets are
 //!   staged here, and `encapsulate` is called with a session only.
-//! - It repeats an unanswered initiation after 5 s; here the first handshake is repeated after 250 ms, then ever later.
-//!   A responder forgets the session of an initiation as soon as the next one arrives, so the answer to an initiation
-//!   that has a successor is no session to send on: the successor's answer is.
-//! - It reads the clock itself: its timers need a call a quarter second, and virtual time does not reach them.
 //! - It panics when a buffer is short: [`SCRATCH_LENGTH`] and the writers' room are sized for its worst case.
-//! - A receiver index is the slot in the upper 24 bits and the session in the lower 8.
-//! - Handshakes share one `RateLimiter`. By DERP there is no source address that a cookie could prove, so under load
-//!   those are dropped.
+//! - A receiver index is, from the top, the slot in 21 bits, the handshake's generation in 3, its messages in 8.
 
+mod attempt;
+mod load;
 mod receive;
 mod staged;
+mod tunnel;
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::noise::{Tunn, TunnResult};
+use boringtun::noise::Tunn;
 use boringtun::x25519::{PublicKey, StaticSecret};
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
+use self::attempt::{Attempt, Purpose};
+use self::load::Load;
 pub(super) use self::receive::Received;
+use self::tunnel::{GENERATIONS, Tunnel};
 use super::roster::Slot;
 use crate::key::{NodePrivate, NodePublic};
 
@@ -33,40 +37,14 @@ use crate::key::{NodePrivate, NodePublic};
 pub(super) const OVERHEAD: usize = 32;
 /// A buffer that holds whatever boringtun may write: a datagram of DERP is 64 KiB at most.
 pub(super) const SCRATCH_LENGTH: usize = 65_536 + 256;
-/// How often the timers of tunnels are looked at; a random tenth less, so that peers' keepalives do not march in step.
-const TICK: Duration = Duration::from_millis(250);
-/// When an initiation is repeated first; twice as long each time.
-const RETRY_FIRST: Duration = Duration::from_millis(250);
-/// How late it is repeated at most. Below boringtun's 5 s, so that boringtun never repeats one of these itself.
-const RETRY_MOST: Duration = Duration::from_secs(4);
-/// When a handshake is given up. Source: the WireGuard paper, section 6.1, Rekey-Attempt-Time.
-const ATTEMPT: Duration = Duration::from_secs(90);
+/// Who has received data and has nothing to send says so after that time. Source: the WireGuard paper, section 6.5,
+/// Keepalive-Timeout.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Who has sent data and heard nothing for so long doubts the session: a peer that held it would have sent a keepalive.
+/// Source: the same, Keepalive-Timeout and Rekey-Timeout.
+const DOUBT: Duration = Duration::from_secs(15);
 /// A tunnel without session and without anything to do is kept that long for the peer's confirmation.
 const IDLE: Duration = Duration::from_secs(15);
-/// Handshake messages a second before cookies are demanded; each initiation is counted twice.
-const HANDSHAKES_A_SECOND: u64 = 200;
-
-/// A first handshake that waits for its answer.
-#[derive(Debug)]
-struct Attempt {
-    started: Instant,
-    retry_at: Instant,
-    retry_in: Duration,
-    /// The receiver index that the answer to the newest initiation carries.
-    newest: u32,
-    /// There was no way to send the newest initiation.
-    stuck: bool,
-}
-
-/// An active peer's tunnel.
-struct Tunnel {
-    tunn: Tunn,
-    /// Whether there is a session that the peer is known to hold too.
-    usable: bool,
-    attempt: Option<Attempt>,
-    /// When a handshake message last went out or anything authentic came in.
-    touched: Instant,
-}
 
 /// What is remembered of a peer whether or not it has a tunnel.
 #[derive(Default)]
@@ -93,14 +71,12 @@ pub(super) struct Counters {
 pub(super) struct WireGuard {
     private: StaticSecret,
     public: PublicKey,
-    limiter: Arc<RateLimiter>,
-    limiter_reset: Instant,
+    load: Load,
     places: Vec<Place>,
     active: BTreeSet<Slot>,
     rng: StdRng,
-    tick_at: Option<Instant>,
-    /// No retry is due before.
-    retry_at: Option<Instant>,
+    /// No tunnel has anything to do before.
+    wake_at: Option<Instant>,
     outbox: VecDeque<(Slot, Vec<u8>)>,
     established: VecDeque<Slot>,
     staged_dropped: u64,
@@ -112,15 +88,13 @@ impl WireGuard {
         let private = StaticSecret::from(*key.as_bytes());
         let public = PublicKey::from(&private);
         Self {
-            limiter: Arc::new(RateLimiter::new(&public, HANDSHAKES_A_SECOND)),
-            limiter_reset: now,
+            load: Load::new(&public, now),
             private,
             public,
             places: Vec::new(),
             active: BTreeSet::new(),
             rng: StdRng::from_seed(seed),
-            tick_at: None,
-            retry_at: None,
+            wake_at: None,
             outbox: VecDeque::new(),
             established: VecDeque::new(),
             staged_dropped: 0,
@@ -132,12 +106,11 @@ impl WireGuard {
     pub(super) fn set_key(&mut self, key: &NodePrivate, now: Instant) -> Vec<Slot> {
         self.private = StaticSecret::from(*key.as_bytes());
         self.public = PublicKey::from(&self.private);
-        self.limiter = Arc::new(RateLimiter::new(&self.public, HANDSHAKES_A_SECOND));
-        self.limiter_reset = now;
+        self.load = Load::new(&self.public, now);
         for place in &mut self.places {
             place.tunnel = None;
         }
-        (self.tick_at, self.retry_at) = (None, None);
+        self.wake_at = None;
         self.outbox.clear();
         self.established.clear();
         std::mem::take(&mut self.active).into_iter().collect()
@@ -154,7 +127,7 @@ impl WireGuard {
 
     /// The peer has forgotten its sessions: ours goes, and if it was in use, a new one is made at once.
     pub(super) fn restart(&mut self, slot: Slot, key: &NodePublic, now: Instant) {
-        let in_use = self.is_usable(slot);
+        let in_use = self.is_usable(slot, now);
         if let Some(place) = self.places.get_mut(slot) {
             place.tunnel = None;
             place.unheard_since = None;
@@ -166,13 +139,13 @@ impl WireGuard {
     }
 
     /// Whether [`encrypt`](Self::encrypt) may be called.
-    pub(super) fn is_usable(&self, slot: Slot) -> bool {
-        self.places.get(slot).and_then(|place| place.tunnel.as_ref()).is_some_and(|tunnel| tunnel.usable)
+    pub(super) fn is_usable(&self, slot: Slot, now: Instant) -> bool {
+        self.places.get(slot).and_then(|place| place.tunnel.as_ref()).is_some_and(|tunnel| tunnel.is_usable(now))
     }
 
     /// The peers to whom there is a session.
-    pub(super) fn usable(&self) -> impl Iterator<Item = Slot> + use<'_> {
-        self.active.iter().copied().filter(|slot| self.is_usable(*slot))
+    pub(super) fn usable(&self, now: Instant) -> impl Iterator<Item = Slot> {
+        self.active.iter().copied().filter(move |slot| self.is_usable(*slot, now))
     }
 
     /// Encrypts into `room`, which has [`OVERHEAD`] bytes more than the packet and 148 at least. False when there is no
@@ -181,30 +154,37 @@ impl WireGuard {
         let Some(place) = self.places.get_mut(slot) else {
             return false;
         };
-        let Some(tunnel) = place.tunnel.as_mut().filter(|tunnel| tunnel.usable) else {
+        assert!(room.len() >= (packet.len() + OVERHEAD).max(148), "the batch reserves room for boringtun's worst case");
+        let Some((_, rekey)) = place.tunnel.as_mut().and_then(|tunnel| tunnel.seal(packet, room, now)) else {
             return false;
         };
-        assert!(room.len() >= (packet.len() + OVERHEAD).max(148), "the batch reserves room for boringtun's worst case");
         place.counters.sent_bytes += packet.len() as u64;
-        place.unheard_since.get_or_insert(now);
-        matches!(tunnel.tunn.encapsulate(packet, room), TunnResult::WriteToNetwork(_))
+        if place.unheard_since.is_none() {
+            place.unheard_since = Some(now);
+            self.wake(now + DOUBT);
+        }
+        if rekey {
+            self.rekey(slot, now);
+        }
+        true
     }
 
     /// Starts a handshake unless there is a session or a handshake under way.
     pub(super) fn initiate(&mut self, slot: Slot, key: &NodePublic, now: Instant) {
-        if !self.tunnel(slot, key, now).usable {
+        if !self.is_usable(slot, now) {
             self.renew(slot, key, now);
         }
     }
 
     /// Starts a handshake unless one is under way; a session that there is stays in use.
     pub(super) fn renew(&mut self, slot: Slot, key: &NodePublic, now: Instant) {
-        let tunnel = self.tunnel(slot, key, now);
-        if tunnel.attempt.is_some() {
+        let usable = self.is_usable(slot, now);
+        if let Some(attempt) = self.tunnel(slot, key, now).attempt.as_mut() {
+            attempt.doubt(now);
+            self.reschedule(slot, now);
             return;
         }
-        tunnel.attempt = Some(Attempt { started: now, retry_at: now, retry_in: RETRY_FIRST, newest: 0, stuck: false });
-        self.send_initiation(slot, now);
+        self.begin(slot, if usable { Purpose::Doubt } else { Purpose::First }, now);
     }
 
     /// The initiation could not be sent: no way leads to the peer yet.
@@ -218,7 +198,7 @@ impl WireGuard {
     /// already is not repeated, since two peers that both do so lose each other's answers.
     pub(super) fn hurry(&mut self, slot: Slot, now: Instant) {
         if let Some(attempt) = self.attempt(slot).filter(|attempt| attempt.stuck) {
-            attempt.retry_in = RETRY_FIRST;
+            attempt.hurry(now);
             self.send_initiation(slot, now);
         }
     }
@@ -233,9 +213,11 @@ impl WireGuard {
         self.outbox.pop_front()
     }
 
-    /// Since when a handshake has been waiting for its answer.
+    /// Since when a handshake has been waiting for its answer. One that only replaces an old session does not count:
+    /// the session still tells whether the peer is there.
     pub(super) fn asking_since(&self, slot: Slot) -> Option<Instant> {
-        Some(self.places.get(slot)?.tunnel.as_ref()?.attempt.as_ref()?.started)
+        let attempt = self.places.get(slot)?.tunnel.as_ref()?.attempt.as_ref()?;
+        (attempt.purpose != Purpose::Age).then_some(attempt.started)
     }
 
     /// When the first packet went out after which nothing authentic has come in.
@@ -253,29 +235,29 @@ impl WireGuard {
         self.places.iter().any(|place| place.heard.is_some_and(|heard| heard > since))
     }
 
+    /// Whether the peer has a tunnel.
+    pub(super) fn is_active(&self, slot: Slot) -> bool {
+        self.active.contains(&slot)
+    }
+
     pub(super) fn counters(&self, slot: Slot) -> Counters {
         self.places.get(slot).map(|place| place.counters).unwrap_or_default()
     }
 
-    /// Whether it was time to look at the tunnels.
-    pub(super) fn handle_timeout(&mut self, now: Instant) -> bool {
-        if self.retry_at.is_some_and(|at| at <= now) {
-            self.retry(now);
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        if self.wake_at.is_none_or(|at| at > now) {
+            return;
         }
-        let ticks = self.tick_at.is_some_and(|at| at <= now);
-        if ticks {
-            self.reset_limiter(now);
-            let slots: Vec<Slot> = self.active.iter().copied().collect();
-            slots.into_iter().for_each(|slot| self.tick(slot, now));
-            self.tick_at = (!self.active.is_empty()).then(|| now + self.jittered_tick());
+        self.wake_at = None;
+        let slots: Vec<Slot> = self.active.iter().copied().collect();
+        for slot in slots {
+            self.look_after(slot, now);
+            self.reschedule(slot, now);
         }
-        ticks
     }
 
     pub(super) fn next_deadline(&self) -> Option<(Instant, &'static str)> {
-        let tick = self.tick_at.map(|at| (at, "wireguard timers"));
-        let retry = self.retry_at.map(|at| (at, "handshake retry"));
-        tick.into_iter().chain(retry).min_by_key(|(at, _)| *at)
+        self.wake_at.map(|at| (at, "wireguard timers"))
     }
 
     /// The peer's tunnel, made if there is none.
@@ -284,82 +266,84 @@ impl WireGuard {
             self.places.resize_with(slot + 1, Place::default);
         }
         self.active.insert(slot);
-        if self.tick_at.is_none() {
-            self.tick_at = Some(now + self.jittered_tick());
-        }
-        self.places[slot].tunnel.get_or_insert_with(|| {
-            let theirs = PublicKey::from(*key.as_bytes());
-            let tunn = Tunn::new(self.private.clone(), theirs, None, None, slot as u32, Some(self.limiter.clone()));
-            Box::new(Tunnel { tunn, usable: false, attempt: None, touched: now })
-        })
+        self.places[slot].tunnel.get_or_insert_with(|| Box::new(Tunnel::new(*key, now)))
+    }
+
+    fn tunn(&self, slot: Slot, key: &NodePublic, generation: u32) -> Box<Tunn> {
+        let theirs = PublicKey::from(*key.as_bytes());
+        let index = slot as u32 * GENERATIONS + generation;
+        Box::new(Tunn::new(self.private.clone(), theirs, None, None, index, Some(self.load.calm())))
     }
 
     fn attempt(&mut self, slot: Slot) -> Option<&mut Attempt> {
         self.places.get_mut(slot)?.tunnel.as_mut()?.attempt.as_mut()
     }
 
+    /// The session is old, and another one is needed.
+    fn rekey(&mut self, slot: Slot, now: Instant) {
+        self.begin(slot, Purpose::Age, now);
+        // Nobody asks for messages after a packet.
+        self.wake(now);
+    }
+
+    /// Begins a handshake in a tunnel that has none under way.
+    fn begin(&mut self, slot: Slot, purpose: Purpose, now: Instant) {
+        let Some(tunnel) = self.places[slot].tunnel.as_mut() else {
+            return;
+        };
+        let (key, generation) = (tunnel.key, tunnel.next_generation());
+        let tunn = self.tunn(slot, &key, generation);
+        if let Some(tunnel) = self.places[slot].tunnel.as_mut() {
+            tunnel.attempt = Some(Attempt::new(tunn, generation, purpose, now));
+        }
+        self.send_initiation(slot, now);
+    }
+
     fn send_initiation(&mut self, slot: Slot, now: Instant) {
-        let place = &mut self.places[slot];
+        let Self { places, rng, message, .. } = self;
+        let place = &mut places[slot];
         let Some(tunnel) = place.tunnel.as_mut() else {
             return;
         };
-        let TunnResult::WriteToNetwork(initiation) =
-            tunnel.tunn.format_handshake_initiation(&mut self.message[..], true)
-        else {
+        let Some(initiation) = tunnel.attempt.as_mut().and_then(|it| it.initiate(rng, &mut message[..], now)) else {
             return;
         };
-        if let (Some(attempt), Some(index)) = (tunnel.attempt.as_mut(), sender_index(initiation)) {
-            attempt.newest = index;
-            attempt.stuck = false;
-            attempt.retry_at = now + attempt.retry_in;
-            attempt.retry_in = (attempt.retry_in * 2).min(RETRY_MOST);
-            self.retry_at = Some(self.retry_at.map_or(attempt.retry_at, |at| at.min(attempt.retry_at)));
-        }
         tunnel.touched = now;
         place.counters.handshakes_sent += 1;
-        self.outbox.push_back((slot, initiation.to_vec()));
+        self.outbox.push_back((slot, initiation));
+        self.reschedule(slot, now);
     }
 
-    /// Repeats the first handshakes that are due, and finds out when the next one is.
-    fn retry(&mut self, now: Instant) {
-        self.retry_at = None;
-        let mut due = Vec::new();
-        for slot in self.active.iter().copied() {
-            let Some(attempt) = self.places[slot].tunnel.as_ref().and_then(|tunnel| tunnel.attempt.as_ref()) else {
-                continue;
-            };
-            if attempt.retry_at <= now {
-                due.push((slot, now.duration_since(attempt.started) >= ATTEMPT));
-            } else {
-                self.retry_at = Some(self.retry_at.map_or(attempt.retry_at, |at| at.min(attempt.retry_at)));
-            }
-        }
-        for (slot, hopeless) in due {
-            if hopeless { self.drop_tunnel(slot) } else { self.send_initiation(slot, now) }
-        }
-    }
-
-    fn tick(&mut self, slot: Slot, now: Instant) {
+    /// Does what is due for one peer.
+    fn look_after(&mut self, slot: Slot, now: Instant) {
         let place = &mut self.places[slot];
         let Some(tunnel) = place.tunnel.as_mut() else {
             return;
         };
-        match tunnel.tunn.update_timers(&mut self.message[..]) {
-            TunnResult::WriteToNetwork(message) => {
-                tunnel.touched = now;
-                if message.first() == Some(&1) {
-                    place.counters.handshakes_sent += 1;
-                }
-                self.outbox.push_back((slot, message.to_vec()));
+        tunnel.expire(now);
+        let usable = tunnel.is_usable(now);
+        if tunnel.keepalive_at.is_some_and(|at| at <= now) {
+            tunnel.keepalive_at = None;
+            if let Some((length, _)) = tunnel.seal(&[], &mut self.message[..], now) {
+                self.outbox.push_back((slot, self.message[..length].to_vec()));
             }
-            TunnResult::Err(WireGuardError::ConnectionExpired) => return self.drop_tunnel(slot),
-            TunnResult::Err(_)
-            | TunnResult::Done
-            | TunnResult::WriteToTunnelV4(..)
-            | TunnResult::WriteToTunnelV6(..) => {}
         }
-        tunnel.usable = tunnel.usable && tunnel.tunn.time_since_last_handshake().is_some();
-        if !tunnel.usable && tunnel.attempt.is_none() && now.duration_since(tunnel.touched) >= IDLE {
+        if let Some(attempt) = tunnel.attempt.as_ref() {
+            if attempt.retry_at > now {
+                return;
+            }
+            if !attempt.is_hopeless(now) {
+                return self.send_initiation(slot, now);
+            }
+            // Only something new to send begins again.
+            tunnel.attempt = None;
+            place.unheard_since = None;
+            if !usable {
+                self.drop_tunnel(slot);
+            }
+        } else if usable && place.unheard_since.is_some_and(|since| now.duration_since(since) >= DOUBT) {
+            self.begin(slot, Purpose::Doubt, now);
+        } else if !usable && now.duration_since(tunnel.touched) >= IDLE {
             self.drop_tunnel(slot);
         }
     }
@@ -373,19 +357,35 @@ impl WireGuard {
         self.active.remove(&slot);
     }
 
-    fn jittered_tick(&mut self) -> Duration {
-        TICK - TICK.mul_f64(self.rng.random_range(0.0..0.1))
+    /// Sees to it that what one peer needs next is done in time.
+    fn reschedule(&mut self, slot: Slot, now: Instant) {
+        let Some(place) = self.places.get(slot) else {
+            return;
+        };
+        let Some(tunnel) = place.tunnel.as_ref() else {
+            return;
+        };
+        let usable = tunnel.is_usable(now);
+        let asking = tunnel.attempt.as_ref().map(|attempt| attempt.retry_at);
+        let doubt = place.unheard_since.map(|since| since + DOUBT).filter(|_| usable && asking.is_none());
+        let idle = (!usable && asking.is_none()).then(|| tunnel.touched + IDLE);
+        let all = [asking, doubt, idle, tunnel.keepalive_at, tunnel.expires_at()];
+        if let Some(at) = all.into_iter().flatten().min() {
+            self.wake(at);
+        }
     }
 
-    fn reset_limiter(&mut self, now: Instant) {
-        if now.duration_since(self.limiter_reset) >= Duration::from_secs(1) {
-            self.limiter_reset = now;
-            self.limiter.reset_count();
-        }
+    fn wake(&mut self, at: Instant) {
+        self.wake_at = Some(self.wake_at.map_or(at, |before| before.min(at)));
     }
 }
 
-/// The index by which the answer to an initiation will name us.
-fn sender_index(initiation: &[u8]) -> Option<u32> {
-    initiation.get(4..8)?.first_chunk().copied().map(u32::from_le_bytes)
+/// Whose receiver index it is.
+fn slot_of(index: u32) -> Slot {
+    (index >> 8) as Slot / GENERATIONS as Slot
+}
+
+/// Of which handshake.
+fn generation_of(index: u32) -> u32 {
+    (index >> 8) % GENERATIONS
 }

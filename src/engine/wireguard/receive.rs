@@ -8,7 +8,10 @@ use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::{Packet, Tunn, TunnResult};
 use rand::Rng;
 
-use super::WireGuard;
+use super::attempt::Purpose;
+use super::load::Verdict;
+use super::tunnel::REKEY_JITTER;
+use super::{KEEPALIVE, WireGuard, generation_of, slot_of};
 use crate::engine::roster::{Roster, Slot};
 use crate::engine::stats::Dropped;
 use crate::key::NodePublic;
@@ -39,96 +42,119 @@ impl WireGuard {
         assert!(scratch.len() >= message.len().max(256), "the scratch buffer holds any datagram");
         match Tunn::parse_incoming_packet(message) {
             Ok(Packet::PacketData(data)) => self.receive_data(data.receiver_idx, message, scratch, now),
-            Ok(Packet::HandshakeInit(_)) => self.receive_initiation(source, message, roster, scratch, now),
-            Ok(Packet::HandshakeResponse(response)) => {
-                self.receive_response(response.receiver_idx, source, message, scratch, now)
-            }
             Ok(Packet::PacketCookieReply(cookie)) => self.receive_cookie(cookie.receiver_idx, message, scratch),
+            Ok(Packet::HandshakeInit(_) | Packet::HandshakeResponse(_)) => {
+                match self.load.judge(source, message, scratch, now) {
+                    Verdict::Proven(packet) => self.receive_handshake(&packet, source, message, roster, now),
+                    Verdict::Cookie(length) => Received::Cookie(length),
+                    Verdict::Dropped(reason) => Received::Dropped(reason),
+                }
+            }
             Err(_) => Received::Dropped(Dropped::Malformed),
         }
     }
 
     fn receive_data(&mut self, index: u32, message: &[u8], scratch: &mut [u8], now: Instant) -> Received {
-        let slot = (index >> 8) as Slot;
+        let slot = slot_of(index);
         let Some(place) = self.places.get_mut(slot) else {
             return Received::Dropped(Dropped::NoSession);
         };
         let Some(tunnel) = place.tunnel.as_mut() else {
             return Received::Dropped(Dropped::NoSession);
         };
-        let received = match tunnel.tunn.decapsulate(None, message, scratch) {
-            TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
-                place.counters.received_bytes += packet.len() as u64;
-                Received::Packet(slot, packet.len())
-            }
-            TunnResult::Done => Received::Handled,
-            TunnResult::Err(error) => return Received::Dropped(reason(&error)),
-            TunnResult::WriteToNetwork(_) => return Received::Dropped(Dropped::Malformed),
+        let opened = match tunnel.open(index, message, scratch, now) {
+            Ok(opened) => opened,
+            Err(reason) => return Received::Dropped(reason),
         };
-        tunnel.touched = now;
+        place.counters.received_bytes += opened.length as u64;
         place.heard = Some(now);
         place.unheard_since = None;
-        // A session that carries data needs no other, whatever made us ask for one.
-        tunnel.attempt = None;
-        if !tunnel.usable {
-            tunnel.usable = true;
+        // A session that carries data needs no other, unless it is old.
+        tunnel.attempt.take_if(|attempt| opened.established || attempt.purpose != Purpose::Age);
+        if opened.established {
             place.counters.last_handshake = Some(now);
             self.established.push_back(slot);
         }
-        received
+        if opened.length > 0 && tunnel.keepalive_at.is_none() {
+            tunnel.keepalive_at = Some(now + KEEPALIVE);
+            self.wake(now + KEEPALIVE);
+        }
+        if opened.rekey {
+            self.rekey(slot, now);
+        }
+        if opened.length == 0 { Received::Handled } else { Received::Packet(slot, opened.length) }
     }
 
-    /// The answer to an initiation whose sender nobody knows yet.
-    fn receive_initiation(
+    fn receive_handshake(
         &mut self,
+        packet: &Packet<'_>,
         source: Option<IpAddr>,
         message: &[u8],
         roster: &Roster,
-        scratch: &mut [u8],
         now: Instant,
     ) -> Received {
-        self.reset_limiter(now);
-        let mut cookie = [0; 64];
-        let parsed = match self.limiter.verify_packet(source, message, &mut cookie) {
-            Ok(parsed) => parsed,
-            Err(TunnResult::WriteToNetwork(cookie)) => {
-                scratch[..cookie.len()].copy_from_slice(cookie);
-                return Received::Cookie(cookie.len());
+        match packet {
+            Packet::HandshakeResponse(response) => self.receive_response(response.receiver_idx, source, message, now),
+            Packet::HandshakeInit(initiation) => {
+                // Whose it is stands in it.
+                let Ok(half) = parse_handshake_anon(&self.private, &self.public, initiation) else {
+                    return Received::Dropped(Dropped::Forged);
+                };
+                let key = NodePublic::from_bytes(half.peer_static_public);
+                match roster.slot(&key) {
+                    Some(slot) => self.receive_initiation(slot, &key, source, message, now),
+                    None => Received::Dropped(Dropped::Stranger),
+                }
             }
-            Err(TunnResult::Err(error)) => return Received::Dropped(reason(&error)),
-            Err(_) => return Received::Dropped(Dropped::Malformed),
-        };
-        let Packet::HandshakeInit(initiation) = parsed else {
-            return Received::Dropped(Dropped::Malformed);
-        };
-        let Ok(half) = parse_handshake_anon(&self.private, &self.public, &initiation) else {
-            return Received::Dropped(Dropped::Forged);
-        };
-        let key = NodePublic::from_bytes(half.peer_static_public);
-        let Some(slot) = roster.slot(&key) else {
-            return Received::Dropped(Dropped::Stranger);
-        };
-        let fresh = !self.active.contains(&slot);
+            Packet::PacketCookieReply(_) | Packet::PacketData(_) => Received::Dropped(Dropped::Malformed),
+        }
+    }
+
+    fn receive_initiation(
+        &mut self,
+        slot: Slot,
+        key: &NodePublic,
+        source: Option<IpAddr>,
+        message: &[u8],
+        now: Instant,
+    ) -> Received {
+        let asleep = !self.active.contains(&slot);
+        let mut tunn = None;
+        let fresh = self.tunnel(slot, key, now).is_fresh();
+        if fresh {
+            tunn = Some(self.tunn(slot, key, 0));
+        }
+        let jitter = REKEY_JITTER.mul_f64(self.rng.random_range(0.0..1.0));
         let patience = Duration::from_secs_f64(self.rng.random_range(1.0..1.3));
-        let tunnel = self.tunnel(slot, &key, now);
-        match tunnel.tunn.decapsulate(source, message, scratch) {
-            TunnResult::WriteToNetwork(reply) if reply.len() == 64 => Received::Cookie(reply.len()),
+        let Self { places, message: room, .. } = self;
+        let Some(tunnel) = places[slot].tunnel.as_mut() else {
+            return Received::Dropped(Dropped::NoSession);
+        };
+        let incoming = tunnel.incoming(|| tunn.take().expect("a fresh tunnel's was just made"));
+        match incoming.decapsulate(source, message, &mut room[..]) {
             TunnResult::WriteToNetwork(reply) => {
+                let reply = reply.to_vec();
+                if let Some(index) = sender_index(&reply) {
+                    tunnel.add_theirs(index, jitter, now);
+                }
                 tunnel.touched = now;
                 // The peer is there and its own handshake is about to be confirmed: ours can wait for that, and not
                 // both just as long.
                 if let Some(attempt) = tunnel.attempt.as_mut() {
                     attempt.retry_at = attempt.retry_at.max(now + patience);
                 }
-                let reply = reply.to_vec();
                 self.places[slot].heard = Some(now);
                 self.places[slot].unheard_since = None;
                 self.outbox.push_back((slot, reply));
+                self.reschedule(slot, now);
                 Received::Handled
             }
             TunnResult::Err(error) => {
                 // Only now is the sender proven; a forged one shall not cost us a tunnel.
                 if fresh {
+                    tunnel.forget_incoming();
+                }
+                if asleep {
                     self.places[slot].tunnel = None;
                     self.active.remove(&slot);
                 }
@@ -140,51 +166,57 @@ impl WireGuard {
         }
     }
 
-    fn receive_response(
-        &mut self,
-        index: u32,
-        source: Option<IpAddr>,
-        message: &[u8],
-        scratch: &mut [u8],
-        now: Instant,
-    ) -> Received {
-        self.reset_limiter(now);
-        let slot = (index >> 8) as Slot;
-        let Some(place) = self.places.get_mut(slot) else {
+    fn receive_response(&mut self, index: u32, source: Option<IpAddr>, message: &[u8], now: Instant) -> Received {
+        let slot = slot_of(index);
+        let jitter = REKEY_JITTER.mul_f64(self.rng.random_range(0.0..1.0));
+        let Self { places, message: room, .. } = self;
+        let Some(place) = places.get_mut(slot) else {
             return Received::Dropped(Dropped::NoSession);
         };
         let Some(tunnel) = place.tunnel.as_mut() else {
             return Received::Dropped(Dropped::NoSession);
         };
-        match tunnel.tunn.decapsulate(source, message, scratch) {
-            TunnResult::WriteToNetwork(cookie) if cookie.len() == 64 => Received::Cookie(cookie.len()),
+        let Some(mut attempt) = tunnel.attempt.take_if(|attempt| attempt.generation == generation_of(index)) else {
+            return Received::Dropped(Dropped::NoSession);
+        };
+        if !attempt.is_newest(index) {
+            attempt.note_old_answer(index, now);
+            tunnel.attempt = Some(attempt);
+            return Received::Handled;
+        }
+        match attempt.tunn().decapsulate(source, message, &mut room[..]) {
             TunnResult::WriteToNetwork(keepalive) => {
+                self.outbox.push_back((slot, keepalive.to_vec()));
                 tunnel.touched = now;
-                if tunnel.attempt.as_ref().is_some_and(|attempt| attempt.newest != index) {
-                    return Received::Handled;
-                }
-                tunnel.attempt = None;
+                tunnel.keepalive_at = None;
+                tunnel.add_ours(index, attempt.into_tunn(), jitter, now);
                 place.heard = Some(now);
                 place.unheard_since = None;
                 place.counters.last_handshake = Some(now);
-                self.outbox.push_back((slot, keepalive.to_vec()));
-                tunnel.usable = true;
                 self.established.push_back(slot);
+                self.reschedule(slot, now);
                 Received::Handled
             }
-            TunnResult::Err(error) => Received::Dropped(reason(&error)),
+            TunnResult::Err(error) => {
+                tunnel.attempt = Some(attempt);
+                Received::Dropped(reason(&error))
+            }
             TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
+                tunnel.attempt = Some(attempt);
                 Received::Dropped(Dropped::Malformed)
             }
         }
     }
 
     fn receive_cookie(&mut self, index: u32, message: &[u8], scratch: &mut [u8]) -> Received {
-        let slot = (index >> 8) as Slot;
-        let Some(tunnel) = self.places.get_mut(slot).and_then(|place| place.tunnel.as_mut()) else {
+        let Some(tunnel) = self.places.get_mut(slot_of(index)).and_then(|place| place.tunnel.as_mut()) else {
             return Received::Dropped(Dropped::NoSession);
         };
-        match tunnel.tunn.decapsulate(None, message, scratch) {
+        let attempt = tunnel.attempt.as_mut().filter(|attempt| attempt.generation == generation_of(index));
+        let Some(attempt) = attempt else {
+            return Received::Dropped(Dropped::NoSession);
+        };
+        match attempt.tunn().decapsulate(None, message, scratch) {
             TunnResult::Err(error) => Received::Dropped(reason(&error)),
             TunnResult::Done
             | TunnResult::WriteToNetwork(_)
@@ -194,7 +226,12 @@ impl WireGuard {
     }
 }
 
-fn reason(error: &WireGuardError) -> Dropped {
+/// The index by which the answer to a handshake message will name us.
+fn sender_index(message: &[u8]) -> Option<u32> {
+    message.get(4..8)?.first_chunk().copied().map(u32::from_le_bytes)
+}
+
+pub(super) fn reason(error: &WireGuardError) -> Dropped {
     match error {
         WireGuardError::DuplicateCounter | WireGuardError::InvalidCounter => Dropped::Duplicate,
         WireGuardError::UnderLoad => Dropped::UnderLoad,
