@@ -1,5 +1,6 @@
 //! What goes into an engine once, and what comes out of it.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -128,6 +129,16 @@ pub enum PathStatus {
     },
     /// Not at all.
     None,
+}
+
+impl fmt::Display for PathStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Direct { addr, .. } => addr.fmt(f),
+            Self::Derp { region } => write!(f, "derp {region}"),
+            Self::None => f.write_str("none"),
+        }
+    }
 }
 
 /// What is known of a peer.

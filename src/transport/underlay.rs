@@ -253,8 +253,9 @@ async fn connect_once(host: &str, known: &[IpAddr], port: u16) -> Result<TcpStre
     let bare = host.trim_matches(['[', ']']);
     let resolve = |source| UnderlayError::Resolve { host: host.to_owned(), source };
     let addresses: Vec<SocketAddr> = match bare.parse::<IpAddr>() {
+        // A relay that is named by its IPv4 address may have an IPv6 one too.
+        _ if !known.is_empty() => known.iter().map(|ip| SocketAddr::new(*ip, port)).collect(),
         Ok(ip) => vec![SocketAddr::new(ip, port)],
-        Err(_) if !known.is_empty() => known.iter().map(|ip| SocketAddr::new(*ip, port)).collect(),
         Err(_) => tokio::net::lookup_host((bare, port)).await.map_err(resolve)?.collect(),
     };
     match race(addresses.into_iter().map(TcpStream::connect), NEXT_ADDRESS).await {

@@ -134,7 +134,8 @@ fn mapped_address(value: &[u8], mask: Option<&TransactionId>) -> Result<SocketAd
         }
         _ => return Err(Malformed::Field("STUN address family")),
     };
-    Ok(SocketAddr::new(ip, port))
+    // A server whose one socket serves both families may call an IPv4 address by its IPv6 form; headscale's does.
+    Ok(SocketAddr::new(ip.to_canonical(), port))
 }
 
 /// XORs an address with the cookie followed by the transaction id.
@@ -174,6 +175,12 @@ mod tests {
     }
 
     #[test]
+    fn an_ipv4_address_in_its_ipv6_form_is_one() {
+        let answer = response(&[7; 12], "[::ffff:203.0.113.5]:77".parse().unwrap());
+        assert_eq!(parse_response(&answer), Ok(([7; 12], "203.0.113.5:77".parse().unwrap())));
+    }
+
+    #[test]
     fn answers_of_rfc_5769_are_read() {
         // RFC 5769, section 2.2, with the attributes behind the address cut off.
         let v4 =
@@ -202,7 +209,7 @@ mod tests {
         fn an_answer_parses_to_what_was_encoded(
             transaction in any::<[u8; 12]>(), ip in any::<IpAddr>(), port in any::<u16>()
         ) {
-            let address = SocketAddr::new(ip, port);
+            let address = SocketAddr::new(ip.to_canonical(), port);
             let bytes = response(&transaction, address);
             prop_assert!(looks_like_response(&bytes));
             prop_assert_eq!(parse_response(&bytes), Ok((transaction, address)));

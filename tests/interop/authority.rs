@@ -42,9 +42,17 @@ impl Authority {
     /// # Errors
     /// Those of key generation and of writing.
     pub(crate) fn issue(&self, host: IpAddr, folder: &Path) -> Result<Identity, Failed> {
+        self.issue_to(host, &[host], folder)
+    }
+
+    /// The same for a host of several addresses; the files have the name of `host`.
+    ///
+    /// # Errors
+    /// Those of key generation and of writing.
+    pub(crate) fn issue_to(&self, host: IpAddr, addresses: &[IpAddr], folder: &Path) -> Result<Identity, Failed> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::new(Vec::<String>::new())?;
-        params.subject_alt_names.push(SanType::IpAddress(host));
+        params.subject_alt_names.extend(addresses.iter().copied().map(SanType::IpAddress));
         params.distinguished_name.push(DnType::CommonName, host.to_string());
         let identity =
             Identity { certificate: folder.join(format!("{host}.crt")), key: folder.join(format!("{host}.key")) };

@@ -18,6 +18,7 @@ use crate::headscale::{BROWSER, Headscale, Key, KeyKind};
 use crate::hosts::Hosts;
 use crate::leak;
 use crate::namespace::Namespace;
+use crate::nat_nodes::Nat;
 use crate::process::{Process, queries, queries_under, until};
 use crate::tailscaled::{Places, Role, Tailscaled};
 
@@ -30,6 +31,7 @@ pub(crate) const TRAP: &str = "10.99.0.254";
 
 /// All of it, up. Fields drop in order: processes before the namespaces that they are in.
 pub(crate) struct Bed {
+    nat: OnceLock<Result<Nat, String>>,
     apps: OnceLock<Result<Apps, String>>,
     headscale: Mutex<Headscale>,
     web: Mutex<Tailscaled>,
@@ -81,6 +83,7 @@ impl Bed {
         let key = headscale.mint(BROWSER)?;
         leak::reset(&hosts.client)?;
         Ok(Self {
+            nat: OnceLock::new(),
             apps: OnceLock::new(),
             headscale: Mutex::new(headscale),
             web: Mutex::new(web),
@@ -142,6 +145,16 @@ impl Bed {
         let apps = self.apps.get_or_init(up).as_ref().map_err(|why| format!("app connectors: {why}"))?;
         apps.reset(self)?;
         Ok(apps)
+    }
+
+    /// The internet with networks of every kind, and a peer in each.
+    ///
+    /// # Errors
+    /// When they do not come up, for every scenario that needs them.
+    pub(crate) fn nat(&self) -> Result<&Nat, Failed> {
+        let up = || Nat::up(self).map_err(|error| error.message().unwrap_or("no reason").to_owned());
+        let nat = self.nat.get_or_init(up).as_ref();
+        Ok(nat.map_err(|why| format!("networks: {why}"))?)
     }
 
     /// How often the trap or the LAN's resolver was asked for a name under `suffix`, or for itself.

@@ -29,14 +29,30 @@ impl Derper {
     /// # Errors
     /// When it does not come to listen within ten seconds.
     pub(crate) fn start(program: &Path, wan: &Namespace, folder: &Path) -> Result<Self, Failed> {
+        Self::start_at(program, wan, folder, HOST, None)
+    }
+
+    /// The same on a host of its own, at that IPv4 address and perhaps an IPv6 one.
+    ///
+    /// # Errors
+    /// When it does not come to listen within ten seconds.
+    pub(crate) fn start_at(
+        program: &Path,
+        wan: &Namespace,
+        folder: &Path,
+        host: &str,
+        v6: Option<&str>,
+    ) -> Result<Self, Failed> {
         let folder = folder.join("derper");
         fs::create_dir_all(&folder)?;
-        let identity = Authority::new("nobody", &folder)?.issue(HOST.parse()?, &folder)?;
+        let identity = Authority::new("nobody", &folder)?.issue(host.parse()?, &folder)?;
         let regions = folder.join("regions.json");
-        fs::write(&regions, region(&fs::read_to_string(&identity.certificate)?)?)?;
+        fs::write(&regions, region(&fs::read_to_string(&identity.certificate)?, host, v6)?)?;
         let mut command = wan.command(program);
         command.env("HOME", &folder).arg("-certmode=manual").arg("-certdir").arg(&folder);
-        command.args(["-hostname", HOST, "-http-port=-1", "-a"]).arg(format!("{HOST}:{PORT}"));
+        // Without a host it listens for both families.
+        let listen = if v6.is_some() { "" } else { host };
+        command.args(["-hostname", host, "-http-port=-1", "-a"]).arg(format!("{listen}:{PORT}"));
         command.arg("-c").arg(folder.join("derper.json"));
         let mut process = Process::start(command, "derper", &folder, false)?;
         process.says("serving on", Duration::from_secs(15))?;
@@ -47,7 +63,7 @@ impl Derper {
 /// The region file, with the pin by which Tailscale's clients accept such a certificate.
 ///
 /// Source: Tailscale, tailcfg, `DERPNode.CertName`: `sha256-raw:` and the hash of the DER.
-fn region(pem: &str) -> Result<String, Failed> {
+fn region(pem: &str, host: &str, v6: Option<&str>) -> Result<String, Failed> {
     use base64::Engine as _;
     let body: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
     let der = base64::engine::general_purpose::STANDARD.decode(body)?;
@@ -55,8 +71,8 @@ fn region(pem: &str) -> Result<String, Failed> {
     let region = serde_json::json!({
         "regionid": 998, "regioncode": "second", "regionname": "second region",
         "nodes": [{
-            "name": "998a", "regionid": 998, "hostname": HOST, "certname": format!("sha256-raw:{pin}"),
-            "ipv4": HOST, "stunport": 3478, "derpport": PORT, "canport80": false,
+            "name": "998a", "regionid": 998, "hostname": host, "certname": format!("sha256-raw:{pin}"),
+            "ipv4": host, "ipv6": v6.unwrap_or_default(), "stunport": 3478, "derpport": PORT, "canport80": false,
         }],
     });
     // YAML, for whose reader a region's number must not be a string, as JSON's keys are.

@@ -68,10 +68,26 @@ impl Headscale {
         regions: &Path,
         tick: &str,
     ) -> Result<Self, Failed> {
+        Self::start_with(program, wan, folder, &configuration(folder, tls, regions, tick), POLICY)
+    }
+
+    /// The same with a configuration of the caller's.
+    ///
+    /// # Errors
+    /// When it ends, or does not listen within ten seconds.
+    pub(crate) fn start_with(
+        program: &Path,
+        wan: &Namespace,
+        folder: &Path,
+        configuration: &Value,
+        policy: &str,
+    ) -> Result<Self, Failed> {
         let config = folder.join("headscale.json");
-        fs::write(&config, configuration(folder, tls, regions, tick).to_string())?;
+        fs::write(&config, configuration.to_string())?;
         let mut process = Process::start(serve(program, &config, wan), "headscale", folder, false)?;
-        await_listener(wan, &mut process)?;
+        let url = configuration["server_url"].as_str().unwrap_or_default();
+        let address = url.trim_start_matches("https://").parse()?;
+        await_listener(wan, &mut process, address)?;
         let headscale = Self {
             program: program.to_owned(),
             config,
@@ -80,7 +96,7 @@ impl Headscale {
             process,
         };
         headscale.cli(&["users", "create", "dev"])?;
-        headscale.set_policy(POLICY)?;
+        headscale.set_policy(policy)?;
         Ok(headscale)
     }
 
@@ -97,7 +113,7 @@ impl Headscale {
     pub(crate) fn resume(&mut self, wan: &Namespace) -> Result<(), Failed> {
         let command = serve(&self.program, &self.config, wan);
         self.process = Process::start(command, "headscale", &self.folder, false)?;
-        await_listener(wan, &mut self.process)?;
+        await_listener(wan, &mut self.process, CONTROL.parse()?)?;
         until(Duration::from_secs(30), "the bed's peers to come back", || {
             let nodes = self.nodes()?;
             let online = |name| nodes.iter().any(|node| node["given_name"] == name && node["online"] == true);
@@ -213,8 +229,7 @@ fn serve(program: &Path, config: &Path, wan: &Namespace) -> std::process::Comman
     command
 }
 
-fn await_listener(wan: &Namespace, process: &mut Process) -> Result<(), Failed> {
-    let address: SocketAddr = CONTROL.parse()?;
+fn await_listener(wan: &Namespace, process: &mut Process, address: SocketAddr) -> Result<(), Failed> {
     until(Duration::from_secs(15), "headscale to listen", || {
         if let Some(status) = process.ended()? {
             return Err(format!("headscale ended with {status}: {}", process.log()).into());
@@ -224,7 +239,7 @@ fn await_listener(wan: &Namespace, process: &mut Process) -> Result<(), Failed> 
 }
 
 /// headscale's configuration, as JSON, which its YAML reader takes.
-fn configuration(folder: &Path, tls: &Identity, regions: &Path, tick: &str) -> Value {
+pub(crate) fn configuration(folder: &Path, tls: &Identity, regions: &Path, tick: &str) -> Value {
     serde_json::json!({
         "server_url": format!("https://{CONTROL}"),
         "listen_addr": CONTROL,

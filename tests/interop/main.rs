@@ -19,6 +19,8 @@ mod leak;
 mod measure;
 mod mint;
 mod namespace;
+mod nat;
+mod nat_nodes;
 mod process;
 mod scenarios;
 mod sidecar;

@@ -154,6 +154,11 @@ impl Tailscaled {
         command
     }
 
+    /// Where it answers its command line.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// Leaves the data plane without leaving the tailnet: headscale then calls the node offline.
     ///
     /// # Errors

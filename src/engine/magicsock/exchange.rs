@@ -85,6 +85,9 @@ impl Magicsock {
         for to in probe.ping {
             self.ping(slot, entry, to, now);
         }
+        if probe.doubt {
+            self.netcheck.doubt(now);
+        }
         if probe.call {
             self.call(slot, entry, now);
         }

@@ -187,11 +187,17 @@ impl Netcheck {
 
     /// Whether our endpoints may be told to a peer; if not, [`settled_at`](Self::settled_at) moves soon.
     pub(super) fn freshen(&mut self, now: Instant) -> bool {
-        let fresh = self.settled_at.is_some_and(|at| now.duration_since(at) < FRESH);
-        if !fresh && self.round.as_ref().is_none_or(|round| round.settled) {
+        let is_fresh = |settled_at: Option<Instant>| settled_at.is_some_and(|at| now.duration_since(at) < FRESH);
+        if !is_fresh(self.settled_at) && self.round.as_ref().is_none_or(|round| round.settled) {
             self.start(false, now);
         }
-        self.settled_at.is_some_and(|at| now.duration_since(at) < FRESH)
+        is_fresh(self.settled_at)
+    }
+
+    /// A path that worked is lost, and our mapping perhaps with it: peers are told none before it is looked up anew.
+    pub(super) fn doubt(&mut self, now: Instant) {
+        let idle = self.round.is_none();
+        self.settled_at.take_if(|at| idle && now.duration_since(*at) >= SPACING);
     }
 
     /// Something suggests that our network changed.

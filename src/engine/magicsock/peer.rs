@@ -17,6 +17,10 @@ use crate::wire::disco::TxId;
 const TRUST: Duration = Duration::from_millis(6_500);
 /// An endpoint is not pinged for discovery more often. Source: Tailscale, `discoPingInterval`.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// How long after a round's call the endpoints are pinged once more, if none is trusted by then. The call has reached the
+/// peer over both our relays, and the peer's own pings have opened the filter before it; where our NAT maps each
+/// destination to another port, none of them reaches us.
+const AGAIN: Duration = Duration::from_millis(200);
 /// How often the best address is pinged while the peer is in use. Source: Tailscale, `heartbeatInterval`.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// Without outbound packets for so long, heartbeats stop. Source: Tailscale, `sessionActiveTimeout`.
@@ -38,6 +42,8 @@ struct Candidate {
     pinged_us: Option<Instant>,
     /// That ping's, to tell its copies.
     pinged_tx: Option<TxId>,
+    /// Whether a ping of the peer from there was answered with one of ours since the last round of discovery.
+    pinged_back: bool,
 }
 
 impl Candidate {
@@ -53,6 +59,8 @@ pub(super) struct Probe {
     pub(super) ping: Vec<SocketAddr>,
     /// Ask the peer by DERP to ping us.
     pub(super) call: bool,
+    /// A path that worked is in doubt: our own NAT may be why.
+    pub(super) doubt: bool,
 }
 
 /// What a packet on its way out means for its path.
@@ -75,6 +83,7 @@ pub(super) struct Path {
     last_full_ping: Option<Instant>,
     heartbeat_at: Option<Instant>,
     discover_at: Option<Instant>,
+    again_at: Option<Instant>,
     /// The region by which the peer reached us and is answered, while PeerGone has not said otherwise.
     pub(super) replies_by: Option<RegionId>,
     /// The same, for ever.
@@ -103,15 +112,24 @@ impl Path {
         self.last_send.is_some_and(|at| now.duration_since(at) < ACTIVE)
     }
 
-    /// A discovery round: every endpoint that was not pinged lately, and a call. A peer of which we know no endpoint
-    /// is called too, unlike in Tailscale's client: it can still reach us.
+    /// A discovery round: every endpoint that was not pinged lately, and a call.
+    ///
+    /// The call goes out whether or not an endpoint is left to ping, unlike in Tailscale's client. A peer of which we
+    /// know none can still reach us; and one whose own calls make us ping all the time must still learn where we are.
     pub(super) fn discover(&mut self, now: Instant) -> Probe {
+        let doubt = self.best(now).is_some_and(|(_, trusted)| !trusted);
         self.discover_at = Some(now + PING_INTERVAL);
+        self.again_at = Some(now + AGAIN);
         self.last_full_ping = Some(now);
+        self.candidates.values_mut().for_each(|candidate| candidate.pinged_back = false);
+        Probe { ping: self.rested(now), call: true, doubt }
+    }
+
+    /// The endpoints that were not pinged lately.
+    fn rested(&mut self, now: Instant) -> Vec<SocketAddr> {
         self.candidates.retain(|_, candidate| candidate.is_known(now));
         let rested = self.candidates.iter().filter(|(_, candidate)| is_rested(candidate, now));
-        let ping = rested.map(|(addr, _)| *addr).collect();
-        Probe { call: self.candidates.is_empty() || !Vec::is_empty(&ping), ping }
+        rested.map(|(addr, _)| *addr).collect()
     }
 
     /// A ping is on its way.
@@ -154,7 +172,8 @@ impl Path {
             self.trusted_until = None;
         }
         self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
-        Probe { call: false, ..self.discover(now) }
+        // Our own round is due when it is: it tells the peer where we are.
+        Probe { ping: self.rested(now), ..Probe::default() }
     }
 
     /// A ping of the peer came from there. Whether to answer: not the copies of one.
@@ -170,11 +189,18 @@ impl Path {
         candidate.pinged_tx.replace(tx) != Some(tx)
     }
 
-    /// An address that pinged us while packets go out without a trusted path: to be pinged back, unless it was lately.
-    pub(super) fn answer_with_ping(&self, from: &SocketAddr, now: Instant) -> bool {
-        let trusted = self.best(now).is_some_and(|(_, trusted)| trusted);
-        let rested = self.candidates.get(from).is_some_and(|candidate| is_rested(candidate, now));
-        self.is_active(now) && !trusted && rested
+    /// An address that pinged us while packets go out, and is not the one that they trust: to be pinged back, once a
+    /// round.
+    ///
+    /// Even if it was pinged a moment ago: the filter before the peer drops what comes before the peer's own first
+    /// datagram to us, and that one is here now. Even if another address is trusted by now: this may be the better one.
+    pub(super) fn answer_with_ping(&mut self, from: &SocketAddr, now: Instant) -> bool {
+        let settled = self.best(now).is_some_and(|(best, trusted)| trusted && best.addr == *from);
+        if settled || !self.is_active(now) {
+            return false;
+        }
+        let candidate = self.candidates.get_mut(from);
+        candidate.is_some_and(|candidate| !std::mem::replace(&mut candidate.pinged_back, true))
     }
 
     /// A pong. Whether the best address is another now, or trusted again.
@@ -206,15 +232,22 @@ impl Path {
                 lost_best = true;
             }
         }
+        let mut probe = Probe::default();
+        let again = self.again_at.take_if(|at| *at <= now).is_some();
+        if again && self.is_active(now) && self.best(now).is_none_or(|(_, trusted)| !trusted) {
+            probe.ping.extend(self.candidates.keys());
+        }
         if self.heartbeat_at.is_none_or(|at| at > now) {
-            return (lost_best, Probe::default());
+            return (lost_best, probe);
         }
         if !self.is_active(now) {
             self.heartbeat_at = None;
-            return (lost_best, Probe::default());
+            return (lost_best, probe);
         }
         self.heartbeat_at = Some(now + HEARTBEAT);
-        let mut probe = if self.wants_discovery(now) { self.discover(now) } else { Probe::default() };
+        if self.wants_discovery(now) {
+            probe = self.discover(now);
+        }
         if let Some(best) = self.best.filter(|best| !probe.ping.contains(&best.addr)) {
             probe.ping.push(best.addr);
         }
@@ -222,11 +255,18 @@ impl Path {
     }
 
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        [self.heartbeat_at, self.pings.next_deadline()].into_iter().flatten().min()
+        [self.heartbeat_at, self.again_at, self.pings.next_deadline()].into_iter().flatten().min()
     }
 
-    /// Our own network changed, or the peer has started anew: the best address may still be, and is asked first of all.
+    /// Our own network changed: the best address may still be, and is asked first of all.
     pub(super) fn doubt(&mut self) {
+        self.trusted_until = None;
+        self.discover_at = None;
+        self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
+    }
+
+    /// The peer is another process now: no pong of the old one's vouches for an address.
+    pub(super) fn handle_restart(&mut self) {
         self.trusted_until = None;
         self.discover_at = None;
         self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
@@ -258,7 +298,8 @@ impl Path {
 }
 
 fn is_rested(candidate: &Candidate, now: Instant) -> bool {
-    candidate.last_ping.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL)
+    // Less what the round before was late with its second ping.
+    candidate.last_ping.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL - AGAIN)
 }
 
 fn is_link_local_v6(endpoint: &SocketAddr) -> bool {
@@ -266,104 +307,4 @@ fn is_link_local_v6(endpoint: &SocketAddr) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const A: &str = "192.0.2.1:1";
-    const B: &str = "192.0.2.2:2";
-
-    fn addr(text: &str) -> SocketAddr {
-        text.parse().unwrap()
-    }
-
-    fn after(start: Instant, millis: u64) -> Instant {
-        start + Duration::from_millis(millis)
-    }
-
-    fn direct(start: Instant) -> Path {
-        let mut path = Path::default();
-        path.set_endpoints(&[addr(A), addr(B)], start);
-        path.note_send(start);
-        path.discover(start);
-        path.note_ping(TxId([1; 12]), addr(A), start);
-        assert!(path.handle_pong(TxId([1; 12]), after(start, 20)));
-        path
-    }
-
-    #[test]
-    fn a_path_is_trusted_until_six_and_a_half_seconds_after_its_pong() {
-        let start = Instant::now();
-        let path = direct(start);
-        let best = Measured { addr: addr(A), latency: Duration::from_millis(20) };
-        assert_eq!(path.best(after(start, 6_520)), Some((best, true)));
-        assert_eq!(path.best(after(start, 6_521)), Some((best, false)));
-    }
-
-    #[test]
-    fn a_lost_heartbeat_ends_an_untrusted_path_and_a_late_pong_does_not_revive_it() {
-        let start = Instant::now();
-        let mut path = direct(start);
-        let (lost, probe) = path.handle_timeout(after(start, 3_000));
-        assert_eq!((lost, probe.ping), (false, vec![addr(A)]));
-        path.note_ping(TxId([2; 12]), addr(A), after(start, 3_000));
-        assert!(!path.handle_timeout(after(start, 6_000)).0);
-        assert!(path.handle_timeout(after(start, 8_000)).0);
-        assert_eq!(path.best(after(start, 8_000)), None);
-        assert!(!path.handle_pong(TxId([2; 12]), after(start, 8_001)));
-    }
-
-    #[test]
-    fn discovery_pings_each_endpoint_once_in_five_seconds() {
-        let start = Instant::now();
-        let mut path = Path::default();
-        path.set_endpoints(&[addr(A)], start);
-        assert!(path.note_send(start).discover);
-        let probe = path.discover(start);
-        assert_eq!(probe, Probe { ping: vec![addr(A)], call: true });
-        path.note_ping(TxId([1; 12]), addr(A), start);
-        assert!(!path.note_send(after(start, 4_999)).discover);
-        assert_eq!(path.discover(after(start, 4_999)), Probe::default());
-        assert_eq!(path.discover(after(start, 5_000)).ping, [addr(A)]);
-    }
-
-    #[test]
-    fn a_call_replaces_the_endpoints_of_the_last_one() {
-        let start = Instant::now();
-        let mut path = Path::default();
-        assert_eq!(
-            path.handle_call(&[addr(A), addr("[fe80::1]:1")], start),
-            Probe { ping: vec![addr(A)], call: false }
-        );
-        assert_eq!(path.handle_call(&[addr(B)], after(start, 100)).ping, [addr(B)]);
-    }
-
-    #[test]
-    fn a_repeated_ping_is_answered_once() {
-        let now = Instant::now();
-        let mut path = Path::default();
-        assert!(path.handle_ping(addr(A), TxId([1; 12]), now));
-        assert!(!path.handle_ping(addr(A), TxId([1; 12]), now));
-        assert!(path.handle_ping(addr(B), TxId([1; 12]), now));
-        assert!(path.handle_ping(addr(A), TxId([2; 12]), now));
-    }
-
-    #[test]
-    fn heartbeats_stop_when_nothing_is_sent() {
-        let start = Instant::now();
-        let mut path = direct(start);
-        for second in 1..48 {
-            path.handle_timeout(start + Duration::from_secs(second));
-        }
-        assert_eq!(path.next_deadline(), None);
-    }
-
-    #[test]
-    fn the_best_address_goes_with_its_endpoint() {
-        let start = Instant::now();
-        let mut path = direct(start);
-        path.set_endpoints(&[addr(A)], start);
-        assert!(path.best(start).is_some());
-        path.set_endpoints(&[addr(B)], start);
-        assert_eq!(path.best(start), None);
-    }
-}
+mod tests;

@@ -1,6 +1,9 @@
 //! What the engine says is carried out here: datagrams to their sockets, packets to their relays, news to who waits.
 
 use std::net::IpAddr;
+use std::time::Instant;
+
+use tracing::debug;
 
 use super::Core;
 use crate::engine::Output;
@@ -48,8 +51,21 @@ impl Core {
                     }
                 }
                 Output::RoutesChanged => self.publish(),
-                Output::PeerChanged { .. } => self.peer_changed.notify_waiters(),
+                Output::PeerChanged { peer } => {
+                    self.say_path(&peer);
+                    self.peer_changed.notify_waiters();
+                }
             }
+        }
+    }
+
+    /// Logs how packets reach a peer now.
+    fn say_path(&self, key: &NodePublic) {
+        let engine = &self.parts.engine;
+        let peer = engine.netmap().and_then(|netmap| netmap.peer_by_key(key));
+        let status = engine.peer_status(key, Instant::now());
+        if let (Some(peer), Some(status)) = (peer, status) {
+            debug!(peer = peer.name, path = %status.path, "peer's path");
         }
     }
 

@@ -19,6 +19,8 @@ mod lasting;
 mod leave;
 mod link;
 mod names;
+mod nat;
+mod nat_changes;
 mod paths;
 mod ping;
 mod provision;
@@ -251,6 +253,12 @@ const PATHS: [Scenario; 5] = [
     scenario!(paths::a_peer_homed_in_another_region_is_reached_there),
 ];
 
+const NAT: [Scenario; 3] = [
+    scenario!(nat::every_pair_of_networks_gets_the_path_that_tailscaled_gets).within(120).leaking(),
+    scenario!(nat_changes::a_peer_that_restarts_is_found_in_seconds).within(90).leaking(),
+    scenario!(nat_changes::a_nat_that_gets_another_address_interrupts_for_seconds).within(90).leaking(),
+];
+
 const PING: [Scenario; 1] = [scenario!(ping::headscale_pings_the_node_and_is_answered)];
 
 const PROVISION: [Scenario; 3] = [
@@ -310,7 +318,7 @@ const UDP: [Scenario; 6] = [
 pub(crate) fn all() -> impl Iterator<Item = Scenario> {
     let apps = APP_CONNECTORS.into_iter().chain(CONN25).map(|scenario| scenario.beside(|hosts| &hosts.apps));
     let relay = RELAY.into_iter().map(|scenario| scenario.beside(|hosts| &hosts.relayed));
-    let on_client: [&[Scenario]; 20] = [
+    let on_client: [&[Scenario]; 21] = [
         &CONTROL_GROUP,
         &JOIN,
         &LEAVE,
@@ -325,6 +333,7 @@ pub(crate) fn all() -> impl Iterator<Item = Scenario> {
         &CLOSED,
         &CONFORMANCE,
         &PATHS,
+        &NAT,
         &PING,
         &CONTROL_FAULTS,
         &UDP,

@@ -1,0 +1,182 @@
+//! One peer's paths, event by event.
+
+use super::*;
+
+const A: &str = "192.0.2.1:1";
+const B: &str = "192.0.2.2:2";
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn after(start: Instant, millis: u64) -> Instant {
+    start + Duration::from_millis(millis)
+}
+
+fn direct(start: Instant) -> Path {
+    let mut path = Path::default();
+    path.set_endpoints(&[addr(A), addr(B)], start);
+    path.note_send(start);
+    path.discover(start);
+    path.note_ping(TxId([1; 12]), addr(A), start);
+    assert!(path.handle_pong(TxId([1; 12]), after(start, 20)));
+    path
+}
+
+#[test]
+fn a_path_is_trusted_until_six_and_a_half_seconds_after_its_pong() {
+    let start = Instant::now();
+    let path = direct(start);
+    let best = Measured { addr: addr(A), latency: Duration::from_millis(20) };
+    assert_eq!(path.best(after(start, 6_520)), Some((best, true)));
+    assert_eq!(path.best(after(start, 6_521)), Some((best, false)));
+}
+
+#[test]
+fn a_lost_heartbeat_ends_an_untrusted_path_and_a_late_pong_does_not_revive_it() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    let (lost, probe) = path.handle_timeout(after(start, 3_000));
+    assert_eq!((lost, probe.ping), (false, vec![addr(A)]));
+    path.note_ping(TxId([2; 12]), addr(A), after(start, 3_000));
+    assert!(!path.handle_timeout(after(start, 6_000)).0);
+    assert!(path.handle_timeout(after(start, 8_000)).0);
+    assert_eq!(path.best(after(start, 8_000)), None);
+    assert!(!path.handle_pong(TxId([2; 12]), after(start, 8_001)));
+}
+
+#[test]
+fn discovery_pings_each_endpoint_once_in_five_seconds() {
+    let start = Instant::now();
+    let mut path = Path::default();
+    path.set_endpoints(&[addr(A)], start);
+    assert!(path.note_send(start).discover);
+    let probe = path.discover(start);
+    assert_eq!(probe, Probe { ping: vec![addr(A)], call: true, doubt: false });
+    path.note_ping(TxId([1; 12]), addr(A), start);
+    assert!(!path.note_send(after(start, 4_999)).discover);
+    assert!(path.discover(after(start, 4_799)).ping.is_empty());
+    assert_eq!(path.discover(after(start, 5_000)).ping, [addr(A)]);
+}
+
+#[test]
+fn a_call_replaces_the_endpoints_of_the_last_one() {
+    let start = Instant::now();
+    let mut path = Path::default();
+    let probe = path.handle_call(&[addr(A), addr("[fe80::1]:1")], start);
+    assert_eq!(probe, Probe { ping: vec![addr(A)], call: false, doubt: false });
+    assert_eq!(path.handle_call(&[addr(B)], after(start, 100)).ping, [addr(B)]);
+}
+
+#[test]
+fn a_repeated_ping_is_answered_once() {
+    let now = Instant::now();
+    let mut path = Path::default();
+    assert!(path.handle_ping(addr(A), TxId([1; 12]), now));
+    assert!(!path.handle_ping(addr(A), TxId([1; 12]), now));
+    assert!(path.handle_ping(addr(B), TxId([1; 12]), now));
+    assert!(path.handle_ping(addr(A), TxId([2; 12]), now));
+}
+
+#[test]
+fn heartbeats_stop_when_nothing_is_sent() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    for second in 1..48 {
+        path.handle_timeout(start + Duration::from_secs(second));
+    }
+    assert_eq!(path.next_deadline(), None);
+}
+
+#[test]
+fn the_best_address_goes_with_its_endpoint() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    path.set_endpoints(&[addr(A)], start);
+    assert!(path.best(start).is_some());
+    path.set_endpoints(&[addr(B)], start);
+    assert_eq!(path.best(start), None);
+}
+
+#[test]
+fn a_ping_of_the_peer_is_answered_with_one_of_ours_once_a_round() {
+    let start = Instant::now();
+    let mut path = Path::default();
+    path.set_endpoints(&[addr(A)], start);
+    path.note_send(start);
+    path.discover(start);
+    path.note_ping(TxId([1; 12]), addr(A), start);
+    path.handle_ping(addr(A), TxId([2; 12]), after(start, 20));
+    assert!(path.answer_with_ping(&addr(A), after(start, 20)), "ours came before the peer's filter was open");
+    path.handle_ping(addr(A), TxId([3; 12]), after(start, 40));
+    assert!(!path.answer_with_ping(&addr(A), after(start, 40)));
+    path.handle_ping(addr(B), TxId([4; 12]), after(start, 40));
+    assert!(path.answer_with_ping(&addr(B), after(start, 40)));
+    path.discover(after(start, 5_000));
+    assert!(path.answer_with_ping(&addr(A), after(start, 5_010)));
+}
+
+#[test]
+fn pings_are_not_answered_with_pings_where_packets_go_already_or_without_use() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    path.handle_ping(addr(A), TxId([2; 12]), after(start, 30));
+    assert!(!path.answer_with_ping(&addr(A), after(start, 30)));
+    path.handle_ping(addr(B), TxId([3; 12]), after(start, 30));
+    assert!(path.answer_with_ping(&addr(B), after(start, 30)), "it may be the better one");
+    let mut idle = Path::default();
+    idle.handle_ping(addr(B), TxId([2; 12]), start);
+    assert!(!idle.answer_with_ping(&addr(B), start));
+}
+
+#[test]
+fn a_restarted_peer_is_trusted_nowhere_and_looked_for_at_once() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    assert!(!path.note_send(after(start, 1_000)).discover);
+    path.handle_restart();
+    let (best, trusted) = path.best(after(start, 1_000)).unwrap();
+    assert_eq!((best.addr, trusted), (addr(A), false));
+    assert!(path.note_send(after(start, 1_000)).discover);
+    assert_eq!(path.discover(after(start, 1_000)).ping, [addr(A), addr(B)]);
+}
+
+#[test]
+fn a_peer_that_calls_all_the_time_is_called_too() {
+    let start = Instant::now();
+    let mut path = Path::default();
+    path.set_endpoints(&[addr(A)], start);
+    path.note_send(start);
+    path.discover(start);
+    for millis in [2_500, 4_900] {
+        path.handle_call(&[addr(A)], after(start, millis));
+        path.note_ping(TxId([1; 12]), addr(A), after(start, millis));
+    }
+    assert!(path.note_send(after(start, 5_000)).discover);
+    assert_eq!(path.discover(after(start, 5_000)), Probe { ping: Vec::new(), call: true, doubt: false });
+}
+
+#[test]
+fn only_a_path_that_worked_casts_doubt_on_our_nat() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    assert!(!path.discover(after(start, 1_000)).doubt);
+    assert!(path.discover(after(start, 6_600)).doubt);
+}
+
+#[test]
+fn a_round_that_found_nothing_pings_once_more() {
+    let start = Instant::now();
+    let mut path = Path::default();
+    path.set_endpoints(&[addr(A)], start);
+    path.note_send(start);
+    path.discover(start);
+    path.note_ping(TxId([1; 12]), addr(A), start);
+    assert_eq!(path.next_deadline(), Some(after(start, 200)));
+    assert_eq!(path.handle_timeout(after(start, 199)).1, Probe::default());
+    let again = Probe { ping: vec![addr(A)], ..Probe::default() };
+    assert_eq!(path.handle_timeout(after(start, 200)).1, again);
+    assert_eq!(path.handle_timeout(after(start, 201)).1, Probe::default());
+    let mut found = direct(start);
+    assert_eq!(found.handle_timeout(after(start, 200)).1, Probe::default());
+}
