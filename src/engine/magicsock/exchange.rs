@@ -6,7 +6,7 @@ use std::time::Instant;
 use crypto_box::SalsaBox;
 use rand::Rng;
 
-use super::peer::Probe;
+use super::peer::{Heard, Probe};
 use super::{Magicsock, Via};
 use crate::engine::roster::{Entry, Roster, Slot};
 use crate::engine::stats::Dropped;
@@ -110,13 +110,15 @@ impl Magicsock {
 
     fn handle_ping(&mut self, slot: Slot, entry: &Entry, tx: TxId, from: SocketAddr, now: Instant) {
         let path = &mut self.place(slot, entry, now).path;
-        if !path.handle_ping(from, tx, now) {
+        let heard = path.handle_ping(from, tx, now);
+        if heard == Heard::Copy {
             return;
         }
+        let verify = if heard == Heard::New { path.verify(now) } else { None };
         let ping_back = path.answer_with_ping(&from, now);
         self.send_udp(slot, entry, &Message::Pong { tx, source: from }, from, now);
-        if ping_back {
-            self.ping(slot, entry, from, now);
+        for to in ping_back.then_some(from).into_iter().chain(verify) {
+            self.ping(slot, entry, to, now);
         }
     }
 

@@ -126,7 +126,7 @@ impl Magicsock {
                     if let (Some(place), Some(entry)) = (place, roster.entry(*slot)) {
                         place.path.set_endpoints(&entry.peer.endpoints, now);
                         if matches!(change, Change::Restarted(_)) {
-                            place.path.handle_restart();
+                            place.path.doubt();
                         }
                     }
                 }

@@ -4,6 +4,8 @@
 //! NAT's mapping known while peers are in use. Conclusions are drawn as soon as they are useful: at start, the run
 //! waits for the home region. Source: Tailscale, net/netcheck.
 
+mod begin;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,7 +17,7 @@ use rand::{Rng, SeedableRng};
 use super::endpoints::Endpoints;
 use super::home::{self, Latencies};
 use super::peer::ACTIVE;
-use super::round::{self, Round};
+use super::round::Round;
 use crate::engine::{Output, Transport};
 use crate::key::NodePublic;
 use crate::netmap::RegionId;
@@ -286,71 +288,6 @@ impl Netcheck {
     /// When the newest conclusion was drawn.
     pub(super) fn settled_at(&self) -> Option<Instant> {
         self.settled_at
-    }
-
-    fn start(&mut self, full: bool, now: Instant) {
-        if self.map.regions.is_empty() {
-            return;
-        }
-        if full {
-            self.full_at = Some(now + FULL_INTERVAL);
-            self.measured.clear();
-        }
-        self.take_only_home(now);
-        self.endpoints.begin_round();
-        let may_https = full && (self.host.home.is_none() || !self.home_may_stay(now));
-        let mut round = Round::new(full, may_https, now);
-        let map = self.map.clone();
-        for (id, region) in map.regions.iter().filter(|(id, _)| self.takes_part(**id, full, now)).collect::<Vec<_>>() {
-            let resolved = self.resolved.get(id).map(Vec::as_slice).unwrap_or_default();
-            let (servers, unresolved) = round::servers(region, resolved);
-            for server in servers.into_iter().filter(|server| self.endpoints.has_family(server.is_ipv6())) {
-                round.add(*id, server, now);
-            }
-            if let Some((host, port)) = unresolved {
-                round.await_address(*id);
-                self.outputs.push_back(Output::ResolveStun { region: *id, host, port });
-            }
-        }
-        self.round = Some(round);
-        self.send_due(now);
-        self.conclude(now);
-    }
-
-    /// With one region to choose from there is nothing to measure before choosing.
-    fn take_only_home(&mut self, now: Instant) {
-        let mut eligible = self.map.regions.values().filter(|region| home::is_eligible(region, self.host.home));
-        if let (Some(only), None) = (eligible.next(), eligible.next()) {
-            let only = only.id;
-            self.set_home(Some(only));
-            self.publish(now);
-        }
-    }
-
-    fn takes_part(&self, region: RegionId, full: bool, now: Instant) -> bool {
-        let eligible = self.map.regions.get(&region).is_some_and(|it| home::is_eligible(it, self.host.home));
-        if self.transport == Transport::Derp {
-            return false;
-        }
-        if full || self.host.home == Some(region) {
-            return eligible || self.host.home == Some(region);
-        }
-        let best = self.latencies.best(now);
-        let mut fastest: Vec<_> = best.iter().map(|(id, latency)| (latency, id)).collect();
-        fastest.sort_unstable();
-        eligible && fastest.iter().take(SMALL).any(|(_, id)| **id == region)
-    }
-
-    fn send_due(&mut self, now: Instant) {
-        let Some(round) = self.round.as_mut() else {
-            return;
-        };
-        for (region, server) in round.due(now) {
-            let transaction: stun::TransactionId = self.rng.random();
-            round.note_sent(transaction, region, server, now);
-            let contents = stun::request(&transaction).to_vec();
-            self.outputs.push_back(Output::Udp { destination: server, segment: contents.len(), contents });
-        }
     }
 
     /// Draws what conclusions can be drawn from the round, and ends it.

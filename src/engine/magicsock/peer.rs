@@ -21,6 +21,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// peer over both our relays, and the peer's own pings have opened the filter before it; where our NAT maps each
 /// destination to another port, none of them reaches us.
 const AGAIN: Duration = Duration::from_millis(200);
+/// How long the best address stays trusted without another pong when the peer pings us from a new one: it may have moved.
+const VERIFY: Duration = Duration::from_secs(1);
 /// How often the best address is pinged while the peer is in use. Source: Tailscale, `heartbeatInterval`.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// Without outbound packets for so long, heartbeats stop. Source: Tailscale, `sessionActiveTimeout`.
@@ -61,6 +63,17 @@ pub(super) struct Probe {
     pub(super) call: bool,
     /// A path that worked is in doubt: our own NAT may be why.
     pub(super) doubt: bool,
+}
+
+/// What a ping of the peer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Heard {
+    /// A copy of one that was answered.
+    Copy,
+    /// One from an address that we knew.
+    Known,
+    /// The first from an address that nobody had named.
+    New,
 }
 
 /// What a packet on its way out means for its path.
@@ -176,17 +189,30 @@ impl Path {
         Probe { ping: self.rested(now), ..Probe::default() }
     }
 
-    /// A ping of the peer came from there. Whether to answer: not the copies of one.
-    pub(super) fn handle_ping(&mut self, from: SocketAddr, tx: TxId, now: Instant) -> bool {
-        if self.candidates.len() >= CANDIDATES && !self.candidates.contains_key(&from) {
+    /// A ping of the peer came from there. Copies are not answered.
+    pub(super) fn handle_ping(&mut self, from: SocketAddr, tx: TxId, now: Instant) -> Heard {
+        let new = !self.candidates.contains_key(&from);
+        if new && self.candidates.len() >= CANDIDATES {
             self.candidates.retain(|_, candidate| candidate.is_known(now));
             if self.candidates.len() >= CANDIDATES {
-                return true;
+                return Heard::Known;
             }
         }
         let candidate = self.candidates.entry(from).or_default();
         candidate.pinged_us = Some(now);
-        candidate.pinged_tx.replace(tx) != Some(tx)
+        match candidate.pinged_tx.replace(tx) == Some(tx) {
+            true => Heard::Copy,
+            false if new => Heard::New,
+            false => Heard::Known,
+        }
+    }
+
+    /// The peer has pinged us from an address that nobody had named. The best address, which is to be asked whether it
+    /// is still the peer's: behind a hard NAT a peer that moved cannot name its new one.
+    pub(super) fn verify(&mut self, now: Instant) -> Option<SocketAddr> {
+        let (best, _) = self.best(now).filter(|(_, trusted)| *trusted)?;
+        self.trusted_until = self.trusted_until.map(|until| until.min(now + VERIFY));
+        Some(best.addr)
     }
 
     /// An address that pinged us while packets go out, and is not the one that they trust: to be pinged back, once a
@@ -258,15 +284,9 @@ impl Path {
         [self.heartbeat_at, self.again_at, self.pings.next_deadline()].into_iter().flatten().min()
     }
 
-    /// Our own network changed: the best address may still be, and is asked first of all.
+    /// Our own network changed, or the peer is another process now: no pong so far vouches for an address. The best one
+    /// may still be, and is asked first of all.
     pub(super) fn doubt(&mut self) {
-        self.trusted_until = None;
-        self.discover_at = None;
-        self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
-    }
-
-    /// The peer is another process now: no pong of the old one's vouches for an address.
-    pub(super) fn handle_restart(&mut self) {
         self.trusted_until = None;
         self.discover_at = None;
         self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);

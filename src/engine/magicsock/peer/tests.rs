@@ -72,10 +72,10 @@ fn a_call_replaces_the_endpoints_of_the_last_one() {
 fn a_repeated_ping_is_answered_once() {
     let now = Instant::now();
     let mut path = Path::default();
-    assert!(path.handle_ping(addr(A), TxId([1; 12]), now));
-    assert!(!path.handle_ping(addr(A), TxId([1; 12]), now));
-    assert!(path.handle_ping(addr(B), TxId([1; 12]), now));
-    assert!(path.handle_ping(addr(A), TxId([2; 12]), now));
+    assert_eq!(path.handle_ping(addr(A), TxId([1; 12]), now), Heard::New);
+    assert_eq!(path.handle_ping(addr(A), TxId([1; 12]), now), Heard::Copy);
+    assert_eq!(path.handle_ping(addr(B), TxId([1; 12]), now), Heard::New);
+    assert_eq!(path.handle_ping(addr(A), TxId([2; 12]), now), Heard::Known);
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn a_restarted_peer_is_trusted_nowhere_and_looked_for_at_once() {
     let start = Instant::now();
     let mut path = direct(start);
     assert!(!path.note_send(after(start, 1_000)).discover);
-    path.handle_restart();
+    path.doubt();
     let (best, trusted) = path.best(after(start, 1_000)).unwrap();
     assert_eq!((best.addr, trusted), (addr(A), false));
     assert!(path.note_send(after(start, 1_000)).discover);
@@ -179,4 +179,18 @@ fn a_round_that_found_nothing_pings_once_more() {
     assert_eq!(path.handle_timeout(after(start, 201)).1, Probe::default());
     let mut found = direct(start);
     assert_eq!(found.handle_timeout(after(start, 200)).1, Probe::default());
+}
+
+#[test]
+fn a_peer_heard_from_a_new_address_must_answer_at_the_old_one_soon() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    let asked = after(start, 1_000);
+    assert_eq!(path.handle_ping(addr("192.0.2.3:3"), TxId([9; 12]), asked), Heard::New);
+    assert_eq!(path.verify(asked), Some(addr(A)));
+    assert!(path.best(after(start, 2_000)).unwrap().1);
+    assert!(!path.best(after(start, 2_001)).unwrap().1);
+    path.note_ping(TxId([8; 12]), addr(A), asked);
+    path.handle_pong(TxId([8; 12]), after(start, 1_020));
+    assert!(path.best(after(start, 7_520)).unwrap().1);
 }
