@@ -10,6 +10,7 @@ mod dial;
 mod error;
 mod map;
 mod noise;
+mod overdue;
 mod ping;
 mod register;
 mod session;
@@ -35,6 +36,7 @@ use crate::wire::tailcfg::hostinfo::{Hostinfo, NetInfo};
 use crate::wire::tailcfg::map::EndpointType;
 use admission::{Admission, Key, Lost};
 use dial::{Dialer, Session};
+use overdue::overdue;
 use ping::Answerer;
 pub use ping::PingJob;
 use register::Answer;
@@ -360,44 +362,5 @@ impl Task {
         {
             self.out.node_key.send_replace(key);
         }
-    }
-}
-
-/// Waits until the node has not come back in time; for ever while it is in. Says what put it out.
-async fn overdue(mut back_by: watch::Receiver<Option<(Instant, Lost)>>) -> Lost {
-    loop {
-        let due = *back_by.borrow_and_update();
-        let Some((deadline, lost)) = due else {
-            match back_by.changed().await {
-                Ok(()) => continue,
-                Err(_) => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            () = sleep_until(deadline) => return lost,
-            Ok(()) = back_by.changed() => {}
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LIMIT: Duration = Duration::from_secs(60);
-
-    #[tokio::test(start_paused = true)]
-    async fn a_node_that_does_not_come_back_in_time_is_told_by_what_put_it_out() {
-        let back_by = watch::Sender::new(None);
-        let mut overdue = std::pin::pin!(overdue(back_by.subscribe()));
-        assert!(timeout(LIMIT * 60, &mut overdue).await.is_err());
-        back_by.send_replace(Some((Instant::now() + LIMIT, Lost::Deleted)));
-        assert!(timeout(LIMIT / 2, &mut overdue).await.is_err());
-        back_by.send_replace(None);
-        assert!(timeout(LIMIT * 60, &mut overdue).await.is_err());
-        let lost = Instant::now();
-        back_by.send_replace(Some((lost + LIMIT, Lost::Expired)));
-        assert_eq!(overdue.await, Lost::Expired);
-        assert_eq!(lost.elapsed().as_secs(), LIMIT.as_secs());
     }
 }
