@@ -205,11 +205,13 @@ impl Magicsock {
     pub(super) fn note_derp(&mut self, slot: Slot, entry: &Entry, region: RegionId, now: Instant) {
         self.relays.touch(region, now);
         // Two that each answer by the region that the other used last would swap regions with every packet: the first
-        // stays while it works. Tailscale's client takes the last, and so follows us.
+        // stays while it works, or until the peer comes by its home, where it listens for certain. Tailscale's client
+        // takes the last, and so follows us.
         let used = self.places.get(slot).and_then(Option::as_ref).and_then(|place| place.path.replies_by);
         let works = used.is_some_and(|used| self.relays.is_connected(used));
+        let at_home = entry.peer.home_derp == Some(region);
         let path = &mut self.place(slot, entry, now).path;
-        if !works {
+        if !works || at_home {
             path.replies_by = Some(region);
         }
         path.heard_by = Some(region);

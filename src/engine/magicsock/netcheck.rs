@@ -85,6 +85,8 @@ pub(super) struct Netcheck {
     watched: Option<RegionId>,
     /// Regions that were home and stayed away, and since when: their STUN may answer all the same.
     failed: BTreeMap<RegionId, Instant>,
+    /// The home that has been away, until the round about it tells whether others are there.
+    suspect: Option<RegionId>,
     /// When another home is looked for, since this one is away.
     away_at: Option<Instant>,
     outputs: VecDeque<Output>,
@@ -113,6 +115,7 @@ impl Netcheck {
             alive_at: None,
             watched: None,
             failed: BTreeMap::new(),
+            suspect: None,
             away_at: None,
             outputs: VecDeque::new(),
         }
@@ -175,8 +178,10 @@ impl Netcheck {
         }
         self.endpoints.set_local(local);
         (self.settled_at, self.moved) = (None, true);
-        self.start(true, now);
         self.endpoints.forget_seen();
+        // Who could not be reached from there may be reached from here.
+        self.failed.clear();
+        self.start(true, now);
     }
 
     /// A peer is in use: its NAT and ours must stay mapped.
@@ -254,7 +259,7 @@ impl Netcheck {
         }
         if self.away_at.is_some_and(|at| at <= now) {
             self.away_at = Some(now + HOME_SEARCH);
-            self.failed.extend(self.host.home.map(|home| (home, now)));
+            self.suspect = self.host.home;
             self.start(true, now);
         }
         if self.refresh_at.is_some_and(|at| at <= now) {
@@ -303,10 +308,10 @@ impl Netcheck {
         }
         if !round.settled && round.is_conclusive(now) {
             round.settled = true;
-            let full = round.full;
+            let (full, answered) = (round.full, round.is_answered());
             self.settled_at = Some(now);
             if full {
-                self.choose_home(now);
+                self.choose_home(answered, now);
             }
             self.publish(now);
         }
@@ -315,7 +320,14 @@ impl Netcheck {
         }
     }
 
-    fn choose_home(&mut self, now: Instant) {
+    /// Chooses by what the round has measured. If nobody answered it is our own line that is down: that says nothing of
+    /// any region, and the home stays.
+    fn choose_home(&mut self, answered: bool, now: Instant) {
+        let suspect = self.suspect.take();
+        if !answered && self.host.home.is_some() {
+            return;
+        }
+        self.failed.extend(suspect.map(|home| (home, now)));
         self.failed.retain(|_, at| now.duration_since(*at) < FAILED);
         let mut latencies = self.latencies.best(now);
         if latencies.keys().any(|region| !self.failed.contains_key(region)) {

@@ -158,6 +158,11 @@ impl Round {
         now.duration_since(self.started) >= limit
     }
 
+    /// Whether anybody answered at all, by UDP or HTTPS.
+    pub(super) fn is_answered(&self) -> bool {
+        self.first_answer.or(self.first_https).is_some()
+    }
+
     /// Whether any server answered by IPv6, or by UDP at all; `None` when none was asked.
     pub(super) fn worked(&self) -> (Option<bool>, Option<bool>) {
         let v6 = self.targets.keys().any(|(_, v6)| *v6).then(|| self.answered.iter().any(|(_, v6)| *v6));

@@ -47,8 +47,10 @@ impl Netcheck {
         let mut eligible = self.map.regions.values().filter(|region| home::is_eligible(region, self.host.home));
         if let (Some(only), None) = (eligible.next(), eligible.next()) {
             let only = only.id;
-            self.set_home(Some(only));
-            self.publish(now);
+            if self.host.home != Some(only) {
+                self.set_home(Some(only));
+                self.publish(now);
+            }
         }
     }
 
