@@ -97,6 +97,14 @@ mod tests {
     use super::super::{AuthKey, AuthKeyError};
     use super::*;
 
+    #[test]
+    fn a_headscale_key_that_holds_the_mark_by_chance_is_whole() {
+        let text = "hskey-auth-0123456789ab-abc--TLdef-0123456789";
+        let key = AuthKey::parse(text).unwrap();
+        assert_eq!(key.expose(), text);
+        assert!(key.wrapping().is_none());
+    }
+
     fn refused(text: &str) -> AuthKeyError {
         AuthKey::parse(text).unwrap_err()
     }
