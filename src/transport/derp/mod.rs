@@ -201,17 +201,14 @@ impl Task {
                 () = self.outgoing.closed() => return,
             };
             let begun = Instant::now();
-            let lost = match connected {
-                Ok(Ok((io, host))) => {
-                    let (ended, admitted) = Session::new(&mut self, host).run(io).await;
-                    told &= !admitted;
-                    ended
-                }
-                Ok(Err(error)) => Err(error),
-                Err(_) => Err(DerpError::Silent { host: self.first_host(), limit: CONNECT_LIMIT }),
+            let (lost, admitted) = match connected {
+                Ok(Ok((io, host))) => Session::new(&mut self, host).run(io).await,
+                Ok(Err(error)) => (Err(error), false),
+                Err(_) => (Err(DerpError::Silent { host: self.first_host(), limit: CONNECT_LIMIT }), false),
             };
             let Err(error) = lost else { return };
-            self.log_loss(&error, &mut told);
+            told &= !admitted;
+            self.log_loss(&error, admitted, &mut told);
             retry.note_loss(&error, begun.elapsed());
             if self.events.send((self.id, Event::Lost(Arc::new(error)))).await.is_err() {
                 return;
@@ -226,10 +223,10 @@ impl Task {
     }
 
     /// Says why the connection is lost, and why it could not be made again, once until it could.
-    fn log_loss(&self, error: &DerpError, told: &mut bool) {
+    fn log_loss(&self, error: &DerpError, admitted: bool, told: &mut bool) {
         let region = self.id.region;
-        let was_there = matches!(error, DerpError::Closed { .. } | DerpError::Restarting { .. });
-        if was_there {
+        // A relay that closes instead of admitting us does not know us: that is no connection that was lost.
+        if admitted && matches!(error, DerpError::Closed { .. } | DerpError::Restarting { .. }) {
             info!(region, %error, "derp connection lost");
         } else if std::mem::replace(told, true) {
             debug!(region, %error, "derp connection lost");

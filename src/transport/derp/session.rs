@@ -22,14 +22,17 @@ use crate::wire::derp::{ClientFrame, FrameError, ServerFrame};
 /// A relay speaks at least once a minute; silence beyond this means that the connection is dead.
 /// Source: derp_client.go, `recvTimeout`.
 const SILENCE_LIMIT: Duration = Duration::from_secs(120);
-/// A relay that takes not an octet for so long is gone.
+/// One write, or flushing what TLS holds of earlier ones (64 KiB at most), may take so long; a relay that takes it more
+/// slowly is gone.
 const WRITE_LIMIT: Duration = Duration::from_secs(15);
 /// Octets asked of the socket at a time.
 const READ_CHUNK: usize = 64 << 10;
 /// Packets taken off the queue at once: as many as a relay's own queue holds.
 const BATCH: usize = 32;
-/// With so many octets unwritten, packets stay in the queue, where the oldest make room.
+/// With so many octets unwritten, packets stay in the queue, where the oldest make room, and pings go unanswered.
 const UNWRITTEN_LIMIT: usize = 16 << 10;
+/// Characters of a problem that are told: a relay may send a mebibyte of them.
+const PROBLEM_MAX: usize = 200;
 
 /// What the relay says of its limits, sealed to our key.
 #[derive(Debug, Default, Deserialize)]
@@ -55,8 +58,10 @@ pub(super) struct Session<'t> {
     /// When it has taken nothing for too long, while something waits for it.
     stuck_at: Instant,
     limits: ServerInfo,
-    /// When the relay's limits let us send again, and what was sent before counts as paid.
+    /// When what was sent counts as paid by the relay's limits.
     paid_at: Instant,
+    /// The problem that was told last; empty for none.
+    problem: String,
 }
 
 impl<'t> Session<'t> {
@@ -74,6 +79,7 @@ impl<'t> Session<'t> {
             stuck_at: now,
             limits: ServerInfo::default(),
             paid_at: now,
+            problem: String::new(),
         }
     }
 
@@ -89,16 +95,20 @@ impl<'t> Session<'t> {
         self.task.preferred.mark_changed();
         loop {
             let writing = !self.output.is_empty() || self.unflushed;
-            let sends_at = self.sends_at();
-            let takes = self.admitted && self.output.len() < UNWRITTEN_LIMIT && sends_at <= Instant::now();
+            let now = Instant::now();
+            let sends_at = self.sends_at(now);
+            let takes = self.admitted && self.output.len() < UNWRITTEN_LIMIT && sends_at <= now;
             let ends_at = if writing { self.silent_at.min(self.stuck_at) } else { self.silent_at };
             tokio::select! {
                 read = reader.read_buf(&mut self.input) => {
                     if read.map_err(|error| self.closed(&error))? == 0 {
                         return Err(self.ended());
                     }
-                    self.silent_at = Instant::now() + SILENCE_LIMIT;
                     self.handle_input().await?;
+                    // Whoever does not admit us cannot have us wait by trickling.
+                    if self.admitted {
+                        self.silent_at = Instant::now() + SILENCE_LIMIT;
+                    }
                     self.input.reserve(READ_CHUNK);
                 }
                 written = write_some(&mut writer, &mut self.output), if writing => {
@@ -117,16 +127,18 @@ impl<'t> Session<'t> {
                     self.queue(&ClientFrame::NotePreferred(home));
                 }
                 () = self.task.outgoing.closed(), if !takes => return Ok(()),
-                () = sleep_until(sends_at), if self.admitted && !takes && sends_at > Instant::now() => {}
+                () = sleep_until(sends_at), if self.admitted && sends_at > now => {}
                 () = sleep_until(ends_at) => return Err(self.silent(writing)),
             }
         }
     }
 
-    /// When the relay's limits let us send.
-    fn sends_at(&self) -> Instant {
-        let Some(saved) = self.limits.burst.checked_div(self.limits.bytes_per_second) else { return self.paid_at };
-        self.paid_at.checked_sub(Duration::from_secs(saved)).unwrap_or(self.paid_at)
+    /// When the relay's limits let us send: so much is not yet paid that the burst does not cover it.
+    fn sends_at(&self, now: Instant) -> Instant {
+        let ServerInfo { bytes_per_second, burst } = self.limits;
+        // Without limits the quotient is no number, and a burst may last longer than any time.
+        let saved = Duration::try_from_secs_f64(burst as f64 / bytes_per_second as f64).unwrap_or(Duration::MAX);
+        now + self.paid_at.saturating_duration_since(now).saturating_sub(saved)
     }
 
     fn send(&mut self, batch: &[Packet], writing: bool) {
@@ -171,7 +183,9 @@ impl<'t> Session<'t> {
     async fn handle_frame(&mut self, frame: ServerFrame) -> Result<(), DerpError> {
         let region = self.task.id.region;
         match frame {
+            ServerFrame::ServerKey(_) if self.sealer.is_some() => return Err(self.wrong("a second server key")),
             ServerFrame::ServerKey(server) => self.introduce(server),
+            ServerFrame::ServerInfo(_) if self.admitted => return Err(self.wrong("a second server info")),
             ServerFrame::ServerInfo(sealed) => {
                 self.limits = self.open_info(&sealed)?;
                 let Self { limits, .. } = &*self;
@@ -180,15 +194,32 @@ impl<'t> Session<'t> {
                 self.tell(Event::Connected).await;
             }
             ServerFrame::PeerGone { peer, reason } => self.tell(Event::PeerGone(peer, reason)).await,
-            ServerFrame::Ping(octets) => self.queue(&ClientFrame::Pong(octets)),
-            ServerFrame::Health(problem) if problem.is_empty() => info!(region, "derp healthy again"),
-            ServerFrame::Health(problem) => warn!(region, problem, "derp reports a problem"),
+            ServerFrame::Ping(octets) if self.output.len() < UNWRITTEN_LIMIT => self.queue(&ClientFrame::Pong(octets)),
+            ServerFrame::Health(problem) => self.note_problem(&problem),
             ServerFrame::Restarting { reconnect_in, try_for } => {
                 return Err(DerpError::Restarting { host: self.host.clone(), reconnect_in, try_for });
             }
-            ServerFrame::Packet { .. } | ServerFrame::KeepAlive | ServerFrame::Pong(_) | ServerFrame::Unknown(_) => {}
+            ServerFrame::Packet { .. }
+            | ServerFrame::Ping(_)
+            | ServerFrame::KeepAlive
+            | ServerFrame::Pong(_)
+            | ServerFrame::Unknown(_) => {}
         }
         Ok(())
+    }
+
+    /// Tells a problem, and its end, once.
+    fn note_problem(&mut self, problem: &str) {
+        let (region, problem) = (self.task.id.region, problem.chars().take(PROBLEM_MAX).collect::<String>());
+        if problem == self.problem {
+            return;
+        }
+        if problem.is_empty() {
+            info!(region, "derp healthy again");
+        } else {
+            warn!(region, problem, "derp reports a problem");
+        }
+        self.problem = problem;
     }
 
     /// Says who we are: the settings, sealed to the relay's key, whose answer comes in the same box.
@@ -206,11 +237,10 @@ impl<'t> Session<'t> {
 
     /// Only the holder of the relay's key can have sealed this.
     fn open_info(&self, sealed: &[u8]) -> Result<ServerInfo, DerpError> {
-        let broken = |detail: &str| DerpError::Protocol { host: self.host.clone(), detail: detail.to_owned() };
-        let sealer = self.sealer.as_ref().ok_or_else(|| broken("server info before the server key"))?;
-        let (nonce, boxed) = sealed.split_at_checked(24).ok_or_else(|| broken("server info without nonce"))?;
-        let json = sealer.decrypt(nonce.into(), boxed).map_err(|_| broken("server info is not sealed to us"))?;
-        serde_json::from_slice(&json).map_err(|_| broken("server info is not JSON"))
+        let sealer = self.sealer.as_ref().ok_or_else(|| self.wrong("server info before the server key"))?;
+        let (nonce, boxed) = sealed.split_at_checked(24).ok_or_else(|| self.wrong("server info without nonce"))?;
+        let json = sealer.decrypt(nonce.into(), boxed).map_err(|_| self.wrong("server info is not sealed to us"))?;
+        serde_json::from_slice(&json).map_err(|_| self.wrong("server info is not JSON"))
     }
 
     async fn tell_packets(&self, packets: &mut Vec<Packet>) {
@@ -234,12 +264,20 @@ impl<'t> Session<'t> {
     }
 
     fn broken(&self, error: &FrameError) -> DerpError {
-        DerpError::Protocol { host: self.host.clone(), detail: error.to_string() }
+        self.wrong(&error.to_string())
+    }
+
+    fn wrong(&self, detail: &str) -> DerpError {
+        DerpError::Protocol { host: self.host.clone(), detail: detail.to_owned() }
     }
 
     fn silent(&self, writing: bool) -> DerpError {
-        let stuck = writing && self.stuck_at < self.silent_at;
-        DerpError::Silent { host: self.host.clone(), limit: if stuck { WRITE_LIMIT } else { SILENCE_LIMIT } }
+        let limit = match self.admitted {
+            _ if writing && self.stuck_at < self.silent_at => WRITE_LIMIT,
+            true => SILENCE_LIMIT,
+            false => CONNECT_LIMIT,
+        };
+        DerpError::Silent { host: self.host.clone(), limit }
     }
 }
 

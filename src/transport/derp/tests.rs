@@ -20,12 +20,12 @@ struct World {
 }
 
 impl World {
-    /// A session that the relay has admitted with these limits.
-    async fn admitted(limits: &str) -> Self {
+    /// A session that has told the relay who we are, and the box that its answer is to be sealed in.
+    async fn introduced() -> (Self, SalsaBox) {
         let (io, mut relay) = tokio::io::duplex(4096);
         let (packets, outgoing) = queue(QUEUE);
         let (home, preferred) = tokio::sync::watch::channel(false);
-        let (tell, mut events) = mpsc::channel(64);
+        let (tell, events) = mpsc::channel(64);
         let key = NodePrivate::random();
         let node = key.public();
         let underlay =
@@ -35,16 +35,21 @@ impl World {
         let session = tokio::spawn(async move { Session::new(&mut task, "relay".to_owned()).run(Box::new(io)).await });
 
         let own = SecretKey::generate(&mut OsRng);
-        let magic = b"DERP\xf0\x9f\x94\x91";
-        relay.write_all(&frame(0x01, &[magic.as_slice(), own.public_key().as_bytes()].concat())).await.unwrap();
+        relay.write_all(&server_key(own.public_key().as_bytes())).await.unwrap();
         assert_eq!(read_frame(&mut relay).await.0, 0x02);
         let sealer = SalsaBox::new(&PublicKey::from(*node.as_bytes()), &own);
+        (Self { relay, packets, _home: home, events, session }, sealer)
+    }
+
+    /// A session that the relay has admitted with these limits.
+    async fn admitted(limits: &str) -> Self {
+        let (mut world, sealer) = Self::introduced().await;
         let nonce = SalsaBox::generate_nonce(&mut OsRng);
         let sealed = sealer.encrypt(&nonce, limits.as_bytes()).unwrap();
-        relay.write_all(&frame(0x03, &[nonce.as_slice(), &sealed].concat())).await.unwrap();
-        assert!(matches!(events.recv().await, Some((_, Event::Connected))));
-        assert_eq!(read_frame(&mut relay).await, (0x07, vec![0]));
-        Self { relay, packets, _home: home, events, session }
+        world.relay.write_all(&frame(0x03, &[nonce.as_slice(), &sealed].concat())).await.unwrap();
+        assert!(matches!(world.events.recv().await, Some((_, Event::Connected))));
+        assert_eq!(read_frame(&mut world.relay).await, (0x07, vec![0]));
+        world
     }
 
     fn send(&self, count: usize) {
@@ -58,6 +63,10 @@ impl World {
 fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
     [&[kind], length.as_slice(), payload].concat()
+}
+
+fn server_key(key: &[u8; 32]) -> Vec<u8> {
+    frame(0x01, &[b"DERP\xf0\x9f\x94\x91".as_slice(), key].concat())
 }
 
 async fn read_frame(relay: &mut DuplexStream) -> (u8, Vec<u8>) {
@@ -90,7 +99,7 @@ async fn a_relay_that_takes_nothing_at_all_is_given_up() {
     let start = Instant::now();
     world.send(64);
     let (ended, admitted) = world.session.await.unwrap();
-    assert!(matches!(ended, Err(DerpError::Silent { .. })), "{ended:?}");
+    assert!(matches!(ended, Err(DerpError::Silent { limit, .. }) if limit.as_secs() == 15), "{ended:?}");
     assert!(admitted && (14..17).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
 }
 
@@ -107,6 +116,60 @@ async fn a_relay_gets_no_more_than_it_allows() {
     // Of 128 frames of 1,000 octets, all but the first batches wait for their time.
     let took = start.elapsed().as_secs_f64();
     assert!((5.0..14.0).contains(&took), "{took}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_goes_at_once_be_it_short_or_longer_than_any_time() {
+    for (rate, burst) in [(100_000, 50_000), (1, u64::MAX)] {
+        let limits = format!(r#"{{"TokenBucketBytesPerSecond":{rate},"TokenBucketBytesBurst":{burst}}}"#);
+        let mut world = World::admitted(&limits).await;
+        let start = Instant::now();
+        world.send(64);
+        for _ in 0..64 {
+            read_frame(&mut world.relay).await;
+        }
+        assert!(start.elapsed() < Duration::from_millis(100), "{rate}, {burst}: {:?}", start.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_that_asks_and_takes_nothing_gets_few_answers_and_then_all_again() {
+    const PINGS: usize = 20_000;
+    let mut world = World::admitted("{}").await;
+    let ping = frame(0x12, b"12345678");
+    world.relay.write_all(&ping.repeat(PINGS)).await.unwrap();
+    let mut pongs = 0;
+    while timeout(Duration::from_secs(1), read_frame(&mut world.relay)).await.is_ok() {
+        pongs += 1;
+    }
+    // What may wait, what the pipe holds, and one that was let in by the last octet.
+    assert!(pongs * ping.len() <= (16 << 10) + 4096 + ping.len(), "{pongs} of {PINGS}");
+    world.relay.write_all(&ping).await.unwrap();
+    assert_eq!(read_frame(&mut world.relay).await, (0x13, b"12345678".to_vec()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_introduces_itself_and_admits_us_once() {
+    for again in [server_key(&[1; 32]), frame(0x03, &[0; 64])] {
+        let mut world = World::admitted("{}").await;
+        world.relay.write_all(&again).await.unwrap();
+        let (ended, _) = world.session.await.unwrap();
+        let Err(DerpError::Protocol { detail, .. }) = ended else { panic!("{ended:?}") };
+        assert!(detail.starts_with("a second server"), "{detail}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_that_trickles_and_does_not_admit_us_is_given_up() {
+    let (mut world, _) = World::introduced().await;
+    let start = Instant::now();
+    while !world.session.is_finished() && start.elapsed() < Duration::from_secs(60) {
+        let _ = world.relay.write_all(&frame(0x06, &[])).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    let (ended, admitted) = world.session.await.unwrap();
+    assert!(matches!(ended, Err(DerpError::Silent { limit, .. }) if limit == CONNECT_LIMIT), "{ended:?}");
+    assert!(!admitted && start.elapsed() < Duration::from_secs(12), "{:?}", start.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
