@@ -76,15 +76,20 @@ fn take_frame(buffer: &mut BytesMut) -> Result<Option<BytesMut>, ConnectError> {
 }
 
 fn decode(frame: &[u8]) -> Result<MapResponse, ConnectError> {
+    decode_within(frame, DECODED_MAX)
+}
+
+/// Decodes a frame that may hold `most` octets uncompressed.
+fn decode_within(frame: &[u8], most: u64) -> Result<MapResponse, ConnectError> {
     let garbled = |detail: String| ConnectError::Protocol { detail: format!("map response: {detail}") };
     if !frame.starts_with(&ZSTD_MAGIC) {
         return tailcfg::parse(frame).map_err(|error| garbled(error.to_string()));
     }
     let decoder = StreamingDecoder::new(frame).map_err(|error| garbled(error.to_string()))?;
-    let mut json = BufReader::with_capacity(CHUNK, decoder.take(DECODED_MAX));
+    let mut json = BufReader::with_capacity(CHUNK, decoder.take(most + 1));
     let parsed = tailcfg::parse_from(&mut json);
     if json.get_ref().limit() == 0 {
-        return Err(garbled(format!("it exceeds {DECODED_MAX} octets")));
+        return Err(garbled(format!("it exceeds {most} octets")));
     }
     parsed.map_err(|error| garbled(error.to_string()))
 }
@@ -117,6 +122,15 @@ mod tests {
         let packed = ruzstd::encoding::compress_to_vec(&json[..], ruzstd::encoding::CompressionLevel::Fastest);
         assert_eq!(decode(&packed).unwrap(), decode(json).unwrap());
         assert!(decode(json).unwrap().keep_alive);
+    }
+
+    #[test]
+    fn a_frame_may_hold_the_limit_and_no_octet_more() {
+        let json = br#"{"KeepAlive":true}"#;
+        let packed = ruzstd::encoding::compress_to_vec(&json[..], ruzstd::encoding::CompressionLevel::Fastest);
+        assert!(decode_within(&packed, 18).unwrap().keep_alive);
+        let refused = decode_within(&packed, 17).unwrap_err();
+        assert!(refused.to_string().contains("exceeds 17 octets"), "{refused}");
     }
 
     proptest! {
