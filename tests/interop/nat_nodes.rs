@@ -289,12 +289,16 @@ fn said(log: &str, peer: &str) -> Vec<Option<SocketAddr>> {
     paths
 }
 
-fn peers_of(status: &Value) -> impl Iterator<Item = &Value> {
+/// The peers in what [`local_status`] says.
+pub(crate) fn peers_of(status: &Value) -> impl Iterator<Item = &Value> {
     status["Peer"].as_object().into_iter().flat_map(|peers| peers.values())
 }
 
 /// What `tailscale status --json` would print, without starting it: it is asked for a hundred times a second.
-fn local_status(socket: &Path) -> Result<Value, Failed> {
+///
+/// # Errors
+/// When the daemon at `socket` does not answer.
+pub(crate) fn local_status(socket: &Path) -> Result<Value, Failed> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     stream

@@ -162,6 +162,9 @@ fn judge(trips: &[Trip<'_>]) -> Result<(), Failed> {
         if ours.way() == Way::Relayed && theirs.way() != Way::Relayed {
             wrong.push(format!("{}: tailscaled's way is direct", ours.pair));
         }
+        if ours.expected == Way::DirectV6 && ours.way() == Way::DirectV4 && theirs.way() == Way::DirectV6 {
+            wrong.push(format!("{}: tailscaled's way is by IPv6", ours.pair));
+        }
         if let (Some(our_time), Some(their_time)) = (ours.until_direct(), theirs.until_direct())
             && our_time > their_time + MARGIN
         {
