@@ -15,7 +15,7 @@ pub mod register;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::BufRead;
+use std::io::{self, BufRead};
 use std::marker::PhantomData;
 use std::str::FromStr;
 
@@ -44,12 +44,24 @@ pub fn parse<T: DeserializeOwned>(mut document: &[u8]) -> Result<T, serde_json::
 /// When reading fails, when the text is no JSON object, or one in which a whole part is of another kind than it must
 /// be. The error may quote the document.
 pub fn parse_from<T: DeserializeOwned>(document: &mut impl BufRead) -> Result<T, serde_json::Error> {
-    let start = document.fill_buf().map_err(serde_json::Error::io)?;
     // Serde would take a list for a struct, and an empty one for an empty answer.
-    if start.trim_ascii_start().first() != Some(&b'{') {
+    if first_octet(document).map_err(serde_json::Error::io)? != Some(b'{') {
         return Err(serde_json::Error::custom("not a JSON object"));
     }
     serde_json::from_reader(document)
+}
+
+/// The octet that follows white space; it stays to be read.
+fn first_octet(document: &mut impl BufRead) -> io::Result<Option<u8>> {
+    loop {
+        let start = document.fill_buf()?;
+        let blank = start.iter().take_while(|octet| b" \t\r\n".contains(octet)).count();
+        let (first, ended) = (start.get(blank).copied(), start.is_empty());
+        document.consume(blank);
+        if first.is_some() || ended {
+            return Ok(first);
+        }
+    }
 }
 
 /// `null` is the default; anything else must fit.
@@ -206,4 +218,24 @@ fn prefixes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D:
 fn optional_prefixes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<IpNet>>, D::Error> {
     let prefixes: Option<Vec<Prefix>> = optional_list(deserializer)?;
     Ok(prefixes.map(|prefixes| prefixes.into_iter().map(|Prefix(net)| net).collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::BufReader;
+
+    use super::register::RegisterResponse;
+    use super::*;
+
+    #[test]
+    fn an_object_is_known_however_little_is_read_at_once() {
+        let parsed = |text: &'static str| {
+            let mut reader = BufReader::with_capacity(1, text.as_bytes());
+            parse_from::<RegisterResponse>(&mut reader)
+        };
+        assert_eq!(parsed(" \r\n\t{\"AuthURL\": null} ").unwrap(), RegisterResponse::default());
+        for other in [" \n[]", "", "  ", "null"] {
+            assert!(parsed(other).unwrap_err().to_string().starts_with("not a JSON object"), "{other:?}");
+        }
+    }
 }
