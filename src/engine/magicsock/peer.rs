@@ -17,11 +17,12 @@ use crate::wire::disco::TxId;
 const TRUST: Duration = Duration::from_millis(6_500);
 /// An endpoint is not pinged for discovery more often. Source: Tailscale, `discoPingInterval`.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// How long after a round's call the endpoints are pinged once more, if none is trusted by then. The call has reached the
-/// peer over both our relays, and the peer's own pings have opened the filter before it; where our NAT maps each
+/// How long after a round's call the endpoints are pinged once more, if none is trusted by then. The call has reached
+/// the peer over both our relays, and the peer's own pings have opened the filter before it; where our NAT maps each
 /// destination to another port, none of them reaches us.
 const AGAIN: Duration = Duration::from_millis(200);
-/// How long the best address stays trusted without another pong when the peer pings us from a new one: it may have moved.
+/// How long the best address stays trusted without another pong when the peer pings us from a new one: it may have
+/// moved.
 const VERIFY: Duration = Duration::from_secs(1);
 /// How often the best address is pinged while the peer is in use. Source: Tailscale, `heartbeatInterval`.
 const HEARTBEAT: Duration = Duration::from_secs(3);
