@@ -9,7 +9,7 @@ use super::roster::Slot;
 use super::stats::Dropped;
 use super::wireguard::{OVERHEAD, Received, SCRATCH_LENGTH};
 use super::{Engine, NoRoute, Output};
-use crate::netmap::RegionId;
+use crate::netmap::Carrier;
 use crate::wire::{Kind, classify, ip, tsmp};
 
 impl Engine {
@@ -111,8 +111,8 @@ impl Engine {
         self.handle_outbound(&packet, now).map(drop)
     }
 
-    /// Encrypts a packet into the way, or both ways, that it takes now. Returns its region if that is the only one.
-    pub(super) fn send_data(&mut self, slot: Slot, packet: &[u8], now: Instant) -> Option<RegionId> {
+    /// Encrypts a packet into the way, or both ways, that it takes now. Returns the way if it is one.
+    pub(super) fn send_data(&mut self, slot: Slot, packet: &[u8], now: Instant) -> Option<Carrier> {
         let entry = self.roster.entry(slot)?;
         let ways = self.magicsock.ways(slot, entry, now);
         let length = packet.len() + OVERHEAD;
@@ -141,7 +141,11 @@ impl Engine {
         } else {
             stats.drop(Dropped::NoSession, 1)
         }
-        ways.derp.filter(|_| ways.udp.is_none())
+        match (ways.udp, ways.derp) {
+            (Some(_), None) => Some(Carrier::Direct),
+            (None, Some(region)) => Some(Carrier::Relay(region)),
+            _ => None,
+        }
     }
 
     /// Sends a handshake message or keepalive as it is.

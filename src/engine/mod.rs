@@ -35,7 +35,7 @@ use self::standing::Rivalry;
 pub use self::stats::{Dropped, Stats};
 use self::wireguard::{OVERHEAD, SCRATCH_LENGTH, WireGuard};
 use crate::key::{NodePrivate, NodePublic};
-use crate::netmap::{Netmap, RegionId};
+use crate::netmap::{Carrier, Netmap, RegionId};
 use crate::wire::{Kind, classify, ip, stun};
 
 /// The machine.
@@ -196,12 +196,12 @@ impl Engine {
         self.magicsock.set_local_endpoints(endpoints, &self.roster, now);
     }
 
-    /// Sends an inner packet whose source is one of our addresses, or keeps it for a handshake. Returns the region
-    /// that it leaves by, if it leaves by no other way.
+    /// Sends an inner packet whose source is one of our addresses, or keeps it for a handshake. Returns how it leaves,
+    /// `None` if it does not yet, or both ways.
     ///
     /// # Errors
     /// [`NoRoute`] when no peer serves its destination.
-    pub fn handle_outbound(&mut self, packet: &[u8], now: Instant) -> Result<Option<RegionId>, NoRoute> {
+    pub fn handle_outbound(&mut self, packet: &[u8], now: Instant) -> Result<Option<Carrier>, NoRoute> {
         let Some(slot) = ip::destination(packet).and_then(|destination| self.slot_for(destination)) else {
             self.stats.drop(Dropped::NoRoute, 1);
             return Err(NoRoute);

@@ -36,6 +36,15 @@ pub type NodeId = i64;
 /// A DERP region's number.
 pub type RegionId = u32;
 
+/// How a packet travels to its peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carrier {
+    /// By UDP.
+    Direct,
+    /// By this DERP region.
+    Relay(RegionId),
+}
+
 /// This node, as control describes it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SelfNode {

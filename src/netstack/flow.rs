@@ -11,8 +11,8 @@ use super::OpenError;
 use super::device::Device;
 use super::ports::endpoint;
 use super::rings::Sockets;
-use super::window::{Window, shift_of};
-use crate::netmap::RegionId;
+use super::window::Window;
+use crate::netmap::Carrier;
 
 /// Octets that a connection receives ahead of its reader: with the round trip it bounds the rate (1 MiB at 100 ms is
 /// 84 Mbit/s).
@@ -147,12 +147,12 @@ impl Flow {
         iface: &mut Interface,
         (now, time): (Instant, smoltcp::time::Instant),
         scratch: &mut [u8],
-        send: &mut dyn FnMut(&[u8]) -> Option<RegionId>,
+        send: &mut dyn FnMut(&[u8]) -> Option<Carrier>,
     ) -> bool {
         let keeps = self.syn.as_ref().is_some_and(Vec::is_empty);
         let (mut first, mut window) = (None, std::mem::take(&mut self.window));
         let mut leave = |packet: &mut [u8]| {
-            window.handle_outbound(packet, shift_of(RECEIVE_RING), now);
+            window.handle_outbound(packet, now);
             if keeps {
                 first = Some(packet.to_vec());
             }
@@ -169,7 +169,7 @@ impl Flow {
 
     /// Has an answer that smoltcp made on the spot announce no more than the others.
     pub(super) fn announce(&mut self, reply: &mut [u8], now: Instant) {
-        self.window.handle_outbound(reply, shift_of(RECEIVE_RING), now);
+        self.window.handle_outbound(reply, now);
     }
 
     /// Something has come in: once it is the answer, the SYN is needed no longer.

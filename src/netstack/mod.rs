@@ -23,7 +23,7 @@ pub use flow::FlowId;
 use flow::{Flow, FlowKey, Kind};
 use ports::Ports;
 
-use crate::netmap::RegionId;
+use crate::netmap::Carrier;
 
 /// Segments that one flow may send before the next has its turn: one GSO batch.
 const QUANTUM: usize = 48;
@@ -223,8 +223,8 @@ impl Netstack {
     }
 
     /// Gives flows that have something to send their turns, each at most 48 packets, until about `ROUND` packets
-    /// are out; `send` takes each packet, and says which relay it leaves by, if by one. Returns whether more waits.
-    pub fn egress(&mut self, now: Instant, send: &mut dyn FnMut(&[u8]) -> Option<RegionId>) -> bool {
+    /// are out; `send` takes each packet, and says how it leaves, if it can tell. Returns whether more waits.
+    pub fn egress(&mut self, now: Instant, send: &mut dyn FnMut(&[u8]) -> Option<Carrier>) -> bool {
         for packet in self.replies.drain(..) {
             send(&packet);
         }

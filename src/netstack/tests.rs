@@ -1,10 +1,12 @@
 //! The stack against plain smoltcp on the other side, over a wire that loses what it is told to.
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use proptest::prelude::*;
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{self, State};
+use smoltcp::wire::TcpPacket;
 
 use super::ports::endpoint;
 use super::*;
@@ -24,6 +26,10 @@ struct World {
     sent: usize,
     /// Every so many packets, one is lost; 0 for none.
     loss: usize,
+    /// How our packets leave.
+    carrier: Option<Carrier>,
+    /// Whether our SYN's window scale reaches the server, which then answers with its own.
+    scales: bool,
 }
 
 impl World {
@@ -40,7 +46,9 @@ impl World {
         socket.listen(80).unwrap();
         let mut sockets = SocketSet::new(Vec::new());
         let server = sockets.add(socket);
-        Self { stack, iface, sockets, server, start, now: start, to_server: VecDeque::new(), sent: 0, loss }
+        let to_server = VecDeque::new();
+        let (carrier, scales) = (None, true);
+        Self { stack, iface, sockets, server, start, now: start, to_server, sent: 0, loss, carrier, scales }
     }
 
     fn connect(&mut self) -> FlowId {
@@ -69,10 +77,14 @@ impl World {
 
     fn step(&mut self) {
         self.stack.handle_timeout(self.now);
-        let out = &mut self.to_server;
+        let (out, carrier, scales) = (&mut self.to_server, self.carrier, self.scales);
         while self.stack.egress(self.now, &mut |packet| {
-            out.push_back(packet.to_vec());
-            None
+            let mut packet = packet.to_vec();
+            if !scales && packet[33] & 0x02 != 0 {
+                strip_scale(&mut packet);
+            }
+            out.push_back(packet);
+            carrier
         }) {}
         let time = timestamp(self.start, self.now);
         let mut replies = Vec::new();
@@ -114,6 +126,35 @@ impl World {
             }
         }
         got
+    }
+}
+
+/// Takes the window scale out of an IPv4 packet's SYN.
+fn strip_scale(packet: &mut [u8]) {
+    let at = packet.windows(3).position(|option| option == [3, 3, 5]).unwrap();
+    packet[at..at + 3].fill(1);
+    let addresses: [Ipv4Addr; 2] = [OURS.parse().unwrap(), "100.64.0.1".parse().unwrap()];
+    TcpPacket::new_unchecked(&mut packet[20..]).fill_checksum(&addresses[0].into(), &addresses[1].into());
+}
+
+#[test]
+fn a_relayed_connection_carries_as_much_whether_or_not_the_peer_scales() {
+    for scales in [true, false] {
+        let mut world = World::new(0);
+        (world.carrier, world.scales) = (Some(Carrier::Relay(1)), scales);
+        let id = world.connect();
+        let (octets, mut sent, mut got) = (vec![7; 1_000_000], 0, 0);
+        let start = world.now;
+        while got < octets.len() && world.now - start < Duration::from_secs(10) {
+            sent += world.server().send_slice(&octets[sent..]).unwrap();
+            world.step();
+            world.now += Duration::from_millis(1);
+            let take = |socket: &mut tcp::Socket<'_>| socket.recv(|ring| (ring.len(), ring.len())).unwrap();
+            got += world.stack.with_tcp(id, take).unwrap();
+            world.stack.touch(id);
+        }
+        assert_eq!(got, octets.len(), "scales: {scales}");
+        assert!(world.now - start < Duration::from_millis(200), "scales: {scales}, {:?}", world.now - start);
     }
 }
 
@@ -306,7 +347,7 @@ fn address_that_is_not_the_nodes_is_ours_as_long_as_a_flow_uses_it() {
 fn any_ip() -> impl Strategy<Value = IpAddr> {
     let v4 = any::<[u8; 4]>().prop_map(IpAddr::from);
     let v6 = any::<[u8; 16]>().prop_map(IpAddr::from);
-    let mapped = any::<[u8; 4]>().prop_map(|ip| std::net::Ipv4Addr::from(ip).to_ipv6_mapped().into());
+    let mapped = any::<[u8; 4]>().prop_map(|ip| Ipv4Addr::from(ip).to_ipv6_mapped().into());
     let special = ["0.0.0.0", "::", "::ffff:0.0.0.0", "255.255.255.255", "224.0.0.1", "ff02::1", OURS, "127.0.0.1"];
     prop_oneof![v4, v6, mapped, prop::sample::select(special.map(|ip| ip.parse().unwrap()).to_vec())]
 }

@@ -6,6 +6,7 @@ use super::SECOND;
 use super::world::World;
 use crate::engine::{Output, PathStatus, Transport};
 use crate::key::{DiscoPrivate, NodePublic};
+use crate::netmap::Carrier;
 use crate::wire::disco::{self, Message, TxId};
 use crate::wire::tsmp;
 
@@ -104,6 +105,29 @@ fn direct_mode_carries_no_data_by_derp() {
     assert_eq!((world.nodes[0].sent.1, world.nodes[1].sent.1), (0, 0));
     assert_eq!(world.status(0).path, PathStatus::None);
     assert!(world.nodes[0].engine.stats().dropped_no_path > 0);
+}
+
+/// How a packet of node 0 to node 1 leaves now.
+fn carrier(world: &mut World) -> Option<Carrier> {
+    let (packet, now) = (super::udp_packet(world.flow(0), b"which way"), world.now);
+    world.nodes[0].engine.handle_outbound(&packet, now).unwrap()
+}
+
+#[test]
+fn a_packet_tells_its_way_unless_it_waits_or_takes_both() {
+    let mut world = World::started(Transport::Derp);
+    assert_eq!(carrier(&mut world), None, "it waits for the handshake");
+    world.run(SECOND);
+    assert!(matches!(carrier(&mut world), Some(Carrier::Relay(_))));
+    let mut world = direct();
+    assert_eq!(carrier(&mut world), Some(Carrier::Direct));
+    world.udp_works = false;
+    let mut next = || {
+        world.run(Duration::from_millis(100));
+        carrier(&mut world)
+    };
+    let doubted = (0..150).map(|_| next()).find(|carrier| *carrier != Some(Carrier::Direct));
+    assert_eq!(doubted, Some(None), "it goes both ways");
 }
 
 #[test]
