@@ -15,7 +15,7 @@ use crate::say;
 use crate::sidecar::Launch;
 
 /// Past the second rekey (120 s each) and past what a key may live (180 s). Source: the WireGuard paper, 6.1.
-const LIFE: Duration = Duration::from_secs(250);
+const LIFE: Duration = Duration::from_secs(265);
 /// The pause between two blocks.
 const PAUSE: Duration = Duration::from_millis(100);
 /// How often the peer is asked when its last handshake was: it makes one each two minutes.
