@@ -172,7 +172,11 @@ impl Dialer {
         let kind = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let kind = kind.unwrap_or("no content type").to_owned();
         let body = Limited::new(response.into_body(), KEY_BODY_MAX).collect().await;
-        let body = body.map_err(|error| other(format!("its answer cannot be read: {error}")))?.to_bytes();
+        let body = body.map_err(|error| match error.downcast::<hyper::Error>() {
+            Ok(error) => self.lost(&error),
+            Err(error) => other(format!("its answer cannot be read: {error}")),
+        });
+        let body = body?.to_bytes();
         if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
             return Err(ConnectError::Server { status: status.as_u16(), body: excerpt(&body) });
         }
@@ -249,4 +253,35 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 /// The first 200 characters of a body, for an error's text.
 pub(super) fn excerpt(body: &[u8]) -> String {
     String::from_utf8_lossy(body).chars().take(200).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::transport::link::Link;
+    use crate::transport::tls::Tls;
+
+    #[tokio::test]
+    async fn a_key_that_breaks_off_is_a_lost_connection_and_one_without_end_is_not_controls() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = Url::parse(&format!("http://{}", listener.local_addr().unwrap())).unwrap();
+        let answered = async |length: usize, body: &[u8]| {
+            let tls = Tls::load(None).unwrap();
+            let underlay = Underlay { tls, proxy: None, no_proxy: [].into(), link: Link::default() };
+            let mut dialer = Dialer::new(url.clone(), underlay, MachinePrivate::random());
+            let answer = async {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let _ = stream.read(&mut [0; 4096]).await.unwrap();
+                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n");
+                stream.write_all(&[head.as_bytes(), body].concat()).await.unwrap();
+            };
+            tokio::join!(dialer.connect(), answer).0.err().unwrap()
+        };
+        assert!(matches!(answered(20, b"{").await, ConnectError::Connect { .. }));
+        let long = KEY_BODY_MAX + 1;
+        assert!(matches!(answered(long, &vec![b' '; long]).await, ConnectError::NotControl { .. }));
+    }
 }

@@ -191,6 +191,21 @@ impl Client {
     }
 }
 
+/// Whether the network may have done it, so that it may be over with another network.
+fn is_of_the_network(error: &ConnectError) -> bool {
+    match error {
+        ConnectError::Resolve { .. }
+        | ConnectError::Connect { .. }
+        | ConnectError::Silent { .. }
+        | ConnectError::Proxy { .. }
+        | ConnectError::Noise { .. } => true,
+        ConnectError::Tls { .. }
+        | ConnectError::NotControl { .. }
+        | ConnectError::Server { .. }
+        | ConnectError::Protocol { .. } => false,
+    }
+}
+
 /// Where the task tells what it learns.
 struct Out {
     netmap: watch::Sender<Option<Arc<Netmap>>>,
@@ -258,10 +273,11 @@ impl Task {
     async fn keep_in(&mut self) -> Failure {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
+            // From before the session, so that the move that ends it is news.
+            let mut link = self.config.underlay.link.news();
             let ended = self.session(&mut backoff).await;
             self.session = None;
-            // Only what the network did to us may be over with another network.
-            let may_hurry = matches!(ended, Ended::Lost(_));
+            let may_hurry = matches!(&ended, Ended::Lost(RegisterError::Connect(error)) if is_of_the_network(error));
             let pause = match ended {
                 Ended::Lost(error) => {
                     let pause = backoff.next_delay();
@@ -278,10 +294,12 @@ impl Task {
                 Ended::Again => backoff.next_delay(),
                 Ended::Over(failure) => return failure,
             };
-            let mut link = self.config.underlay.link.news();
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
-                _ = link.next(), if may_hurry => backoff.reset(),
+                () = link.moved(), if may_hurry => {
+                    backoff.reset();
+                    tokio::time::sleep(backoff.next_delay()).await;
+                }
             }
         }
     }

@@ -66,12 +66,12 @@ pub enum UnderlayError {
         /// What the host's resolver said.
         source: io::Error,
     },
-    /// None of its addresses took the connection.
+    /// None of its addresses took the connection, or it ended before TLS began.
     #[error("cannot connect to {host}: {source}")]
     Connect {
         /// Host and port.
         host: String,
-        /// What the operating system said of the last.
+        /// What the operating system said, of the last.
         source: io::Error,
     },
     /// TLS failed.
@@ -230,21 +230,27 @@ async fn start_tls(
     config: Arc<ClientConfig>,
 ) -> Result<BoxIo, UnderlayError> {
     let failed = |detail: String| UnderlayError::Tls { host: authority(host, port), detail };
+    let lost = |source| UnderlayError::Connect { host: authority(host, port), source };
     let name = name.trim_matches(['[', ']']).to_owned();
     let server_name = ServerName::try_from(name).map_err(|error| failed(error.to_string()))?;
-    let stream =
-        TlsConnector::from(config).connect(server_name, io).await.map_err(|error| failed(error.to_string()))?;
+    let stream = TlsConnector::from(config).connect(server_name, io).await;
+    let stream = stream.map_err(|error| if is_of_tls(&error) { failed(error.to_string()) } else { lost(error) })?;
     Ok(Box::new(stream))
 }
 
+/// Whether rustls says so, rather than the stream below it, which another try may find well.
+fn is_of_tls(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
+}
+
 /// Connects to the first address of `host` that answers; each next one is tried beside the last after a pause. When the
-/// network changes meanwhile, that begins anew: what was sent before may never be answered.
+/// network moves meanwhile, that begins anew: what was sent before may never be answered.
 async fn connect_tcp(host: &str, known: &[IpAddr], port: u16, link: &Link) -> Result<Tied, UnderlayError> {
     let mut news = link.news();
     loop {
         tokio::select! {
-            connected = connect_once(host, known, port) => return Ok(Tied::new(connected?, link)),
-            _ = news.next() => {}
+            connected = connect_once(host, known, port) => return Ok(Tied::new(connected?, news)),
+            () = news.moved() => {}
         }
     }
 }
@@ -318,6 +324,27 @@ mod tests {
         let value = basic(&Url::parse("http://us%40er:p%26w@proxy:3128").unwrap());
         assert_eq!(value.to_str().unwrap(), "Basic dXNAZXI6cCZ3");
         assert!(value.is_sensitive());
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_ends_during_the_handshake_is_not_a_failure_of_tls() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let answered = async |answer: &[u8]| {
+            let underlay = underlay(&[]);
+            let config = underlay.tls.trusted();
+            let connect = underlay.connect_tls(("127.0.0.1", &[]), port, "127.0.0.1", config);
+            let answer = async {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let _ = stream.read(&mut [0; 1]).await.unwrap();
+                stream.write_all(answer).await.unwrap();
+            };
+            tokio::join!(connect, answer).0.err().unwrap()
+        };
+        assert!(matches!(answered(b"").await, UnderlayError::Connect { .. }));
+        assert!(matches!(answered(b"HTTP/1.1 400 Bad Request\r\n\r\n").await, UnderlayError::Tls { .. }));
     }
 
     #[tokio::test]

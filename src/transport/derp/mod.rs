@@ -196,6 +196,8 @@ impl Task {
     async fn run(mut self) {
         let (mut retry, mut told) = (Retry::new(), false);
         while !self.outgoing.is_closed() {
+            // From before the connection, so that the move that ends it is news.
+            let mut link = self.underlay.link.news();
             let connected = tokio::select! {
                 connected = timeout(CONNECT_LIMIT, self.connect()) => connected,
                 () = self.outgoing.closed() => return,
@@ -213,10 +215,8 @@ impl Task {
             if self.events.send((self.id, Event::Lost(Arc::new(error)))).await.is_err() {
                 return;
             }
-            let mut link = self.underlay.link.news();
             tokio::select! {
-                () = tokio::time::sleep(retry.next_delay()) => {}
-                _ = link.next() => retry.begin_anew(),
+                () = retry.pause(&mut link) => {}
                 () = self.outgoing.closed() => return,
             }
         }

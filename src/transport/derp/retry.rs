@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::DerpError;
 use crate::transport::backoff::Backoff;
+use crate::transport::link::News;
 
 /// A connection that ends sooner was none: who is turned away after each admission must not come back at once for ever.
 const STEADY: Duration = Duration::from_secs(10);
@@ -43,13 +44,21 @@ impl Retry {
         }
     }
 
-    /// The network is another: what was before says nothing any more.
-    pub(super) fn begin_anew(&mut self) {
-        *self = Self::new();
+    /// Waits until the next try is due. On another network the tries begin anew, unless it is the relay that wishes
+    /// for the pause.
+    pub(super) async fn pause(&mut self, link: &mut News) {
+        let wished = self.reconnect_in.is_some();
+        tokio::select! {
+            () = sleep(self.next_delay()) => {}
+            () = link.moved(), if !wished => {
+                self.backoff.reset();
+                sleep(self.next_delay()).await;
+            }
+        }
     }
 
     /// How long to wait now.
-    pub(super) fn next_delay(&mut self) -> Duration {
+    fn next_delay(&mut self) -> Duration {
         if let Some(wish) = self.reconnect_in.take() {
             // A relay that names no time still restarts with everybody else's connections lost at the same moment.
             return wish.max(self.backoff.next_delay());
@@ -64,6 +73,7 @@ impl Retry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::link::Link;
 
     fn closed() -> DerpError {
         DerpError::Closed { host: "relay".to_owned(), detail: "closed".to_owned() }
@@ -76,7 +86,7 @@ mod tests {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(60) {
             retry.note_loss(&closed(), Duration::from_secs(1));
-            tokio::time::sleep(retry.next_delay()).await;
+            sleep(retry.next_delay()).await;
             tries += 1;
         }
         assert!((8..=20).contains(&tries), "{tries} tries in a minute");
@@ -91,19 +101,37 @@ mod tests {
         let restarts = DerpError::Restarting { host: "relay".to_owned(), reconnect_in, try_for };
         retry.note_loss(&restarts, Duration::from_secs(60));
         assert_eq!(retry.next_delay(), reconnect_in);
-        tokio::time::sleep(reconnect_in).await;
+        sleep(reconnect_in).await;
         let start = Instant::now();
         let mut tries = 0;
         while start.elapsed() < try_for {
             retry.note_loss(&closed(), Duration::ZERO);
             let delay = retry.next_delay();
             assert!((EAGER..=2 * EAGER).contains(&delay), "{delay:?}");
-            tokio::time::sleep(delay).await;
+            sleep(delay).await;
             tries += 1;
         }
         assert!(tries >= 4, "{tries}");
         let later = (0..10).map(|_| retry.next_delay()).last().unwrap();
         assert!(later >= Duration::from_secs(5), "{later:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_network_shortens_a_pause_to_the_first_but_not_a_relays_wish() {
+        let (mut retry, (link, move_once)) = (Retry::new(), Link::moving());
+        let paused = async |retry: &mut Retry| {
+            let (mut news, start) = (link.news(), Instant::now());
+            move_once();
+            retry.pause(&mut news).await;
+            start.elapsed()
+        };
+        while retry.next_delay() < Duration::from_secs(5) {}
+        let first = Duration::from_millis(50)..Duration::from_millis(110);
+        assert!(first.contains(&paused(&mut retry).await));
+        let (reconnect_in, try_for) = (Duration::from_secs(3), Duration::from_secs(2));
+        let restarts = DerpError::Restarting { host: "relay".to_owned(), reconnect_in, try_for };
+        retry.note_loss(&restarts, Duration::ZERO);
+        assert!(paused(&mut retry).await >= reconnect_in);
     }
 
     #[tokio::test(start_paused = true)]

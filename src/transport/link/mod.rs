@@ -42,6 +42,8 @@ pub struct State {
     /// Those of them after which what was known of paths is in doubt: an address went, a default route is another, or
     /// the machine slept.
     pub moves: u64,
+    /// Those of them after which a default route was another.
+    routes: u64,
     /// How long the machine or this process has not run.
     pub asleep: Duration,
     /// The addresses that the machine has; `None` when they are not known.
@@ -49,10 +51,12 @@ pub struct State {
 }
 
 impl State {
-    /// Whether a connection from this address cannot go on.
-    fn is_gone(&self, local: IpAddr) -> bool {
+    /// Whether a connection from this address cannot go on. What `look` sees now has the last word: an address may be
+    /// newer than this state.
+    fn is_gone(&self, local: IpAddr, look: impl FnOnce() -> Option<Arc<BTreeSet<IpAddr>>>) -> bool {
         let watched = !local.is_loopback() && !is_link_local(local);
-        watched && self.addresses.as_ref().is_some_and(|addresses| !addresses.contains(&local))
+        let lacked = self.addresses.as_ref().is_some_and(|addresses| !addresses.contains(&local));
+        watched && lacked && look().is_none_or(|now| !now.contains(&local))
     }
 }
 
@@ -84,11 +88,18 @@ impl Link {
         Self { state }
     }
 
+    /// A network that moves whenever the second is called.
+    #[cfg(test)]
+    pub fn moving() -> (Self, impl Fn()) {
+        let (out, state) = watch::channel(State::default());
+        (Self { state }, move || out.send_modify(|state| state.moves += 1))
+    }
+
     /// The changes from now on.
     pub fn news(&self) -> News {
         let mut state = self.state.clone();
-        state.mark_unchanged();
-        News { state }
+        let State { moves, routes, .. } = *state.borrow_and_update();
+        News { state, moves, routes }
     }
 }
 
@@ -96,6 +107,9 @@ impl Link {
 #[derive(Debug)]
 pub struct News {
     state: watch::Receiver<State>,
+    /// How many moves, and changes of default routes, are no news.
+    moves: u64,
+    routes: u64,
 }
 
 impl News {
@@ -103,6 +117,16 @@ impl News {
     pub async fn next(&mut self) -> State {
         match self.state.changed().await {
             Ok(()) => self.state.borrow_and_update().clone(),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Waits for the next change after which what was known of paths is in doubt: another try may do better now.
+    pub async fn moved(&mut self) {
+        let seen = self.moves;
+        let moved = self.state.wait_for(|state| state.moves != seen).await.map(|state| (state.moves, state.routes));
+        match moved {
+            Ok(moved) => (self.moves, self.routes) = moved,
             Err(_) => std::future::pending().await,
         }
     }
@@ -119,7 +143,11 @@ async fn run(out: watch::Sender<State>) {
         }
     };
     let mut known = Snapshot::take();
-    out.send_modify(|state| state.addresses = known.addresses());
+    // What there is from the beginning is no news.
+    out.send_if_modified(|state| {
+        state.addresses = known.addresses();
+        false
+    });
     let (mut clock, mut looked) = (Clock::start(), Instant::now());
     loop {
         let heard = tokio::select! {
@@ -169,6 +197,7 @@ fn tell(out: &watch::Sender<State>, before: &Snapshot, after: &Snapshot, asleep:
     out.send_modify(|state| {
         state.changes += 1;
         state.moves += u64::from(change.is_move() || asleep.is_some());
+        state.routes += u64::from(change.is_of_routes());
         state.asleep += asleep.unwrap_or_default();
         state.addresses = after.addresses();
     });
@@ -188,21 +217,29 @@ mod tests {
     fn only_what_matters_is_told_and_what_moves_us_is_counted_apart() {
         let home = Snapshot::of(&["192.168.1.4"], &["eth0"]);
         let with_bridge = Snapshot::of(&["192.168.1.4", "172.17.0.1"], &["eth0"]);
-        let counts = |state: State| (state.changes, state.moves);
-        assert_eq!(counts(state_after(&home, &home, None)), (0, 0));
-        assert_eq!(counts(state_after(&home, &with_bridge, None)), (1, 0));
-        assert_eq!(counts(state_after(&with_bridge, &home, None)), (1, 1));
-        assert_eq!(counts(state_after(&home, &Snapshot::of(&["192.168.1.4"], &["wlan0"]), None)), (1, 1));
+        let counts = |state: State| (state.changes, state.moves, state.routes);
+        assert_eq!(counts(state_after(&home, &home, None)), (0, 0, 0));
+        assert_eq!(counts(state_after(&home, &with_bridge, None)), (1, 0, 0));
+        assert_eq!(counts(state_after(&with_bridge, &home, None)), (1, 1, 0));
+        assert_eq!(counts(state_after(&home, &Snapshot::of(&["192.168.1.4"], &["wlan0"]), None)), (1, 1, 1));
         let slept = state_after(&home, &home, Some(TICK));
-        assert_eq!((slept.asleep, counts(slept)), (TICK, (1, 1)));
+        assert_eq!((slept.asleep, counts(slept)), (TICK, (1, 1, 0)));
     }
 
     #[test]
     fn a_connection_is_lost_with_its_address_alone() {
         let state = state_after(&Snapshot::of(&["10.0.0.1"], &[]), &Snapshot::of(&["10.0.0.2"], &[]), None);
-        let gone = |ip: &str| state.is_gone(ip.parse().unwrap());
+        let gone = |ip: &str| state.is_gone(ip.parse().unwrap(), || None);
         assert!(gone("10.0.0.1") && !gone("10.0.0.2") && !gone("127.0.0.1") && !gone("fe80::1"));
-        assert!(!State::default().is_gone("10.0.0.1".parse().unwrap()), "nothing is known");
+        assert!(!State::default().is_gone("10.0.0.1".parse().unwrap(), || None), "nothing is known");
+    }
+
+    #[test]
+    fn an_address_that_is_newer_than_the_last_look_is_not_gone() {
+        let state = state_after(&Snapshot::of(&["10.0.0.1"], &[]), &Snapshot::of(&["10.0.0.2"], &[]), None);
+        let now = || Snapshot::of(&["10.0.0.2", "10.0.0.3"], &[]).addresses();
+        let gone = |ip: &str| state.is_gone(ip.parse().unwrap(), now);
+        assert!(gone("10.0.0.1") && !gone("10.0.0.3"));
     }
 
     #[tokio::test]
@@ -215,6 +252,19 @@ mod tests {
         assert_eq!(news.next().await.changes, 2);
         drop(out);
         assert!(tokio::time::timeout(Duration::from_millis(20), news.next()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_new_address_is_no_move_and_a_move_is_told_once() {
+        let out = watch::Sender::new(State::default());
+        let mut news = Link { state: out.subscribe() }.news();
+        let mut moved = async || tokio::time::timeout(Duration::from_millis(20), news.moved()).await.is_ok();
+        out.send_modify(|state| state.changes = 1);
+        assert!(!moved().await);
+        out.send_modify(|state| state.moves = 1);
+        out.send_modify(|state| state.changes = 3);
+        assert!(moved().await, "a later change hides no move");
+        assert!(!moved().await);
     }
 
     #[tokio::test]

@@ -63,7 +63,8 @@ fn concerns(mut messages: &[u8]) -> bool {
             return true;
         }
         // Messages begin at multiples of four.
-        let Some(rest) = messages.get(length.max(HEADER).next_multiple_of(4)..) else { return false };
+        let next = length.max(HEADER).checked_next_multiple_of(4);
+        let Some(rest) = next.and_then(|next| messages.get(next..)) else { return false };
         messages = rest;
     }
     false

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -24,17 +26,9 @@ pub(super) struct Snapshot {
 impl Snapshot {
     /// Looks now.
     pub(super) fn take() -> Self {
-        let interfaces = if_addrs::get_if_addrs().ok();
-        let addresses = interfaces.map(|interfaces| {
-            let running =
-                interfaces.into_iter().filter(|interface| interface.is_oper_up() && !interface.is_link_local());
-            running.map(|interface| interface.ip()).filter(|ip| !ip.is_loopback()).collect::<BTreeSet<_>>().into()
-        });
-        let read = |file| std::fs::read_to_string(file).unwrap_or_default();
-        let v4 = read("/proc/net/route");
-        let v6 = read("/proc/net/ipv6_route");
-        let defaults = v4.lines().filter_map(default_v4).chain(v6.lines().filter_map(default_v6)).collect();
-        Self { addresses, defaults }
+        let v4 = lines("/proc/net/route").filter_map(|line| default_v4(&line));
+        let v6 = lines("/proc/net/ipv6_route").filter_map(|line| default_v6(&line));
+        Self { addresses: addresses_now(), defaults: v4.chain(v6).collect() }
     }
 
     /// The machine's addresses.
@@ -66,6 +60,20 @@ impl Snapshot {
     }
 }
 
+/// The machine's addresses as they are now, by the rules of [`Snapshot`].
+pub(super) fn addresses_now() -> Option<Arc<BTreeSet<IpAddr>>> {
+    let interfaces = if_addrs::get_if_addrs().ok()?.into_iter();
+    let running = interfaces.filter(|interface| interface.is_oper_up() && !interface.is_link_local());
+    let addresses: BTreeSet<IpAddr> = running.map(|one| one.ip()).filter(|ip| !ip.is_loopback()).collect();
+    Some(addresses.into())
+}
+
+/// The lines of a file, one at a time: a router has a million routes. None where it cannot be read.
+fn lines(path: &str) -> impl Iterator<Item = String> {
+    let file = File::open(path).into_iter();
+    file.flat_map(|file| BufReader::new(file).lines().map_while(Result::ok))
+}
+
 /// What became of the default routes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum RouteChange {
@@ -88,9 +96,14 @@ impl Change {
         self.gone == 0 && self.new == 0 && self.route == RouteChange::None
     }
 
+    /// Whether a default route is another.
+    pub(super) fn is_of_routes(self) -> bool {
+        self.route != RouteChange::None
+    }
+
     /// Whether the way that packets take may be another.
     pub(super) fn is_move(self) -> bool {
-        self.gone > 0 || self.route != RouteChange::None
+        self.gone > 0 || self.is_of_routes()
     }
 }
 
@@ -179,9 +192,12 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
     fn this_machine_can_be_looked_at() {
-        let now = Snapshot::take();
-        assert!(now.addresses.is_some());
-        assert!(now.compare(&Snapshot::take()).is_nothing());
+        let Some(addresses) = Snapshot::take().addresses else {
+            eprintln!("skipped: this machine does not tell its addresses");
+            return;
+        };
+        assert!(addresses.iter().all(|ip| !ip.is_loopback() && !super::super::is_link_local(*ip)), "{addresses:?}");
     }
 }

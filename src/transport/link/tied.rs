@@ -1,5 +1,5 @@
-//! A TCP stream that knows the network it was made on: it ends when its own address is gone or would not be chosen any
-//! more, and is asked for a sign of life when the way may be another all the same.
+//! A TCP stream that knows the network it was made on: it ends when its own address is gone, or would not be chosen any
+//! more on another default route, and is asked for a sign of life when the way may be another all the same.
 //!
 //! TCP by itself would send into nothing for a quarter of an hour. Asking is left to the kernel: keepalives, and a limit
 //! to what may go unacknowledged, for a few seconds. Source: Tailscale, wgengine/magicsock,
@@ -19,17 +19,25 @@ use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep};
 use tokio_util::sync::ReusableBoxFuture;
 
-use super::{Link, News, State};
+use super::snapshot::addresses_now;
+use super::{News, State};
 
 /// How long the other side may take to answer a keepalive. Source: Tailscale, the same, which waits 3 s for its pings.
 const ANSWER: Duration = Duration::from_secs(3);
-/// How long something may go unacknowledged meanwhile.
-const ACKNOWLEDGE_MS: u32 = 4_000;
-/// After that the stream is left in peace again.
-const PROBE: Duration = Duration::from_secs(8);
+/// How long something may go unacknowledged meanwhile, and when the stream is left in peace again.
+const PROMPT: (u32, Duration) = (4_000, Duration::from_secs(8));
+/// The same for a stream that takes no more. The other side may merely be full, which the kernel counts as if it did not
+/// answer; so it has longer than a relay may take nothing.
+const PATIENT: (u32, Duration) = (16_000, Duration::from_secs(20));
 
 /// Why a stream ended whose address is gone.
 const GONE: &str = "the address it came from is gone";
+
+/// The kernel is asking.
+struct Probe {
+    patient: bool,
+    until: Pin<Box<Sleep>>,
+}
 
 /// The stream.
 pub(in crate::transport) struct Tied {
@@ -38,44 +46,48 @@ pub(in crate::transport) struct Tied {
     local: Option<IpAddr>,
     remote: Option<SocketAddr>,
     news: ReusableBoxFuture<'static, (News, State)>,
+    /// How many moves, and changes of default routes, it has seen.
     moves: u64,
-    probed_until: Option<Pin<Box<Sleep>>>,
+    routes: u64,
+    probe: Option<Probe>,
+    /// Whether the last write has to wait.
+    is_full: bool,
     /// Why it ended.
     gone: Option<&'static str>,
 }
 
 impl Tied {
-    pub(in crate::transport) fn new(stream: TcpStream, link: &Link) -> Self {
+    /// Of a stream whose connecting began no sooner than the news.
+    pub(in crate::transport) fn new(stream: TcpStream, news: News) -> Self {
         let local = stream.local_addr().ok().map(|local| local.ip());
         let remote = stream.peer_addr().ok();
-        let (news, moves) = (link.news(), link.state.borrow().moves);
-        // It may have gone between the connect and now.
-        let gone = local.is_some_and(|local| link.state.borrow().is_gone(local)).then_some(GONE);
+        let (moves, routes) = (news.moves, news.routes);
         let news = ReusableBoxFuture::new(wait(news));
-        Self { stream, local, remote, news, moves, probed_until: None, gone }
+        Self { stream, local, remote, news, moves, routes, probe: None, is_full: false, gone: None }
     }
 
     /// Looks for news of the network.
     ///
     /// # Errors
-    /// When the stream's own address is gone, or packets to the other side leave by another one now.
+    /// When the stream's own address is gone, or packets to the other side leave from another one now.
     fn follow(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         while let Poll::Ready((news, state)) = self.news.poll(cx) {
             self.news.set(wait(news));
-            if self.local.is_some_and(|local| state.is_gone(local)) {
+            if self.local.is_some_and(|local| state.is_gone(local, addresses_now)) {
                 self.gone = Some(GONE);
             }
+            let rerouted = std::mem::replace(&mut self.routes, state.routes) != state.routes;
             if std::mem::replace(&mut self.moves, state.moves) != state.moves {
-                self.judge();
+                self.judge(rerouted);
             }
         }
         if let Some(why) = self.gone {
             return Err(io::Error::new(io::ErrorKind::ConnectionAborted, why));
         }
-        if let Some(until) = &mut self.probed_until
-            && until.as_mut().poll(cx).is_ready()
+        if let Some(probe) = &mut self.probe
+            && probe.until.as_mut().poll(cx).is_ready()
         {
-            self.probed_until = None;
+            self.probe = None;
             // A stream that does not take them back is only asked more often than needed.
             let _ = set_socket_keepalive(&self.stream, false);
             let _ = set_tcp_user_timeout(&self.stream, 0);
@@ -83,29 +95,41 @@ impl Tied {
         Ok(())
     }
 
-    /// The way may be another. What would be dialled from another address now is: packets from this one may be lost on
-    /// the new way, and who has moved does not want the old one.
-    fn judge(&mut self) {
+    /// The way may be another. By another default route, what would be dialled from another address now is: packets
+    /// from this one may be lost on the new way, and who has moved does not want the old one. Otherwise another choice
+    /// means little: of several IPv6 addresses the kernel prefers ever newer ones, while the old ones still serve.
+    fn judge(&mut self, rerouted: bool) {
         let chosen = self.remote.and_then(source_for);
-        if chosen.is_some() && chosen != self.local {
-            self.gone = self.gone.or(Some("packets leave by another address now"));
+        if rerouted && chosen.is_some() && chosen != self.local {
+            self.gone = self.gone.or(Some("packets leave from another address now"));
         } else {
-            self.probe();
+            self.ask();
         }
     }
 
     /// Has the kernel find out whether the other side is still there. Where it cannot, the protocols above will.
-    fn probe(&mut self) {
+    fn ask(&mut self) {
+        let patient = self.is_full;
+        let (acknowledge_ms, limit) = if patient { PATIENT } else { PROMPT };
         let asked = || -> rustix::io::Result<()> {
             set_tcp_keepidle(&self.stream, Duration::from_secs(1))?;
             set_tcp_keepintvl(&self.stream, ANSWER)?;
             set_tcp_keepcnt(&self.stream, 1)?;
-            set_tcp_user_timeout(&self.stream, ACKNOWLEDGE_MS)?;
+            set_tcp_user_timeout(&self.stream, acknowledge_ms)?;
             set_socket_keepalive(&self.stream, true)
         };
         if asked().is_ok() {
-            self.probed_until = Some(Box::pin(sleep(PROBE)));
+            self.probe = Some(Probe { patient, until: Box::pin(sleep(limit)) });
         }
+    }
+
+    /// Gives a stream more time that turns out to be full.
+    fn note_write<T>(&mut self, written: Poll<T>) -> Poll<T> {
+        self.is_full = written.is_pending();
+        if self.is_full && self.probe.as_ref().is_some_and(|probe| !probe.patient) {
+            self.ask();
+        }
+        written
     }
 }
 
@@ -132,7 +156,8 @@ impl AsyncRead for Tied {
 impl AsyncWrite for Tied {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.follow(cx)?;
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.note_write(written)
     }
 
     fn poll_write_vectored(
@@ -141,7 +166,8 @@ impl AsyncWrite for Tied {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.follow(cx)?;
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.note_write(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -168,11 +194,12 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
+    use crate::transport::link::Link;
 
     async fn connected(link: &Link) -> (Tied, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        (Tied::new(stream, link), listener.accept().await.unwrap().0)
+        (Tied::new(stream, link.news()), listener.accept().await.unwrap().0)
     }
 
     #[tokio::test]
@@ -192,16 +219,28 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_ends_when_packets_leave_by_another_address() {
+    async fn a_stream_ends_when_packets_leave_from_another_address_by_another_route() {
         let out = watch::Sender::new(State::default());
         let (mut tied, _other) = connected(&Link { state: out.subscribe() }).await;
         // Towards loopback the kernel chooses loopback.
         tied.local = Some("192.0.2.1".parse().unwrap());
-        out.send_modify(|state| state.changes = 1);
-        assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
         out.send_modify(|state| state.moves = 1);
+        assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err(), "the route is the same");
+        out.send_modify(|state| (state.moves, state.routes) = (2, 1));
         assert_eq!(tied.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
         assert_eq!(tied.write(&[0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+    }
+
+    #[tokio::test]
+    async fn what_changed_while_the_stream_was_dialled_counts() {
+        let out = watch::Sender::new(State::default());
+        let news = Link { state: out.subscribe() }.news();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        out.send_modify(|state| state.moves = 1);
+        let mut tied = Tied::new(stream, news);
+        assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
+        assert!(tied.probe.is_some());
     }
 
     #[tokio::test]
@@ -214,11 +253,26 @@ mod tests {
         assert_eq!(asked(&tied), (false, 0), "a new address moves nothing");
         out.send_modify(|state| state.moves = 1);
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
-        assert_eq!(asked(&tied), (true, ACKNOWLEDGE_MS));
-        tied.probed_until = Some(Box::pin(sleep(Duration::ZERO)));
+        assert_eq!(asked(&tied), (true, PROMPT.0));
+        tied.probe.as_mut().unwrap().until = Box::pin(sleep(Duration::ZERO));
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
         assert_eq!(asked(&tied), (false, 0));
         drop(other);
         assert_eq!(tied.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_stream_whose_other_side_is_full_has_more_time() {
+        let out = watch::Sender::new(State::default());
+        let (mut tied, _other) = connected(&Link { state: out.subscribe() }).await;
+        out.send_modify(|state| state.moves = 1);
+        assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
+        assert_eq!(tcp_user_timeout(&tied.stream).unwrap(), PROMPT.0);
+        let octets = vec![0; 1 << 20];
+        while timeout(Duration::from_millis(50), tied.write(&octets)).await.is_ok() {}
+        assert_eq!(tcp_user_timeout(&tied.stream).unwrap(), PATIENT.0);
+        out.send_modify(|state| state.moves = 2);
+        assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
+        assert_eq!(tcp_user_timeout(&tied.stream).unwrap(), PATIENT.0, "it is still full");
     }
 }
