@@ -16,13 +16,11 @@ impl Engine {
     }
 
     /// We have slept, and the clock that sessions go by with us: peers may have ended theirs long ago, and would not
-    /// say so. New ones are made; what there is stays in use until then.
+    /// say so. New ones are made, whatever still arrives from before; what there is stays in use until then.
     pub fn handle_wake(&mut self, now: Instant) {
         let usable: Vec<Slot> = self.wireguard.usable(now).collect();
         for slot in usable {
-            if let Some(entry) = self.roster.entry(slot) {
-                self.wireguard.renew(slot, &entry.peer.key, now);
-            }
+            self.wireguard.replace(slot, now);
         }
         self.settle(now);
     }

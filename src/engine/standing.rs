@@ -25,8 +25,8 @@ const SILENT_AFTER_GONE: Duration = Duration::from_millis(300);
 /// The same as long as no way leads to the peer, since its region is being connected, and for one that we have had no
 /// session with: it may not have heard of us yet. Either may take that long.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// A peer that was silent takes its routes back only when it has answered everything for so long: each change of the route breaks
-/// what is open by the router before, and a network that comes and goes would do so every time.
+/// A peer that was silent takes its routes back only when it has answered everything for so long: each change of the
+/// route breaks what is open by the router before, and a network that comes and goes would do so every time.
 const PROBATION: Duration = Duration::from_secs(30);
 /// So often it is asked meanwhile.
 const ASK_EVERY: Duration = Duration::from_secs(1);

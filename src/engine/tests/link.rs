@@ -95,3 +95,15 @@ fn after_a_sleep_sessions_are_made_anew_and_the_old_ones_serve_until_then() {
     assert_eq!(world.status(0).handshakes_sent, before + 1);
     assert!(world.status(0).last_handshake.is_some_and(|at| at > now));
 }
+
+#[test]
+fn what_a_peer_sent_before_a_sleep_does_not_end_the_search_for_a_new_session() {
+    let mut world = direct();
+    world.send(1, b"from before");
+    world.run(Duration::from_millis(5));
+    let now = world.now;
+    world.nodes[0].engine.handle_wake(now);
+    world.run(Duration::from_millis(25));
+    assert_eq!(world.texts(0), ["from before"]);
+    assert!(world.status(0).last_handshake.is_some_and(|at| at > now));
+}

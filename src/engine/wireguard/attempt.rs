@@ -24,6 +24,9 @@ const PAUSE_MOST: Duration = Duration::from_secs(4);
 const GIVE_UP: Duration = Duration::from_secs(90);
 /// How much of a pause chance may take away: two nodes that begin together do not march in step.
 const JITTER: f64 = 0.2;
+/// How many initiations of a handshake are waited for longer than their pause. An answer to an older one may be forged
+/// by whoever knows our public key, so that many pauses of [`PAUSE_MOST`] are what a forger can cost us.
+const WAITS: u8 = 2;
 
 /// Why a handshake is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +37,8 @@ pub(super) enum Purpose {
     Doubt,
     /// The session is old: only another one will do.
     Age,
+    /// The peer may have forgotten the session: only another one will do, and soon.
+    Anew,
 }
 
 /// The handshake.
@@ -46,6 +51,10 @@ pub(super) struct Attempt {
     /// There was no way to send the newest initiation.
     pub(super) stuck: bool,
     pause: Duration,
+    /// Initiations that may still be waited for longer.
+    waits: u8,
+    /// Whether the newest one is.
+    waiting: bool,
     /// The receiver index that each initiation's answer carries, and when it was sent.
     sent: Vec<(u32, Instant)>,
 }
@@ -54,7 +63,18 @@ impl Attempt {
     /// A handshake whose first initiation is to be made at once, in a `Tunn` of its own.
     pub(super) fn new(tunn: Box<Tunn>, generation: u32, purpose: Purpose, now: Instant) -> Self {
         let pause = if purpose == Purpose::Age { CALM_PAUSE } else { EAGER_PAUSE };
-        Self { tunn, generation, purpose, started: now, retry_at: now, stuck: false, pause, sent: Vec::new() }
+        Self {
+            tunn,
+            generation,
+            purpose,
+            started: now,
+            retry_at: now,
+            stuck: false,
+            pause,
+            waits: WAITS,
+            waiting: false,
+            sent: Vec::new(),
+        }
     }
 
     /// The next initiation.
@@ -64,7 +84,7 @@ impl Attempt {
         };
         let index = initiation.get(4..8)?.first_chunk().copied().map(u32::from_le_bytes)?;
         self.sent.push((index, now));
-        self.stuck = false;
+        (self.stuck, self.waiting) = (false, false);
         let eager = self.purpose != Purpose::Age && now.duration_since(self.started) < EAGER;
         self.retry_at = now + self.pause.mul_f64(1.0 - rng.random_range(0.0..JITTER));
         if !eager {
@@ -80,6 +100,11 @@ impl Attempt {
         }
     }
 
+    /// Only another session will do: the same handshake has to be made whatever is heard meanwhile, and at once.
+    pub(super) fn insist(&mut self, now: Instant) {
+        (self.purpose, self.started, self.retry_at, self.pause) = (Purpose::Anew, now, now, EAGER_PAUSE);
+    }
+
     /// It has a way now, or is lost: as if it began.
     pub(super) fn hurry(&mut self, now: Instant) {
         (self.retry_at, self.pause) = (now, EAGER_PAUSE);
@@ -93,17 +118,19 @@ impl Attempt {
         self.sent.last().is_some_and(|(newest, _)| *newest == index)
     }
 
-    /// An answer to an older initiation, as far as can be told without opening it: a forged one costs a pause of
-    /// [`PAUSE_MOST`] at most.
+    /// An answer to an older initiation, as far as can be told: a `Tunn` opens those to its newest two only.
     pub(super) fn note_old_answer(&mut self, index: u32, now: Instant) {
         let (Some((_, at)), Some((_, newest))) = (self.sent.iter().find(|(it, _)| *it == index), self.sent.last())
         else {
             return;
         };
+        if self.waiting || self.waits == 0 {
+            return;
+        }
+        (self.waiting, self.waits) = (true, self.waits - 1);
         let round_trip = now.duration_since(*at);
         let patience = (round_trip + round_trip / 2).min(PAUSE_MOST);
         self.retry_at = self.retry_at.max(*newest + patience);
-        self.pause = self.pause.max(patience);
     }
 
     /// The `Tunn` of the handshake.
@@ -111,8 +138,8 @@ impl Attempt {
         &mut self.tunn
     }
 
-    /// It has become a session.
-    pub(super) fn into_tunn(self) -> Box<Tunn> {
-        self.tunn
+    /// It has become a session: of this `Tunn`, asked for at this time.
+    pub(super) fn into_session(self, now: Instant) -> (Box<Tunn>, Instant) {
+        (self.tunn, self.sent.last().map_or(now, |(_, at)| *at))
     }
 }

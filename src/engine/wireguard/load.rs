@@ -2,7 +2,8 @@
 //!
 //! boringtun's `RateLimiter` counts by the clock. So there are two, one that never demands cookies and one that always
 //! does, and which one is asked is decided here, in the engine's time. By DERP there is no source address that a
-//! cookie could prove, so under load those are dropped.
+//! cookie could prove, so under load those are dropped; hence they are counted apart from what comes by UDP, and only
+//! those whose mac1 says that the sender knows our public key.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -30,18 +31,36 @@ pub(super) enum Verdict<'a> {
     Dropped(Dropped),
 }
 
+/// Handshake messages in the current window.
+struct Counter {
+    since: Instant,
+    count: u32,
+}
+
+impl Counter {
+    /// Counts one; whether there have been too many.
+    fn count(&mut self, now: Instant) -> bool {
+        if now.duration_since(self.since) >= WINDOW {
+            (self.since, self.count) = (now, 0);
+        }
+        self.count = self.count.saturating_add(1);
+        self.count > MOST_A_SECOND
+    }
+}
+
 /// The counters.
 pub(super) struct Load {
     calm: Arc<RateLimiter>,
     strict: RateLimiter,
-    since: Instant,
-    count: u32,
+    udp: Counter,
+    derp: Counter,
 }
 
 impl Load {
     pub(super) fn new(public: &PublicKey, now: Instant) -> Self {
         let calm = Arc::new(RateLimiter::new(public, u64::MAX));
-        Self { calm, strict: RateLimiter::new(public, 0), since: now, count: 0 }
+        let counter = || Counter { since: now, count: 0 };
+        Self { calm, strict: RateLimiter::new(public, 0), udp: counter(), derp: counter() }
     }
 
     /// The limiter of tunnels: what comes there has been judged here.
@@ -57,12 +76,11 @@ impl Load {
         reply: &mut [u8],
         now: Instant,
     ) -> Verdict<'a> {
-        if now.duration_since(self.since) >= WINDOW {
-            (self.since, self.count) = (now, 0);
+        let counter = if source.is_some() { &mut self.udp } else { &mut self.derp };
+        let mut verdict = self.calm.verify_packet(source, message, reply);
+        if verdict.is_ok() && counter.count(now) {
+            verdict = self.strict.verify_packet(source, message, reply);
         }
-        self.count = self.count.saturating_add(1);
-        let limiter = if self.count > MOST_A_SECOND { &self.strict } else { &*self.calm };
-        let verdict = limiter.verify_packet(source, message, reply);
         match verdict {
             Ok(packet) => Verdict::Proven(packet),
             Err(TunnResult::WriteToNetwork(cookie)) => Verdict::Cookie(cookie.len()),

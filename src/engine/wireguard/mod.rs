@@ -13,6 +13,7 @@
 //! - A receiver index is, from the top, the slot in 21 bits, the handshake's generation in 3, its messages in 8.
 
 mod attempt;
+mod initiate;
 mod load;
 mod receive;
 mod staged;
@@ -26,7 +27,7 @@ use boringtun::x25519::{PublicKey, StaticSecret};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use self::attempt::{Attempt, Purpose};
+use self::attempt::Purpose;
 use self::load::Load;
 pub(super) use self::receive::Received;
 use self::tunnel::{GENERATIONS, Tunnel};
@@ -52,9 +53,9 @@ struct Place {
     tunnel: Option<Box<Tunnel>>,
     staged: VecDeque<(Instant, Vec<u8>)>,
     counters: Counters,
-    /// When the first packet went out after which nothing authentic has come in.
+    /// When the first packet went out after which neither data nor an answer has come in.
     unheard_since: Option<Instant>,
-    /// When something authentic last came in.
+    /// When data or an answer last came in.
     heard: Option<Instant>,
 }
 
@@ -122,20 +123,29 @@ impl WireGuard {
             self.staged_dropped += place.staged.len() as u64;
             *place = Place::default();
         }
-        self.active.remove(&slot);
+        self.forget_messages(slot);
     }
 
-    /// The peer has forgotten its sessions: ours goes, and if it was in use, a new one is made at once.
+    /// The peer has forgotten its sessions: ours goes, and if it was in use or asked for, a new one is made at once.
     pub(super) fn restart(&mut self, slot: Slot, key: &NodePublic, now: Instant) {
-        let in_use = self.is_usable(slot, now);
-        if let Some(place) = self.places.get_mut(slot) {
-            place.tunnel = None;
-            place.unheard_since = None;
-        }
-        self.active.remove(&slot);
-        if in_use {
+        let Some(place) = self.places.get_mut(slot) else {
+            return;
+        };
+        place.unheard_since = None;
+        let tunnel = place.tunnel.take();
+        let wanted = tunnel.is_some_and(|tunnel| tunnel.attempt.is_some() || tunnel.is_usable(now));
+        let wanted = wanted || !place.staged.is_empty();
+        self.forget_messages(slot);
+        if wanted {
             self.initiate(slot, key, now);
         }
+    }
+
+    /// What a tunnel that is gone had to say.
+    fn forget_messages(&mut self, slot: Slot) {
+        self.active.remove(&slot);
+        self.outbox.retain(|(it, _)| *it != slot);
+        self.established.retain(|it| *it != slot);
     }
 
     /// Whether [`encrypt`](Self::encrypt) may be called.
@@ -169,40 +179,6 @@ impl WireGuard {
         true
     }
 
-    /// Starts a handshake unless there is a session or a handshake under way.
-    pub(super) fn initiate(&mut self, slot: Slot, key: &NodePublic, now: Instant) {
-        if !self.is_usable(slot, now) {
-            self.renew(slot, key, now);
-        }
-    }
-
-    /// Starts a handshake unless one is under way; a session that there is stays in use.
-    pub(super) fn renew(&mut self, slot: Slot, key: &NodePublic, now: Instant) {
-        let usable = self.is_usable(slot, now);
-        if let Some(attempt) = self.tunnel(slot, key, now).attempt.as_mut() {
-            attempt.doubt(now);
-            self.reschedule(slot, now);
-            return;
-        }
-        self.begin(slot, if usable { Purpose::Doubt } else { Purpose::First }, now);
-    }
-
-    /// The initiation could not be sent: no way leads to the peer yet.
-    pub(super) fn note_stuck(&mut self, slot: Slot) {
-        if let Some(attempt) = self.attempt(slot) {
-            attempt.stuck = true;
-        }
-    }
-
-    /// A path to the peer has come up: an initiation that had none need not wait longer. One that is on its way
-    /// already is not repeated, since two peers that both do so lose each other's answers.
-    pub(super) fn hurry(&mut self, slot: Slot, now: Instant) {
-        if let Some(attempt) = self.attempt(slot).filter(|attempt| attempt.stuck) {
-            attempt.hurry(now);
-            self.send_initiation(slot, now);
-        }
-    }
-
     /// Peers whose session has become usable since the last call.
     pub(super) fn poll_established(&mut self) -> Option<Slot> {
         self.established.pop_front()
@@ -213,24 +189,26 @@ impl WireGuard {
         self.outbox.pop_front()
     }
 
-    /// Since when a handshake has been waiting for its answer. One that only replaces an old session does not count:
+    /// Since when a handshake has been waiting for its answer, or for any sign of life. One that only replaces an old session does not count:
     /// the session still tells whether the peer is there.
     pub(super) fn asking_since(&self, slot: Slot) -> Option<Instant> {
-        let attempt = self.places.get(slot)?.tunnel.as_ref()?.attempt.as_ref()?;
-        (attempt.purpose != Purpose::Age).then_some(attempt.started)
+        let place = self.places.get(slot)?;
+        let attempt = place.tunnel.as_ref()?.attempt.as_ref()?;
+        let since = place.heard.map_or(attempt.started, |heard| heard.max(attempt.started));
+        (attempt.purpose != Purpose::Age).then_some(since)
     }
 
-    /// When the first packet went out after which nothing authentic has come in.
+    /// When the first packet went out after which neither data nor an answer has come in.
     pub(super) fn unheard_since(&self, slot: Slot) -> Option<Instant> {
         self.places.get(slot)?.unheard_since
     }
 
-    /// When something authentic last came in.
+    /// When data or an answer last came in.
     pub(super) fn heard(&self, slot: Slot) -> Option<Instant> {
         self.places.get(slot)?.heard
     }
 
-    /// Whether anything authentic has come from anybody after `since`.
+    /// Whether data or an answer has come from anybody after `since`.
     pub(super) fn is_anybody_heard_since(&self, since: Instant) -> bool {
         self.places.iter().any(|place| place.heard.is_some_and(|heard| heard > since))
     }
@@ -273,45 +251,6 @@ impl WireGuard {
         let theirs = PublicKey::from(*key.as_bytes());
         let index = slot as u32 * GENERATIONS + generation;
         Box::new(Tunn::new(self.private.clone(), theirs, None, None, index, Some(self.load.calm())))
-    }
-
-    fn attempt(&mut self, slot: Slot) -> Option<&mut Attempt> {
-        self.places.get_mut(slot)?.tunnel.as_mut()?.attempt.as_mut()
-    }
-
-    /// The session is old, and another one is needed.
-    fn rekey(&mut self, slot: Slot, now: Instant) {
-        self.begin(slot, Purpose::Age, now);
-        // Nobody asks for messages after a packet.
-        self.wake(now);
-    }
-
-    /// Begins a handshake in a tunnel that has none under way.
-    fn begin(&mut self, slot: Slot, purpose: Purpose, now: Instant) {
-        let Some(tunnel) = self.places[slot].tunnel.as_mut() else {
-            return;
-        };
-        let (key, generation) = (tunnel.key, tunnel.next_generation());
-        let tunn = self.tunn(slot, &key, generation);
-        if let Some(tunnel) = self.places[slot].tunnel.as_mut() {
-            tunnel.attempt = Some(Attempt::new(tunn, generation, purpose, now));
-        }
-        self.send_initiation(slot, now);
-    }
-
-    fn send_initiation(&mut self, slot: Slot, now: Instant) {
-        let Self { places, rng, message, .. } = self;
-        let place = &mut places[slot];
-        let Some(tunnel) = place.tunnel.as_mut() else {
-            return;
-        };
-        let Some(initiation) = tunnel.attempt.as_mut().and_then(|it| it.initiate(rng, &mut message[..], now)) else {
-            return;
-        };
-        tunnel.touched = now;
-        place.counters.handshakes_sent += 1;
-        self.outbox.push_back((slot, initiation));
-        self.reschedule(slot, now);
     }
 
     /// Does what is due for one peer.

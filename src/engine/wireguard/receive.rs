@@ -1,4 +1,7 @@
 //! WireGuard messages in.
+//!
+//! The newest timestamp of a peer's initiations goes with its tunnel, so one from before can be replayed then. It makes
+//! a tunnel that ends by itself, and is no sign of life: only data and answers are.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -8,7 +11,7 @@ use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::{Packet, Tunn, TunnResult};
 use rand::Rng;
 
-use super::attempt::Purpose;
+use super::attempt::{Attempt, Purpose};
 use super::load::Verdict;
 use super::tunnel::REKEY_JITTER;
 use super::{KEEPALIVE, WireGuard, generation_of, slot_of};
@@ -69,10 +72,14 @@ impl WireGuard {
         place.counters.received_bytes += opened.length as u64;
         place.heard = Some(now);
         place.unheard_since = None;
-        // A session that carries data needs no other, unless it is old.
-        tunnel.attempt.take_if(|attempt| opened.established || attempt.purpose != Purpose::Age);
+        // A session that carries data needs no other, unless it is old or may come from before a sleep; and there is
+        // one in use now, if only this.
+        let content = |attempt: &Attempt| matches!(attempt.purpose, Purpose::First | Purpose::Doubt);
+        tunnel.attempt.take_if(|attempt| opened.established || content(attempt));
         if opened.established {
             place.counters.last_handshake = Some(now);
+        }
+        if opened.established || opened.resumed {
             self.established.push_back(slot);
         }
         if opened.length > 0 && tunnel.keepalive_at.is_none() {
@@ -130,6 +137,11 @@ impl WireGuard {
         let Some(tunnel) = places[slot].tunnel.as_mut() else {
             return Received::Dropped(Dropped::NoSession);
         };
+        if tunnel.is_full(now) {
+            // A handshake of ours makes room, and serves a peer that has lost its sessions just as well.
+            self.replace(slot, now);
+            return Received::Handled;
+        }
         let incoming = tunnel.incoming(|| tunn.take().expect("a fresh tunnel's was just made"));
         match incoming.decapsulate(source, message, &mut room[..]) {
             TunnResult::WriteToNetwork(reply) => {
@@ -143,8 +155,6 @@ impl WireGuard {
                 if let Some(attempt) = tunnel.attempt.as_mut() {
                     attempt.retry_at = attempt.retry_at.max(now + patience);
                 }
-                self.places[slot].heard = Some(now);
-                self.places[slot].unheard_since = None;
                 self.outbox.push_back((slot, reply));
                 self.reschedule(slot, now);
                 Received::Handled
@@ -189,7 +199,7 @@ impl WireGuard {
                 self.outbox.push_back((slot, keepalive.to_vec()));
                 tunnel.touched = now;
                 tunnel.keepalive_at = None;
-                tunnel.add_ours(index, attempt.into_tunn(), jitter, now);
+                tunnel.add_ours(index, attempt, jitter, now);
                 place.heard = Some(now);
                 place.unheard_since = None;
                 place.counters.last_handshake = Some(now);
@@ -212,11 +222,10 @@ impl WireGuard {
         let Some(tunnel) = self.places.get_mut(slot_of(index)).and_then(|place| place.tunnel.as_mut()) else {
             return Received::Dropped(Dropped::NoSession);
         };
-        let attempt = tunnel.attempt.as_mut().filter(|attempt| attempt.generation == generation_of(index));
-        let Some(attempt) = attempt else {
+        let Some(author) = tunnel.author(index) else {
             return Received::Dropped(Dropped::NoSession);
         };
-        match attempt.tunn().decapsulate(None, message, scratch) {
+        match author.decapsulate(None, message, scratch) {
             TunnResult::Err(error) => Received::Dropped(reason(&error)),
             TunnResult::Done
             | TunnResult::WriteToNetwork(_)

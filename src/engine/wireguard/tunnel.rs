@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use boringtun::noise::{Tunn, TunnResult};
 
 use super::attempt::Attempt;
+use super::generation_of;
 use super::receive::reason;
 use crate::engine::stats::Dropped;
 use crate::key::NodePublic;
@@ -36,6 +37,7 @@ pub(super) const GENERATIONS: u32 = 8;
 struct Session {
     /// By which the peer names it.
     index: u32,
+    /// When its initiation went out where it is ours, else when we answered: both ends see sessions begin in this order.
     born: Instant,
     /// Whether the peer is known to hold it too.
     confirmed: bool,
@@ -52,6 +54,8 @@ pub(super) struct Opened {
     pub(super) length: usize,
     /// It is the first by a session that the peer made.
     pub(super) established: bool,
+    /// There was no session to send by, and now there is this one.
+    pub(super) resumed: bool,
     /// The session is so old that another is needed.
     pub(super) rekey: bool,
 }
@@ -66,6 +70,8 @@ pub(super) struct Tunnel {
     sending: Option<u32>,
     pub(super) attempt: Option<Attempt>,
     generation: u32,
+    /// The receiver index of the newest session of the peer's making.
+    newest_theirs: u32,
     /// When a handshake message last went out or anything authentic came in.
     pub(super) touched: Instant,
     /// When a keepalive is due, since something came in and nothing went out.
@@ -81,6 +87,7 @@ impl Tunnel {
             sending: None,
             attempt: None,
             generation: 0,
+            newest_theirs: 0,
             touched: now,
             keepalive_at: None,
         }
@@ -91,15 +98,35 @@ impl Tunnel {
         self.in_use().is_some_and(|session| session.is_alive(now))
     }
 
-    /// The number that tells the next handshake of ours from those before.
+    /// The number that tells the next handshake of ours from those before, and from the at most [`OURS`] sessions.
     pub(super) fn next_generation(&mut self) -> u32 {
-        self.generation = self.generation % (GENERATIONS - 1) + 1;
-        self.generation
+        loop {
+            self.generation = self.generation % (GENERATIONS - 1) + 1;
+            let mut ours = self.sessions.iter().filter(|session| session.tunn.is_some());
+            if ours.all(|session| generation_of(session.index) != self.generation) {
+                return self.generation;
+            }
+        }
     }
 
     /// The `Tunn` of the peer's handshakes.
     pub(super) fn incoming(&mut self, make: impl FnOnce() -> Box<Tunn>) -> &mut Tunn {
         self.incoming.get_or_insert_with(make)
+    }
+
+    /// The `Tunn` whose handshake message carried this index.
+    pub(super) fn author(&mut self, index: u32) -> Option<&mut Tunn> {
+        match generation_of(index) {
+            0 => self.incoming.as_deref_mut(),
+            generation => self.attempt.as_mut().filter(|it| it.generation == generation).map(Attempt::tunn),
+        }
+    }
+
+    /// Whether the peer's next session would take the place of the one in use, although nobody has confirmed it yet.
+    pub(super) fn is_full(&self, now: Instant) -> bool {
+        let place = self.newest_theirs.wrapping_add(1) % THEIRS;
+        let in_use = self.in_use().filter(|session| session.is_alive(now));
+        in_use.is_some_and(|session| session.tunn.is_none() && session.index % THEIRS == place)
     }
 
     /// Whether nothing is known of the peer's handshakes: the next one may be forged.
@@ -153,12 +180,16 @@ impl Tunnel {
         let established = !std::mem::replace(&mut session.confirmed, true);
         let rekey = !theirs && now.duration_since(session.born) >= REKEY_ON_RECEIVE;
         let rekey = rekey && self.sending == Some(index) && self.attempt.is_none();
+        let born = session.born;
+        let in_use = self.in_use().filter(|session| session.is_alive(now));
+        let resumed = in_use.is_none();
+        let newer = established && in_use.is_some_and(|session| session.born <= born);
         // Their `Tunn` sends by the session that it last received by.
-        if established || (theirs && self.in_use().is_some_and(|session| session.tunn.is_none())) {
+        if resumed || newer || (theirs && in_use.is_some_and(|session| session.tunn.is_none())) {
             self.sending = Some(index);
         }
         self.touched = now;
-        Ok(Opened { length, established, rekey })
+        Ok(Opened { length, established, resumed, rekey })
     }
 
     /// The peer's handshake has made a session, which it has not confirmed yet.
@@ -167,10 +198,12 @@ impl Tunnel {
         let ring = |session: &Session| session.tunn.is_none() && session.index % THEIRS == index % THEIRS;
         self.sessions.retain(|session| session.is_alive(now) && !ring(session));
         self.sessions.push(Session { index, born: now, confirmed: false, rekey_at, tunn: None });
+        self.newest_theirs = index;
     }
 
     /// Our handshake has made a session: it is the one to send by.
-    pub(super) fn add_ours(&mut self, index: u32, tunn: Box<Tunn>, jitter: Duration, now: Instant) {
+    pub(super) fn add_ours(&mut self, index: u32, attempt: Attempt, jitter: Duration, now: Instant) {
+        let (tunn, born) = attempt.into_session(now);
         let rekey_at = now + REKEY_ON_SEND + jitter;
         let mut ours = self.sessions.iter().filter(|session| session.tunn.is_some()).count();
         self.sessions.retain(|session| {
@@ -178,7 +211,7 @@ impl Tunnel {
             ours -= usize::from(superfluous);
             session.is_alive(now) && !superfluous
         });
-        self.sessions.push(Session { index, born: now, confirmed: true, rekey_at, tunn: Some(tunn) });
+        self.sessions.push(Session { index, born, confirmed: true, rekey_at, tunn: Some(tunn) });
         self.sending = Some(index);
     }
 
