@@ -10,4 +10,5 @@ mod nat;
 mod node;
 mod paths;
 mod recovery;
+mod weather;
 mod world;

@@ -98,7 +98,8 @@ impl Node {
         let endpoints: Vec<String> = self.host.endpoints.iter().map(|(endpoint, _)| endpoint.to_string()).collect();
         let own = format!("{}/32", self.overlay);
         json!({
-            "ID": self.index + 1, "StableID": format!("n{}", self.index), "Name": format!("host{}.example.", self.index),
+            "ID": self.index + 1, "StableID": format!("n{}", self.index),
+            "Name": format!("host{}.example.", self.index),
             "Key": self.public().to_string(), "DiscoKey": self.disco.public().to_string(),
             "Addresses": [own], "AllowedIPs": [own], "Endpoints": endpoints,
             "HomeDERP": self.host.home.unwrap_or(1), "MachineAuthorized": true,
@@ -114,6 +115,13 @@ impl Node {
         if let Ok(Message::CallMeMaybe { endpoints }) = disco::open(&mut packet.to_vec(), &shared) {
             self.offered.extend(endpoints);
         }
+    }
+
+    /// Datagrams that proved nothing about their sender.
+    pub(crate) fn refused(&self) -> u64 {
+        let it = self.engine.stats();
+        let unproven = it.dropped_unknown + it.dropped_malformed + it.dropped_stranger + it.dropped_forged;
+        unproven + it.dropped_no_session + it.dropped_duplicate + it.dropped_under_load
     }
 
     /// The flow that tests send by, from this node's side.

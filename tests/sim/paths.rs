@@ -1,7 +1,8 @@
 //! Any pair of networks, whatever happens to them: in the end the path is the one that the model names, and stays.
 //!
-//! The model is a table of pairs. Everything else is a law: what is sent arrives once the underlay is calm, the path does not
-//! change any more, an idle pair sends nothing, nothing is sent where nobody offered to be (the world sees to that).
+//! The model is a table of pairs. Everything else is a law: what is sent arrives once the underlay is calm, the path
+//! does not change any more, an idle pair sends nothing, nothing is sent where nobody offered to be (the world sees to
+//! that).
 
 use std::time::Duration;
 
@@ -9,13 +10,14 @@ use proptest::prelude::*;
 use tailcar::engine::PathStatus;
 
 use crate::nat::Kind;
-use crate::world::{Weather, World};
+use crate::weather::Weather;
+use crate::world::World;
 
 const SECOND: Duration = Duration::from_secs(1);
 
 /// After the last disturbance the path is what the model says within this time: a router that got another address and
-/// tells nobody is noticed 6.5 s later, and where it is now by the next look at STUN servers, after up to 26 s; the next
-/// search for a path comes 5 s after the last.
+/// tells nobody is noticed 6.5 s later, and where it is now by the next look at STUN servers, after up to 26 s; the
+/// next search for a path comes 5 s after the last.
 const SETTLED: Duration = Duration::from_secs(40);
 
 /// What happens to the world.
@@ -157,7 +159,12 @@ fn kind() -> impl Strategy<Value = Kind> {
 
 fn weather() -> impl Strategy<Value = Weather> {
     let delay = (1u64..150, 0u64..80).prop_map(|(least, spread)| (least, least + spread));
-    (0u32..20, 0u32..20, delay).prop_map(|(lost, doubled, delay)| Weather { lost, doubled, delay })
+    (0u32..20, 0u32..20, 0u32..20, delay).prop_map(|(lost, doubled, forged, delay)| Weather {
+        lost,
+        doubled,
+        forged,
+        delay,
+    })
 }
 
 prop_compose! {
@@ -181,7 +188,7 @@ proptest! {
 /// Each end answered by the region that the other had used last, so both changed regions with every packet.
 #[test]
 fn two_that_are_heard_by_different_regions_do_not_swap_them_for_ever() {
-    let weather = Weather { lost: 10, doubled: 0, delay: (1, 3) };
+    let weather = Weather { lost: 10, doubled: 0, forged: 0, delay: (1, 3) };
     let events = vec![(Event::Region(1, true), 51), (Event::RestartNode(0), 3), (Event::Move(0), 1)];
     tell(&Story { kinds: [Kind::Open, Kind::Blocked], together: false, seed: 90, weather, events }).unwrap();
 }
@@ -189,7 +196,7 @@ fn two_that_are_heard_by_different_regions_do_not_swap_them_for_ever() {
 /// Nobody knows the router's new address before the next look at STUN servers.
 #[test]
 fn a_router_that_restarts_twice_is_found_again() {
-    let weather = Weather { lost: 0, doubled: 0, delay: (1, 1) };
+    let weather = Weather { lost: 0, doubled: 0, forged: 0, delay: (1, 1) };
     let restart = Event::RestartRouter(0);
     let events = vec![(Event::RestartNode(0), 15), (Event::Move(0), 97), (restart, 85), (restart, 1)];
     tell(&Story { kinds: [Kind::Easy, Kind::Easy], together: false, seed: 45, weather, events }).unwrap();

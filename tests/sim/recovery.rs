@@ -48,7 +48,9 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
     #[test]
-    fn a_peer_that_restarts_is_found_in_a_second(kinds in [any_kind(), any_kind()], seed in any::<u8>(), node in 0..2usize) {
+    fn a_peer_that_restarts_is_found_in_a_second(
+        kinds in [any_kind(), any_kind()], seed in any::<u8>(), node in 0..2usize
+    ) {
         let mut world = talking(kinds, seed);
         world.restart_node(node);
         let took = interruption(&mut world);

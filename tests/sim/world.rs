@@ -14,21 +14,7 @@ use tailcar::wire::stun;
 use crate::control::region_of;
 use crate::nat::{Kind, Nat};
 use crate::node::{Node, number, packet};
-
-/// What the underlay does to packets.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Weather {
-    /// Of a hundred datagrams, those that are lost.
-    pub(crate) lost: u32,
-    /// Of a hundred datagrams, those that come twice.
-    pub(crate) doubled: u32,
-    /// One way, in milliseconds; anything between these, so that packets overtake each other.
-    pub(crate) delay: (u64, u64),
-}
-
-impl Weather {
-    pub(crate) const CALM: Self = Self { lost: 0, doubled: 0, delay: (10, 10) };
-}
+use crate::weather::{FORGER, Weather};
 
 /// How long DERP takes from node to node.
 const DERP_DELAY: Duration = Duration::from_millis(30);
@@ -281,6 +267,21 @@ impl World {
             let delay = Duration::from_millis(self.rng.random_range(self.weather.delay.0..=self.weather.delay.1));
             self.push(delay, Delivery::Udp { from, to, datagram: datagram.to_vec() });
         }
+        self.forge(from, to, datagram);
+    }
+
+    /// Somebody who sees datagrams sends altered copies, some of them from elsewhere.
+    fn forge(&mut self, from: SocketAddr, to: SocketAddr, datagram: &[u8]) {
+        if self.weather.forged == 0 || self.rng.random_range(0..100) >= self.weather.forged {
+            return;
+        }
+        let mut datagram = datagram.to_vec();
+        // Past what tells the kinds of datagrams apart.
+        let altered = self.rng.random_range(16..datagram.len());
+        datagram[altered] ^= 1 << self.rng.random_range(0..8);
+        let from = if self.rng.random() { from } else { FORGER };
+        let delay = Duration::from_millis(self.rng.random_range(self.weather.delay.0..=self.weather.delay.1));
+        self.push(delay, Delivery::Udp { from, to, datagram });
     }
 
     fn deliver(&mut self, delivery: Delivery) {
@@ -314,8 +315,11 @@ impl World {
             self.nodes.iter().position(enters).filter(|_| !is_private(to))
         });
         let Some(node) = reached.map(|index| &mut self.nodes[index]) else { return };
-        node.offered.insert(from);
+        let before = node.refused();
         let admitted = node.engine.handle_udp(from, &mut datagram, now).map(|packet| number(packet));
+        if node.refused() == before {
+            node.offered.insert(from);
+        }
         node.received.extend(admitted);
     }
 
