@@ -34,7 +34,6 @@ mod wan;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -148,7 +147,7 @@ fn main() -> ExitCode {
     if let Some(Role::Serve) = arguments.role {
         return ended(server::run().map_err(Failed::from));
     }
-    end_on_signals();
+    process::end_on_signals(|| bed::take_down(true));
     let result = run(&arguments);
     bed::take_down(result.is_err());
     ended(result)
@@ -239,28 +238,6 @@ fn measure(bed: &Bed, plan: &Plan, report: &mut Report) -> Result<(), Failed> {
         done("100 sidecars");
     }
     Ok(())
-}
-
-/// SIGINT and SIGTERM take the bed down before they end us.
-fn end_on_signals() {
-    thread::spawn(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let Ok(runtime) = runtime else { return };
-        runtime.block_on(async {
-            use tokio::signal::unix::{SignalKind, signal};
-            let (Ok(mut interrupt), Ok(mut terminate)) =
-                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-            else {
-                return;
-            };
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
-            bed::take_down(true);
-            std::process::exit(130);
-        });
-    });
 }
 
 /// A line for whoever watches.

@@ -39,11 +39,15 @@ pub fn local_networks() -> Vec<IpNet> {
 }
 
 fn usable(ip: IpAddr) -> bool {
-    let link_local = match ip {
+    !is_link_local(ip) && !ip.is_unspecified() && !tailnet_range(ip)
+}
+
+/// Whether an address means something on its own link alone.
+pub(super) fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
-    };
-    !link_local && !ip.is_unspecified() && !tailnet_range(ip)
+    }
 }
 
 #[cfg(test)]

@@ -69,7 +69,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         };
     }
-    end_on_signals();
+    process::end_on_signals(|| take_down(true));
     if arguments.get(1).is_some_and(|first| first == "demo") {
         return demo::run(&peers, arguments.split_off(2));
     }
@@ -212,28 +212,6 @@ fn take_down(keep: bool) {
     } else {
         drop(fs::remove_dir_all(folder));
     }
-}
-
-/// SIGINT and SIGTERM take the bed down before they end us.
-fn end_on_signals() {
-    thread::spawn(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let Ok(runtime) = runtime else { return };
-        runtime.block_on(async {
-            use tokio::signal::unix::{SignalKind, signal};
-            let (Ok(mut interrupt), Ok(mut terminate)) =
-                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-            else {
-                return;
-            };
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
-            take_down(true);
-            std::process::exit(130);
-        });
-    });
 }
 
 /// A line for whoever watches; the runner owns stdout.

@@ -196,6 +196,28 @@ fn kill_group(id: u32) {
     }
 }
 
+/// SIGINT and SIGTERM take the bed down before they end us.
+pub(crate) fn end_on_signals(take_down: fn()) {
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let Ok(runtime) = runtime else { return };
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let (Ok(mut interrupt), Ok(mut terminate)) =
+                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+            else {
+                return;
+            };
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            take_down();
+            std::process::exit(130);
+        });
+    });
+}
+
 /// Looks at a condition until it holds.
 ///
 /// # Errors

@@ -98,7 +98,7 @@ const fn is_chrome_os(octets: [u8; 4]) -> bool {
     octets[1] == 115 && octets[2] & 0xfe == 92
 }
 
-fn is_link_local_v6(ip: IpAddr) -> bool {
+pub(super) fn is_link_local_v6(ip: IpAddr) -> bool {
     matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 

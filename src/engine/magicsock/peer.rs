@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::disco::Pings;
+use super::endpoints::is_link_local_v6;
 use super::rank::{Measured, is_better};
 use crate::netmap::RegionId;
 use crate::wire::disco::TxId;
@@ -177,7 +178,7 @@ impl Path {
         // Behind a hard NAT the best address may be one that the peer does not know of, and never names.
         let named = self.best_candidate().is_some_and(|best| best.in_netmap || best.from_call);
         self.candidates.values_mut().for_each(|candidate| candidate.from_call = false);
-        for endpoint in endpoints.iter().filter(|endpoint| !is_link_local_v6(endpoint)).take(CANDIDATES) {
+        for endpoint in endpoints.iter().filter(|endpoint| !is_link_local_v6(endpoint.ip())).take(CANDIDATES) {
             self.candidates.entry(*endpoint).or_default().from_call = true;
         }
         self.forget_unknown(now);
@@ -321,10 +322,6 @@ impl Path {
 fn is_rested(candidate: &Candidate, now: Instant) -> bool {
     // Less what the round before was late with its second ping.
     candidate.last_ping.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL - AGAIN)
-}
-
-fn is_link_local_v6(endpoint: &SocketAddr) -> bool {
-    matches!(endpoint, SocketAddr::V6(v6) if v6.ip().is_unicast_link_local())
 }
 
 #[cfg(test)]

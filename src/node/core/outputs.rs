@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Instant;
 
-use tracing::debug;
+use tracing::{Level, debug, enabled};
 
 use super::Core;
 use crate::engine::Output;
@@ -61,6 +61,9 @@ impl Core {
 
     /// Logs how packets reach a peer now.
     fn say_path(&self, key: &NodePublic) {
+        if !enabled!(Level::DEBUG) {
+            return;
+        }
         let engine = &self.parts.engine;
         let peer = engine.netmap().and_then(|netmap| netmap.peer_by_key(key));
         let status = engine.peer_status(key, Instant::now());

@@ -23,6 +23,7 @@ use self::clock::Clock;
 use self::netlink::Netlink;
 use self::snapshot::Snapshot;
 pub(super) use self::tied::Tied;
+use super::interfaces::is_link_local;
 
 /// How often the clock is looked at: so late is a machine found to have slept.
 const TICK: Duration = Duration::from_secs(2);
@@ -57,13 +58,6 @@ impl State {
         let watched = !local.is_loopback() && !is_link_local(local);
         let lacked = self.addresses.as_ref().is_some_and(|addresses| !addresses.contains(&local));
         watched && lacked && look().is_none_or(|now| !now.contains(&local))
-    }
-}
-
-fn is_link_local(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => ip.is_link_local(),
-        IpAddr::V6(ip) => ip.is_unicast_link_local(),
     }
 }
 

@@ -151,6 +151,7 @@ fn route(is_default: bool, flags: &str, parts: [&str; 3]) -> Option<Route> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::interfaces::is_link_local;
 
     #[test]
     fn default_routes_are_found_among_others() {
@@ -198,6 +199,6 @@ mod tests {
             eprintln!("skipped: this machine does not tell its addresses");
             return;
         };
-        assert!(addresses.iter().all(|ip| !ip.is_loopback() && !super::super::is_link_local(*ip)), "{addresses:?}");
+        assert!(addresses.iter().all(|ip| !ip.is_loopback() && !is_link_local(*ip)), "{addresses:?}");
     }
 }
