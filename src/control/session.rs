@@ -1,7 +1,7 @@
 //! One session from its first request to its loss: register, then the map stream and our reports beside each other.
 //!
-//! The stream is opened first and carries what we know of ourselves already: headscale takes it from there. Other
-//! servers take it only from an update of its own, which follows as soon as the stream is open.
+//! The stream's request carries what we know of ourselves already, and so does an update beside it: servers other than
+//! headscale take it from the update alone, and headscale tells peers of it sooner.
 //! Source: Tailscale, control/controlclient/direct.go, `sendMapRequest`; tailcfg, `MapRequest` (capability version 68).
 
 use std::sync::Arc;
@@ -89,10 +89,7 @@ impl Task {
         {
             return refused(error.into(), self.admission.lost());
         }
-        match self.poll_map(&session, backoff).await {
-            Ok(never) => match never {},
-            Err(ended) => ended,
-        }
+        self.poll_map(&session, backoff).await
     }
 
     async fn register(&mut self, session: &Session) -> Result<(), RegisterError> {
@@ -152,18 +149,9 @@ impl Task {
         self.config.coming_key = None;
     }
 
-    /// Polls the map until the stream ends, reporting beside it.
-    async fn poll_map(&mut self, session: &Session, backoff: &mut Backoff) -> Result<std::convert::Infallible, Ended> {
-        let report = self.report.borrow().clone();
-        let response = timeout(WATCHDOG, self.open_stream(session, &report)).await;
-        let silent = |_| ConnectError::Noise { detail: "the map stream did not open".to_owned() };
-        let response = response.map_err(silent)??;
-        let status = response.status();
-        if status != StatusCode::OK {
-            let body = timeout(UPDATE_LIMIT, Limited::new(response.into_body(), ERROR_BODY_MAX).collect()).await;
-            let body = body.ok().and_then(Result::ok).map(|body| excerpt(&body.to_bytes())).unwrap_or_default();
-            return Err(self.refused_poll(ConnectError::Server { status: status.as_u16(), body }));
-        }
+    /// Polls the map until the stream ends, reporting beside it from the first: headscale (0.29) tells peers of what the
+    /// stream's request says only once the stream is open, a tick of half a second later than of an update.
+    async fn poll_map(&mut self, session: &Session, backoff: &mut Backoff) -> Ended {
         let updates = Updates {
             session: session.clone(),
             requester: self.requester(),
@@ -171,14 +159,31 @@ impl Task {
             netmap: self.out.netmap.subscribe(),
             accepted: self.out.accepted.clone(),
         };
+        let forgotten = tokio::select! {
+            ended = self.stream_map(session, backoff) => return ended,
+            forgotten = updates.run() => forgotten,
+        };
+        self.refused_poll(forgotten)
+    }
+
+    /// Opens the map stream and reads it until it ends.
+    async fn stream_map(&mut self, session: &Session, backoff: &mut Backoff) -> Ended {
+        let report = self.report.borrow().clone();
+        let response = match timeout(WATCHDOG, self.open_stream(session, &report)).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => return error.into(),
+            Err(_) => return ConnectError::Noise { detail: "the map stream did not open".to_owned() }.into(),
+        };
+        let status = response.status();
+        if status != StatusCode::OK {
+            let body = timeout(UPDATE_LIMIT, Limited::new(response.into_body(), ERROR_BODY_MAX).collect()).await;
+            let body = body.ok().and_then(Result::ok).map(|body| excerpt(&body.to_bytes())).unwrap_or_default();
+            return self.refused_poll(ConnectError::Server { status: status.as_u16(), body });
+        }
         debug!("map stream open");
         let mut stream = MapStream::new(response.into_body());
         self.map.restart();
-        let forgotten = tokio::select! {
-            ended = self.read_map(session, &mut stream, backoff) => return Err(ended),
-            forgotten = updates.run() => forgotten,
-        };
-        Err(self.refused_poll(forgotten))
+        self.read_map(session, &mut stream, backoff).await
     }
 
     /// What a status other than 200 to the map poll means.

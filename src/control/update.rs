@@ -1,4 +1,4 @@
-//! What control is told while the map stream is open: where we can be reached, and that we are still there.
+//! What control is told beside the map stream: where we can be reached, and that we are still there.
 //! Source: Tailscale, control/controlclient/direct.go, `sendMapRequest`.
 
 use std::sync::Arc;
@@ -24,8 +24,6 @@ pub(super) const UPDATE_LIMIT: Duration = Duration::from_secs(15);
 /// is how we learn that the node was deleted: headscale (0.29) leaves the map stream of a deleted node open and goes on
 /// sending keep-alives.
 const CHECK: std::ops::RangeInclusive<f64> = 45.0..=75.0;
-/// How long the first update waits for our home DERP to be chosen.
-const HOME_WAIT: Duration = Duration::from_millis(500);
 /// The most octets of an error's body.
 pub(super) const ERROR_BODY_MAX: usize = 64 << 10;
 
@@ -70,7 +68,6 @@ impl Updates {
     /// Returns once control says that it does not know us.
     pub(super) async fn run(mut self) -> ConnectError {
         let mut backoff = Backoff::new(super::FIRST_PAUSE, super::LONGEST_PAUSE);
-        self.await_home().await;
         loop {
             let report = self.report.borrow_and_update().clone();
             self.requester.hostinfo.exit_node_id = exit_node_id(self.netmap.borrow().as_deref());
@@ -89,14 +86,6 @@ impl Updates {
             }
             tokio::time::sleep(backoff.next_delay()).await;
         }
-    }
-
-    /// The first update waits a little for our home DERP: it is what peers need most, and the next update would have
-    /// to wait for this one's answer.
-    async fn await_home(&mut self) {
-        let known = |report: &HostReport| report.net_info.as_ref().is_some_and(|info| info.preferred_derp != 0);
-        // Without a home in time, what is known goes out as it is.
-        let _ = timeout(HOME_WAIT, self.report.wait_for(known)).await;
     }
 
     /// Waits until there is something else to tell than what the last update said.
