@@ -152,11 +152,15 @@ impl Socket {
 
     fn receive(&self, buffers: &mut ReceiveBuffers, each: &mut impl FnMut(SocketAddr, &mut [u8])) -> usize {
         let mut metas = [RecvMeta::default(); RECEIVE_BUFFERS];
-        let count = {
-            let mut slices = buffers.octets.iter_mut().map(|octets| IoSliceMut::new(octets)).collect::<Vec<_>>();
-            self.io.try_io(Interest::READABLE, || self.state.recv((&self.io).into(), &mut slices, &mut metas))
-        };
-        let Ok(count) = count else { return 0 };
+        let mut slices = buffers.octets.iter_mut().map(|octets| IoSliceMut::new(octets)).collect::<Vec<_>>();
+        let mut count = 0;
+        let _ = self.io.try_io(Interest::READABLE, || {
+            count = self.state.recv((&self.io).into(), &mut slices, &mut metas)?;
+            // A batch that is not full has emptied the socket: what comes then is a new event, and asking whether
+            // there is more would be a second call for each datagram that comes alone.
+            if count < slices.len() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        });
+        drop(slices);
         let mut datagrams = 0;
         for (meta, octets) in metas.iter().zip(&mut buffers.octets).take(count) {
             if meta.len == 0 || meta.stride == 0 {
