@@ -25,7 +25,7 @@
 //! | 10 | [`cli`] | argv, logging, exit codes; the only layer that prints |
 //!
 //! Layers 0 to 3 are pure and deterministic: `now` and a seed come in. Above them everything is async, on two threads:
-//! the *data* thread carries UDP, WireGuard, the netstack and the proxy's connections on one `LocalSet`; the *control*
+//! the *data* thread carries UDP, WireGuard, the netstack and the proxy's connections on a local runtime; the *control*
 //! thread speaks with control, DERP and resolvers.
 //!
 //! # Three paths

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, LocalSet, spawn_local};
+use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::{Instant, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
@@ -20,7 +20,7 @@ use super::line::Tally;
 use super::report::Report;
 use super::settings::Settings;
 use super::stops::{ENDING, PASSED_ON, Stop, Stops, exit_of, signal_name};
-use super::threads::{Control, runtime};
+use super::threads::{self, Control};
 use super::{exec, listen};
 use crate::fault::{self, Fault};
 use crate::node::{JoinStage, Joined, Logout, Node, State};
@@ -62,10 +62,9 @@ const SAY_EVERY: Duration = Duration::from_secs(15);
 /// Runs a session and returns its exit status; every failure has been said by then.
 pub(super) fn run(settings: Settings, job: &Job) -> u8 {
     let mut report = Report::new(&settings.output);
-    let outcome = runtime("data").and_then(|data| {
+    let outcome = threads::data().and_then(|data| {
         let control = Control::start()?;
-        let local = LocalSet::new();
-        local.block_on(&data, session(settings, job, &mut report, control.handle.clone()))
+        data.block_on(session(settings, job, &mut report, control.handle.clone()))
     });
     outcome.unwrap_or_else(|fault| {
         let exit = job.exit_of(&fault);

@@ -60,7 +60,7 @@ pub(super) struct Stops {
 }
 
 impl Stops {
-    /// Begins to watch all but standard input. Needs a `LocalSet`.
+    /// Begins to watch all but standard input. Needs a local runtime.
     ///
     /// # Errors
     /// `TC-2007` when the operating system refuses.

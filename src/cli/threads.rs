@@ -1,8 +1,9 @@
 //! The two threads of a run: the data thread is the process's own, control has one beside it.
 
+use std::io;
 use std::thread;
 
-use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::runtime::{Builder, Handle, LocalOptions, LocalRuntime};
 use tokio_util::sync::CancellationToken;
 
 use crate::fault::{self, Fault};
@@ -20,7 +21,7 @@ impl Control {
     /// # Errors
     /// `TC-2007`.
     pub(super) fn start() -> Result<Self, Fault> {
-        let runtime = runtime("control")?;
+        let runtime = builder().build().map_err(|error| refused("control runtime", &error))?;
         let control = Self { handle: runtime.handle().clone(), stop: CancellationToken::new() };
         let stop = control.stop.clone();
         let body = move || {
@@ -29,7 +30,7 @@ impl Control {
             runtime.shutdown_background();
         };
         let spawned = thread::Builder::new().name(String::from("control")).spawn(body);
-        spawned.map_err(|error| Fault::new(&fault::OS_REFUSED, format!("no control thread: {error}")))?;
+        spawned.map_err(|error| refused("control thread", &error))?;
         Ok(control)
     }
 }
@@ -40,13 +41,21 @@ impl Drop for Control {
     }
 }
 
-/// A runtime for the thread that calls.
+/// The data thread's runtime, for the thread that calls. A `LocalSet` on another runtime would do the same, but has a
+/// system call made (an eventfd written, and read as an event) for each task that a socket wakes.
 ///
 /// # Errors
 /// `TC-2007`.
-pub(super) fn runtime(name: &str) -> Result<Runtime, Fault> {
-    Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Fault::new(&fault::OS_REFUSED, format!("no {name} runtime: {error}")))
+pub(super) fn data() -> Result<LocalRuntime, Fault> {
+    builder().build_local(LocalOptions::default()).map_err(|error| refused("data runtime", &error))
+}
+
+fn builder() -> Builder {
+    let mut builder = Builder::new_current_thread();
+    builder.enable_all();
+    builder
+}
+
+fn refused(what: &str, error: &io::Error) -> Fault {
+    Fault::new(&fault::OS_REFUSED, format!("no {what}: {error}"))
 }

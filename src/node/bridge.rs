@@ -35,7 +35,7 @@ pub(super) struct Tunnel {
 }
 
 impl Tunnel {
-    /// Starts the data thread's end on the current `LocalSet`.
+    /// Starts the data thread's end on the current local runtime.
     pub(super) fn start(core: Shared) -> Self {
         let (requests, mut incoming) = mpsc::channel(64);
         tokio::task::spawn_local(async move {

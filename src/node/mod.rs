@@ -1,7 +1,7 @@
 //! The node: the only place where the pure core meets sockets.
 //!
 //! [`Node::start`] makes the keys, binds the UDP sockets, logs in on the control thread and drives the data plane on
-//! the data thread's `LocalSet`. Whoever holds a [`Node`] dials through it, sees how far it has come, and ends it.
+//! the data thread's local runtime. Whoever holds a [`Node`] dials through it, sees how far it has come, and ends it.
 
 mod bridge;
 pub mod config;
@@ -205,7 +205,7 @@ struct Inner {
 
 impl Node {
     /// Starts the node: binds its UDP sockets, logs in on the `control` runtime, and drives the data plane on the
-    /// current `LocalSet`. Returns at once; progress shows in [`Node::state`].
+    /// current local runtime. Returns at once; progress shows in [`Node::state`].
     ///
     /// # Errors
     /// [`NodeError::Roots`] when `ca_file` cannot be used, [`NodeError::Os`] when no UDP socket can be bound.
@@ -251,7 +251,7 @@ impl Node {
         Ok(node)
     }
 
-    /// Wires the parts together on the current `LocalSet`.
+    /// Wires the parts together on the current local runtime.
     fn assemble(
         config: Config,
         (client, minting): (Client, Minting),

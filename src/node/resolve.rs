@@ -126,7 +126,7 @@ impl Memory {
 }
 
 impl Resolvers {
-    /// Starts on the current `LocalSet`. Resolvers are asked from the `control` runtime.
+    /// Starts on the current local runtime. Resolvers are asked from the `control` runtime.
     pub(super) fn start(core: Shared, underlay: Underlay, control: tokio::runtime::Handle, accept_dns: bool) -> Self {
         let roads = Arc::new(Roads::new(Tunnel::start(core.clone()), underlay));
         if accept_dns {

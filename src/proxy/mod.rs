@@ -87,9 +87,9 @@ struct Proxy {
     mappings: Arc<Semaphore>,
 }
 
-/// Serves `listeners` on the current `LocalSet` until `drain` is cancelled and the connections open then have ended;
+/// Serves `listeners` on the current local runtime until `drain` is cancelled and the connections open then have ended;
 /// a caller that will not wait for them drops the future's result and goes on. The listeners stay bound, and answer
-/// that the run is ending, until the `LocalSet` is dropped.
+/// that the run is ending, until that runtime is dropped.
 ///
 /// # Errors
 /// When the operating system does not let a listener be polled.
@@ -121,7 +121,7 @@ pub async fn serve(
     Ok(())
 }
 
-/// Takes connections for as long as the `LocalSet` lives.
+/// Takes connections for as long as the runtime lives.
 async fn accept(proxy: Rc<Proxy>, listener: TcpListener, open: TaskTracker) {
     let mut number = 0_u64;
     loop {

@@ -68,7 +68,7 @@ struct Connector {
 }
 
 impl Transits {
-    /// Starts on the current `LocalSet`. Connectors are asked from the `control` runtime.
+    /// Starts on the current local runtime. Connectors are asked from the `control` runtime.
     pub(super) fn start(core: Shared, control: tokio::runtime::Handle, roads: Arc<Roads>) -> Self {
         let (unknown, unknown_in) = mpsc::channel(QUEUE);
         core.borrow_mut().tell_unknown_transits(unknown);
