@@ -245,7 +245,8 @@ impl Engine {
     /// Does what time demands; see [`next_deadline`](Self::next_deadline).
     pub fn handle_timeout(&mut self, now: Instant) {
         self.wireguard.handle_timeout(now);
-        self.magicsock.handle_timeout(&self.roster, now);
+        let wireguard = &self.wireguard;
+        self.magicsock.handle_timeout(&self.roster, |slot| wireguard.unheard_since(slot), now);
         self.settle(now);
         self.watch_rivals(now);
     }

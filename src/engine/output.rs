@@ -100,6 +100,11 @@ pub enum Output {
     },
     /// Of several peers that serve the same prefix another is used now; see [`Engine::netmap`](super::Engine::netmap).
     RoutesChanged,
+    /// What was sent to the peer of late may be lost and would arrive now: whoever awaits an answer sends again.
+    Resend {
+        /// The peer.
+        peer: NodePublic,
+    },
     /// A handshake with the peer is complete, or its path is another.
     PeerChanged {
         /// The peer.

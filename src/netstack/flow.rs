@@ -10,6 +10,7 @@ use smoltcp::time::Duration;
 use super::OpenError;
 use super::device::Device;
 use super::ports::endpoint;
+use super::repeat::Repeat;
 use super::rings::Sockets;
 use super::window::Window;
 use crate::netmap::Carrier;
@@ -76,6 +77,15 @@ impl FlowKey {
     }
 }
 
+/// What to send again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Again {
+    /// The SYNs of connections that have had no answer.
+    Syns,
+    /// These, and the segments that open connections have repeated in vain.
+    Everything,
+}
+
 pub(super) struct Flow {
     pub(super) key: FlowKey,
     sockets: Sockets,
@@ -87,8 +97,8 @@ pub(super) struct Flow {
     released: bool,
     /// What it may have in flight.
     pub(super) window: Window,
-    /// The SYN of a connection that has had no answer; empty until it has left.
-    syn: Option<Vec<u8>>,
+    /// What it sends again when the way has changed.
+    repeat: Repeat,
 }
 
 impl Flow {
@@ -120,8 +130,8 @@ impl Flow {
 
     fn new(kind: Kind, local: SocketAddr, remote: SocketAddr, sockets: Sockets, handle: SocketHandle) -> Self {
         let key = FlowKey { kind, local, remote };
-        let syn = (kind == Kind::Tcp).then(Vec::new);
-        Self { key, sockets, handle, dirty: false, due: None, released: false, window: Window::default(), syn }
+        let (window, repeat) = (Window::default(), Repeat::default());
+        Self { key, sockets, handle, dirty: false, due: None, released: false, window, repeat }
     }
 
     /// Runs `act` on the socket set.
@@ -149,21 +159,15 @@ impl Flow {
         scratch: &mut [u8],
         send: &mut dyn FnMut(&[u8]) -> Option<Carrier>,
     ) -> bool {
-        let keeps = self.syn.as_ref().is_some_and(Vec::is_empty);
-        let (mut first, mut window) = (None, std::mem::take(&mut self.window));
+        let (mut window, mut repeat) = (std::mem::take(&mut self.window), std::mem::take(&mut self.repeat));
         let mut leave = |packet: &mut [u8]| {
             window.handle_outbound(packet, now);
-            if keeps {
-                first = Some(packet.to_vec());
-            }
+            repeat.note_sent(packet);
             window.note_way(send(packet));
         };
         let mut device = Device::new(None, scratch, &mut leave);
         let sent = self.with_set(|set| iface.poll_egress(time, &mut device, set) == PollResult::SocketStateChanged);
-        self.window = window;
-        if keeps {
-            self.syn = Some(first.unwrap_or_default());
-        }
+        (self.window, self.repeat) = (window, repeat);
         sent
     }
 
@@ -172,21 +176,21 @@ impl Flow {
         self.window.handle_outbound(reply, now);
     }
 
-    /// Something has come in: once it is the answer, the SYN is needed no longer.
-    pub(super) fn note_ingress(&mut self) {
-        if self.syn.is_some() && !self.is_opening() {
-            self.syn = None;
-        }
+    /// A packet is about to be taken in.
+    pub(super) fn note_ingress(&mut self, packet: &mut [u8], now: Instant) {
+        self.window.handle_inbound(packet, now);
+        self.repeat.note_received(packet);
     }
 
-    fn is_opening(&mut self) -> bool {
-        self.with_tcp(|socket| socket.state() == tcp::State::SynSent).unwrap_or(false)
-    }
-
-    /// The SYN, while it is not answered.
-    pub(super) fn pending_syn(&mut self) -> Option<&[u8]> {
-        let waits = self.syn.as_ref().is_some_and(|syn| !syn.is_empty()) && self.is_opening();
-        self.syn.as_deref().filter(|_| waits)
+    /// What is to be sent again when the way has changed.
+    pub(super) fn pending(&mut self, what: Again) -> Option<&[u8]> {
+        let state = self.with_tcp(|socket| socket.state())?;
+        let waits = match (state, what) {
+            (tcp::State::Closed | tcp::State::TimeWait | tcp::State::Listen, _) => false,
+            (tcp::State::SynSent, _) | (_, Again::Everything) => true,
+            (_, Again::Syns) => false,
+        };
+        self.repeat.pending().filter(|_| waits)
     }
 
     /// Nobody holds the flow any more: a connection that both sides have closed may end in peace, any other is aborted.

@@ -7,6 +7,7 @@
 mod device;
 mod flow;
 mod ports;
+mod repeat;
 mod rings;
 mod window;
 
@@ -19,7 +20,7 @@ use smoltcp::socket::{tcp, udp};
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
 use device::{Device, MTU};
-pub use flow::FlowId;
+pub use flow::{Again, FlowId};
 use flow::{Flow, FlowKey, Kind};
 use ports::Ports;
 
@@ -182,16 +183,16 @@ impl Netstack {
         }
     }
 
-    /// Sends the SYN of every connection again that waits for its answer from a remote address that `is_moved` to
-    /// another router: the first one went to the old router, and would be repeated only after a second.
-    pub fn repeat_syns(&mut self, is_moved: impl Fn(IpAddr) -> bool) {
+    /// Sends again what waits for an acknowledgement from a remote address to which the way `is_another` now: it went
+    /// by the way before, and would be repeated only after TCP's pause, which doubles with each try.
+    pub fn repeat(&mut self, what: Again, is_another: impl Fn(IpAddr) -> bool) {
         for flow in self.flows.values_mut() {
             let remote = flow.key.remote.ip();
             // Few connections wait, and each look at the routes costs two searches.
-            if let Some(syn) = flow.pending_syn()
-                && is_moved(remote)
+            if let Some(packet) = flow.pending(what)
+                && is_another(remote)
             {
-                self.replies.push(syn.to_vec());
+                self.replies.push(packet.to_vec());
             }
         }
     }
@@ -209,14 +210,13 @@ impl Netstack {
     pub fn handle_packet(&mut self, packet: &mut [u8], now: Instant) -> Option<FlowId> {
         let id = *self.by_key.get(&FlowKey::of_inbound(packet)?)?;
         let flow = self.flows.get_mut(&id)?;
-        flow.window.handle_inbound(packet, now);
+        flow.note_ingress(packet, now);
         let first = self.replies.len();
         let replies = &mut self.replies;
         let mut reply = |packet: &mut [u8]| replies.push(packet.to_vec());
         let mut device = Device::new(Some(packet), &mut self.scratch[..], &mut reply);
         let (iface, time) = (&mut self.iface, timestamp(self.epoch, now));
         flow.with_set(|set| iface.poll_ingress_single(time, &mut device, set));
-        flow.note_ingress();
         self.replies[first..].iter_mut().for_each(|reply| flow.announce(reply, now));
         self.touch(id);
         Some(id)

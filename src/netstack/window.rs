@@ -136,13 +136,13 @@ impl Syn {
 }
 
 /// The TCP header of a whole IP packet, and what follows it.
-struct Segment<'p> {
+pub(super) struct Segment<'p> {
     tcp: &'p mut [u8],
 }
 
 impl<'p> Segment<'p> {
     /// The segment, if the packet is one of TCP and its header is whole.
-    fn of(packet: &'p mut [u8]) -> Option<Self> {
+    pub(super) fn of(packet: &'p mut [u8]) -> Option<Self> {
         let (protocol, start) = match packet.first()? >> 4 {
             4 => (*packet.get(9)?, usize::from(packet[0] & 0x0f) * 4),
             6 => (*packet.get(6)?, 40),
@@ -173,7 +173,7 @@ impl<'p> Segment<'p> {
         usize::from(self.tcp[12] >> 4) * 4
     }
 
-    fn is_syn(&self) -> bool {
+    pub(super) fn is_syn(&self) -> bool {
         self.tcp[13] & 0x02 != 0
     }
 
@@ -182,7 +182,7 @@ impl<'p> Segment<'p> {
         self.tcp[13] & 0x17 == 0x12
     }
 
-    fn acknowledges(&self, awaited: u32) -> bool {
+    pub(super) fn acknowledges(&self, awaited: u32) -> bool {
         self.tcp[13] & 0x10 != 0 && self.acknowledged().wrapping_sub(awaited) as i32 >= 0
     }
 
@@ -191,12 +191,12 @@ impl<'p> Segment<'p> {
     }
 
     /// Sequence numbers that it takes: its octets, and its SYN.
-    fn length(&self) -> u32 {
+    pub(super) fn length(&self) -> u32 {
         (self.tcp.len() - self.header()) as u32 + u32::from(self.is_syn())
     }
 
     /// The sequence number after its last.
-    fn end(&self) -> u32 {
+    pub(super) fn end(&self) -> u32 {
         self.sequence().wrapping_add(self.length())
     }
 

@@ -24,7 +24,7 @@ use crate::control::HostReport;
 use crate::engine::{Engine, Flow, Protocol};
 use crate::key::{NodePrivate, NodePublic};
 use crate::netmap::{Netmap, NodeId, RegionId};
-use crate::netstack::{FlowId, Netstack, OpenError};
+use crate::netstack::{Again, FlowId, Netstack, OpenError};
 use crate::transport::derp::{ConnectionId, Event};
 use crate::transport::link::State as LinkState;
 use crate::transport::udp::{ReceiveBuffers, Udp};
@@ -164,7 +164,7 @@ impl Core {
 
     /// Begins connections to `remote` anew that have had no answer.
     pub(super) fn repeat_syns(&mut self, remote: IpAddr, now: Instant) {
-        self.parts.netstack.repeat_syns(|ip| ip == remote);
+        self.parts.netstack.repeat(Again::Syns, |ip| ip == remote);
         self.pump(now);
     }
 
@@ -186,7 +186,7 @@ impl Core {
         let before = self.netmap.send_replace(Some(netmap.clone()));
         if let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &netmap)) {
             let router = |netmap: &Netmap, ip| netmap.route(ip).map(|route| route.peer.key);
-            self.parts.netstack.repeat_syns(|remote| {
+            self.parts.netstack.repeat(Again::Syns, |remote| {
                 let (old, new) = (router(&before, remote), router(&netmap, remote));
                 new.is_some() && old != new
             });

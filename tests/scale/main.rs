@@ -100,6 +100,7 @@ fn drain(engine: &mut Engine, now: Instant) -> usize {
             | Output::Rejected { .. }
             | Output::Pong { .. }
             | Output::RoutesChanged
+            | Output::Resend { .. }
             | Output::PeerChanged { .. } => {}
         }
     }

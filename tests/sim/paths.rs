@@ -16,7 +16,7 @@ use crate::world::World;
 const SECOND: Duration = Duration::from_secs(1);
 
 /// After the last disturbance the path is what the model says within this time: a router that got another address and
-/// tells nobody is noticed 6.5 s later, and where it is now by the next look at STUN servers, after up to 26 s; the
+/// tells nobody is noticed within 6.5 s, and where it is now by the next look at STUN servers, after up to 26 s; the
 /// next search for a path comes 5 s after the last.
 const SETTLED: Duration = Duration::from_secs(40);
 

@@ -227,7 +227,11 @@ impl World {
                     self.push(DERP_DELAY * 2, Delivery::Https { node: index, life, region });
                 }
                 Output::PeerChanged { .. } => self.note_path(index),
-                Output::ResolveStun { .. } | Output::Rejected { .. } | Output::Pong { .. } | Output::RoutesChanged => {}
+                Output::ResolveStun { .. }
+                | Output::Rejected { .. }
+                | Output::Pong { .. }
+                | Output::Resend { .. }
+                | Output::RoutesChanged => {}
             }
         }
         self.note_path(index);

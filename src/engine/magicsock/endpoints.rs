@@ -53,6 +53,11 @@ impl Endpoints {
         self.seen.clear();
     }
 
+    /// What servers saw before that, in one family, is void.
+    pub(super) fn forget_before(&mut self, since: Instant, v6: bool) {
+        self.seen.retain(|endpoint, at| endpoint.is_ipv6() != v6 || *at > since);
+    }
+
     /// A server saw us there.
     pub(super) fn saw(&mut self, server: SocketAddr, us: SocketAddr, now: Instant) {
         self.by_server.insert(server, us);

@@ -56,7 +56,7 @@ impl Magicsock {
                 let entry = roster.entry(slot).ok_or(Dropped::Stranger)?;
                 self.handle_ping(slot, entry, tx, from, now);
             }
-            (Message::Pong { tx, .. }, _) => self.handle_pong(&holders, tx, roster, now),
+            (Message::Pong { tx, source }, _) => self.handle_pong(&holders, (tx, source), roster, now),
             (Message::CallMeMaybe { endpoints }, Via::Derp(..)) => {
                 if self.transport != Transport::Derp {
                     let probe = self.place(slot, entry, now).path.handle_call(&endpoints, now);
@@ -85,8 +85,8 @@ impl Magicsock {
         for to in probe.ping {
             self.ping(slot, entry, to, now);
         }
-        if probe.doubt {
-            self.netcheck.doubt(now);
+        if let Some(since) = probe.doubt {
+            self.netcheck.doubt(since);
         }
         if probe.call {
             self.call(slot, entry, now);
@@ -104,7 +104,18 @@ impl Magicsock {
         }
         let endpoints: Vec<SocketAddr> = self.netcheck.host().endpoints.iter().map(|(endpoint, _)| *endpoint).collect();
         if !endpoints.is_empty() {
+            if let Some(seen) = self.place(slot, entry, now).path.take_retracted() {
+                // What one call names and the next does not is deleted, and with it the path that the peer trusts: it
+                // answers by the relay until we are reached anew. Source: Tailscale, wgengine/magicsock,
+                // `handleCallMeMaybe`, `deleteEndpointLocked`.
+                let named = endpoints.iter().copied().chain(seen).collect();
+                for endpoints in [named, Vec::new()] {
+                    self.send_derp(slot, entry, &Message::CallMeMaybe { endpoints }, region, now);
+                }
+            }
             self.send_derp(slot, entry, &Message::CallMeMaybe { endpoints }, region, now);
+            self.place(slot, entry, now).path.note_call(now);
+            self.reschedule(slot);
         }
     }
 
@@ -122,15 +133,23 @@ impl Magicsock {
         }
     }
 
-    fn handle_pong(&mut self, holders: &[Slot], tx: TxId, roster: &Roster, now: Instant) {
+    fn handle_pong(&mut self, holders: &[Slot], (tx, source): (TxId, SocketAddr), roster: &Roster, now: Instant) {
         for slot in holders {
             let (Some(entry), Some(place)) = (roster.entry(*slot), self.places.get_mut(*slot).and_then(Option::as_mut))
             else {
                 continue;
             };
-            if place.path.handle_pong(tx, now) {
+            let answered = place.path.handle_pong(tx, source, now);
+            if answered.better {
                 self.path_up.push_back(*slot);
                 self.outputs.push_back(Output::PeerChanged { peer: entry.peer.key });
+            }
+            if answered.restored {
+                self.outputs.push_back(Output::Resend { peer: entry.peer.key });
+            }
+            if answered.remapped {
+                let round = place.path.discover(now);
+                self.probe(*slot, entry, Probe { doubt: Some(now), ..round }, now);
             }
         }
     }

@@ -12,6 +12,8 @@ mod netcheck;
 mod peer;
 mod rank;
 mod round;
+mod silence;
+mod timers;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -268,36 +270,6 @@ impl Magicsock {
         self.follow_netcheck(roster, now);
     }
 
-    pub(super) fn handle_timeout(&mut self, roster: &Roster, now: Instant) {
-        self.relays.handle_timeout(now);
-        self.netcheck.handle_timeout(now);
-        self.follow_netcheck(roster, now);
-        if self.wake_at.is_none_or(|at| at > now) {
-            return;
-        }
-        self.wake_at = None;
-        let slots: Vec<Slot> = self.active.iter().copied().collect();
-        for slot in slots {
-            let (Some(entry), Some(place)) = (roster.entry(slot), self.places.get_mut(slot).and_then(Option::as_mut))
-            else {
-                self.active.remove(&slot);
-                continue;
-            };
-            let (lost, probe) = place.path.handle_timeout(now);
-            if lost {
-                self.outputs.push_back(Output::PeerChanged { peer: entry.peer.key });
-            }
-            self.probe(slot, entry, probe, now);
-            self.reschedule(slot);
-        }
-    }
-
-    pub(super) fn next_deadline(&self) -> Option<(Instant, &'static str)> {
-        let paths = self.wake_at.map(|at| (at, "paths"));
-        let relays = self.relays.next_deadline().map(|at| (at, "idle DERP regions"));
-        [paths, relays, self.netcheck.next_deadline()].into_iter().flatten().min_by_key(|(at, _)| *at)
-    }
-
     pub(super) fn poll_output(&mut self) -> Option<Output> {
         if let Some(action) = self.relays.poll_action() {
             return Some(match action {
@@ -362,24 +334,6 @@ impl Magicsock {
             path.set_endpoints(&entry.peer.endpoints, now);
             Box::new(Place { path, shared: None, rotation: 0 })
         })
-    }
-
-    fn schedule(&mut self, slot: Slot, deadline: Option<Instant>) {
-        let Some(deadline) = deadline else {
-            return;
-        };
-        if self.wake_at.is_none_or(|at| deadline < at) {
-            self.wake_at = Some(deadline);
-        }
-        self.active.insert(slot);
-    }
-
-    fn reschedule(&mut self, slot: Slot) {
-        let deadline = self.places.get(slot).and_then(Option::as_ref).and_then(|place| place.path.next_deadline());
-        if deadline.is_none() {
-            self.active.remove(&slot);
-        }
-        self.schedule(slot, deadline);
     }
 
     /// Takes over what netcheck concluded: our home, and endpoints fresh enough for those who wait to be called.

@@ -71,6 +71,8 @@ pub(super) struct Netcheck {
     settled_at: Option<Instant>,
     /// Whether our network is another, and no server has answered since.
     moved: bool,
+    /// What servers saw before that is void, once they have answered.
+    void: Option<Instant>,
     full_at: Option<Instant>,
     refresh_at: Option<Instant>,
     used_at: Option<Instant>,
@@ -106,6 +108,7 @@ impl Netcheck {
             round: None,
             settled_at: None,
             moved: false,
+            void: None,
             full_at: None,
             refresh_at: None,
             used_at: None,
@@ -201,10 +204,12 @@ impl Netcheck {
         is_fresh(self.settled_at)
     }
 
-    /// A path that worked is lost, and our mapping perhaps with it: peers are told none before it is looked up anew.
-    pub(super) fn doubt(&mut self, now: Instant) {
-        let idle = self.round.is_none();
-        self.settled_at.take_if(|at| idle && now.duration_since(*at) >= SPACING);
+    /// A path that worked has been in doubt since then, and our mapping perhaps with it: what servers said before is not
+    /// told to peers any more, and is void for a family once a server has answered anew.
+    pub(super) fn doubt(&mut self, since: Instant) {
+        if self.settled_at.take_if(|at| *at <= since).is_some() {
+            self.void = Some(since);
+        }
     }
 
     /// Something suggests that our network changed.
@@ -220,6 +225,9 @@ impl Netcheck {
             return false;
         };
         self.endpoints.saw(server, us, now);
+        if let Some(since) = self.void {
+            self.endpoints.forget_before(since, us.is_ipv6());
+        }
         self.latencies.record(region, latency, now);
         let family = if server.is_ipv6() { "v6" } else { "v4" };
         self.measured.insert(format!("{region}-{family}"), latency.as_secs_f64());
@@ -309,7 +317,7 @@ impl Netcheck {
         if !round.settled && round.is_conclusive(now) {
             round.settled = true;
             let (full, answered) = (round.full, round.is_answered());
-            self.settled_at = Some(now);
+            (self.settled_at, self.void) = (Some(now), None);
             if full {
                 self.choose_home(answered, now);
             }

@@ -4,13 +4,17 @@
 //! lost ping decides. The receiver's replay protection drops the second copies.
 //! Source: Tailscale, wgengine/magicsock, endpoint.go.
 
+mod news;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+pub(super) use self::news::{Answered, Heard, News, Probe, Sent};
 use super::disco::Pings;
 use super::endpoints::is_link_local_v6;
 use super::rank::{Measured, is_better};
+use super::silence::{self, Silence};
 use crate::netmap::RegionId;
 use crate::wire::disco::TxId;
 
@@ -18,13 +22,11 @@ use crate::wire::disco::TxId;
 const TRUST: Duration = Duration::from_millis(6_500);
 /// An endpoint is not pinged for discovery more often. Source: Tailscale, `discoPingInterval`.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// How long after a round's call the endpoints are pinged once more, if none is trusted by then. The call has reached
-/// the peer over both our relays, and the peer's own pings have opened the filter before it; where our NAT maps each
-/// destination to another port, none of them reaches us.
-const AGAIN: Duration = Duration::from_millis(200);
-/// How long the best address stays trusted without another pong when the peer pings us from a new one: it may have
-/// moved.
-const VERIFY: Duration = Duration::from_secs(1);
+/// How long after a call the endpoints are pinged once more, if none is trusted by then. The call has reached the peer
+/// over both our relays, and the peer's own pings have opened the filter before it; where our NAT maps each destination
+/// to another port, none of them reaches us. How far the relays are is not known: after a pause all of these are tried,
+/// later only the last.
+const AGAIN: [Duration; 3] = [Duration::from_millis(20), Duration::from_millis(70), Duration::from_millis(200)];
 /// How often the best address is pinged while the peer is in use. Source: Tailscale, `heartbeatInterval`.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// Without outbound packets for so long, heartbeats stop. Source: Tailscale, `sessionActiveTimeout`.
@@ -48,43 +50,14 @@ struct Candidate {
     pinged_tx: Option<TxId>,
     /// Whether a ping of the peer from there was answered with one of ours since the last round of discovery.
     pinged_back: bool,
+    /// Where the peer last saw us from there, by its pong.
+    sees_us: Option<SocketAddr>,
 }
 
 impl Candidate {
     fn is_known(&self, now: Instant) -> bool {
         self.in_netmap || self.from_call || self.pinged_us.is_some_and(|at| now.duration_since(at) < ACTIVE)
     }
-}
-
-/// What to send because of something that happened.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Probe {
-    /// Ping these.
-    pub(super) ping: Vec<SocketAddr>,
-    /// Ask the peer by DERP to ping us.
-    pub(super) call: bool,
-    /// A path that worked is in doubt: our own NAT may be why.
-    pub(super) doubt: bool,
-}
-
-/// What a ping of the peer is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Heard {
-    /// A copy of one that was answered.
-    Copy,
-    /// One from an address that we knew.
-    Known,
-    /// The first from an address that nobody had named.
-    New,
-}
-
-/// What a packet on its way out means for its path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Sent {
-    /// The path was asleep: it has a deadline now.
-    pub(super) first: bool,
-    /// A discovery round is due.
-    pub(super) discover: bool,
 }
 
 /// A peer's paths.
@@ -98,7 +71,13 @@ pub(super) struct Path {
     last_full_ping: Option<Instant>,
     heartbeat_at: Option<Instant>,
     discover_at: Option<Instant>,
-    again_at: Option<Instant>,
+    /// When the peer was last called, and how many of the pings of [`AGAIN`] that has had.
+    called: Option<(Instant, usize)>,
+    silence: Silence,
+    /// When a pong last saw us elsewhere than the one before.
+    remapped_at: Option<Instant>,
+    /// Whether the next call is to take back what the ones before told, and where the peer saw us of late.
+    retracted: Option<Option<SocketAddr>>,
     /// The region by which the peer reached us and is answered, while PeerGone has not said otherwise.
     pub(super) replies_by: Option<RegionId>,
     /// The same, for ever.
@@ -118,8 +97,10 @@ impl Path {
         if first {
             self.heartbeat_at = Some(now + HEARTBEAT);
         }
-        let trusted = self.best.is_some() && self.trusted_until.is_some_and(|until| now <= until);
-        Sent { first, discover: !trusted && self.discover_at.is_none_or(|at| at <= now) }
+        let trusted = self.best(now).filter(|(_, trusted)| *trusted);
+        let watched = trusted.is_some_and(|(best, _)| self.silence.note_send(best.latency, now));
+        let discover = trusted.is_none() && self.discover_at.is_none_or(|at| at <= now);
+        Sent { first: first || watched, discover }
     }
 
     /// Whether a packet went out lately.
@@ -132,12 +113,24 @@ impl Path {
     /// The call goes out whether or not an endpoint is left to ping, unlike in Tailscale's client. A peer of which we
     /// know none can still reach us; and one whose own calls make us ping all the time must still learn where we are.
     pub(super) fn discover(&mut self, now: Instant) -> Probe {
-        let doubt = self.best(now).is_some_and(|(_, trusted)| !trusted);
+        let doubtful = self.best(now).is_some_and(|(_, trusted)| !trusted);
+        let doubt = now.checked_sub(PING_INTERVAL).filter(|_| doubtful);
         self.discover_at = Some(now + PING_INTERVAL);
-        self.again_at = Some(now + AGAIN);
         self.last_full_ping = Some(now);
         self.candidates.values_mut().for_each(|candidate| candidate.pinged_back = false);
         Probe { ping: self.rested(now), call: true, doubt }
+    }
+
+    /// A call goes out, which may be later than its round.
+    pub(super) fn note_call(&mut self, now: Instant) {
+        let pause = self.called.is_none_or(|(at, _)| now.duration_since(at) >= PING_INTERVAL * 2);
+        self.called = Some((now, if pause { 0 } else { AGAIN.len() - 1 }));
+    }
+
+    /// When the endpoints are pinged once more because of the last call.
+    fn again_at(&self) -> Option<Instant> {
+        let (at, pings) = self.called?;
+        Some(at + *AGAIN.get(pings)?)
     }
 
     /// The endpoints that were not pinged lately.
@@ -213,7 +206,8 @@ impl Path {
     /// is still the peer's: behind a hard NAT a peer that moved cannot name its new one.
     pub(super) fn verify(&mut self, now: Instant) -> Option<SocketAddr> {
         let (best, _) = self.best(now).filter(|(_, trusted)| *trusted)?;
-        self.trusted_until = self.trusted_until.map(|until| until.min(now + VERIFY));
+        let verified = now + silence::pong_limit(best.latency);
+        self.trusted_until = self.trusted_until.map(|until| until.min(verified));
         Some(best.addr)
     }
 
@@ -231,46 +225,93 @@ impl Path {
         candidate.is_some_and(|candidate| !std::mem::replace(&mut candidate.pinged_back, true))
     }
 
-    /// A pong. Whether the best address is another now, or trusted again.
-    pub(super) fn handle_pong(&mut self, tx: TxId, now: Instant) -> bool {
+    /// A pong, by which the peer saw us at `source`.
+    pub(super) fn handle_pong(&mut self, tx: TxId, source: SocketAddr, now: Instant) -> Answered {
         let Some((addr, latency)) = self.pings.answered(tx, now) else {
-            return false;
+            return Answered::default();
         };
         let answered = Measured { addr, latency };
         let before = self.best(now);
-        let replace = match before {
-            Some((best, trusted)) => best.addr == addr || !trusted || is_better(&answered, &best),
-            None => true,
+        let (replace, same) = match before {
+            Some((best, trusted)) => (!trusted || is_better(&answered, &best), best.addr == addr),
+            None => (true, false),
         };
-        if !replace {
-            return false;
+        let remapped = self.note_source(addr, source, now) && same;
+        if !replace && !same {
+            return Answered::default();
         }
         self.best = Some(answered);
         self.trusted_until = Some(now + TRUST);
-        before.is_none_or(|(best, trusted)| best.addr != addr || !trusted)
+        self.silence.note_pong();
+        let restored = before.is_none_or(|(_, trusted)| !trusted);
+        Answered { better: restored || !same, restored, remapped }
     }
 
-    /// Whether the best address was given up, and what to send.
-    pub(super) fn handle_timeout(&mut self, now: Instant) -> (bool, Probe) {
-        let mut lost_best = false;
+    /// The peer sees us at `source` from an address. Whether that is news to act upon: a NAT may map us anew with every
+    /// datagram.
+    fn note_source(&mut self, addr: SocketAddr, source: SocketAddr, now: Instant) -> bool {
+        let rested = self.remapped_at.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL);
+        let Some(candidate) = self.candidates.get_mut(&addr) else { return false };
+        let other = candidate.sees_us.filter(|seen| *seen != source);
+        if rested || other.is_none() {
+            candidate.sees_us = Some(source);
+        }
+        if rested && other.is_some() {
+            (self.retracted, self.remapped_at) = (Some(other), Some(now));
+        }
+        rested && other.is_some()
+    }
+
+    /// Whether the call that goes out now is to take back what was told before, and where the peer saw us besides: it
+    /// may still send to an address of ours from which nothing reaches us.
+    pub(super) fn take_retracted(&mut self) -> Option<Option<SocketAddr>> {
+        self.retracted.take()
+    }
+
+    /// Does what time demands. The peer has been silent since `unheard`, although packets went out.
+    pub(super) fn handle_timeout(&mut self, unheard: Option<Instant>, now: Instant) -> News {
+        let mut news = News::default();
         while let Some(lost) = self.pings.lost(now) {
             let trusted = self.trusted_until.is_some_and(|until| now <= until);
             if self.best.is_some_and(|best| best.addr == lost.to) && !trusted {
                 self.forget_best();
-                lost_best = true;
+                news.lost = true;
             }
         }
+        news.probe = self.probe(now);
+        let trusted = self.best(now).filter(|(_, trusted)| *trusted).map(|(best, _)| best);
+        match self.silence.handle_timeout(trusted.map(|best| best.latency), unheard, now) {
+            silence::Step::Wait => {}
+            silence::Step::Ask => {
+                let asked = trusted.map(|best| best.addr).filter(|addr| !news.probe.ping.contains(addr));
+                news.probe.ping.extend(asked);
+            }
+            silence::Step::Doubt(since) => {
+                self.retracted = Some(self.best_candidate().and_then(|best| best.sees_us));
+                self.trusted_until = None;
+                news.resend = true;
+                news.probe = Probe { doubt: Some(since), ..self.discover(now) };
+            }
+        }
+        news
+    }
+
+    /// The pings that are due.
+    fn probe(&mut self, now: Instant) -> Probe {
         let mut probe = Probe::default();
-        let again = self.again_at.take_if(|at| *at <= now).is_some();
+        let again = self.again_at().is_some_and(|at| at <= now);
+        if let Some((_, pings)) = self.called.as_mut().filter(|_| again) {
+            *pings += 1;
+        }
         if again && self.is_active(now) && self.best(now).is_none_or(|(_, trusted)| !trusted) {
             probe.ping.extend(self.candidates.keys());
         }
         if self.heartbeat_at.is_none_or(|at| at > now) {
-            return (lost_best, probe);
+            return probe;
         }
         if !self.is_active(now) {
             self.heartbeat_at = None;
-            return (lost_best, probe);
+            return probe;
         }
         self.heartbeat_at = Some(now + HEARTBEAT);
         if self.wants_discovery(now) {
@@ -279,11 +320,12 @@ impl Path {
         if let Some(best) = self.best.filter(|best| !probe.ping.contains(&best.addr)) {
             probe.ping.push(best.addr);
         }
-        (lost_best, probe)
+        probe
     }
 
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        [self.heartbeat_at, self.again_at, self.pings.next_deadline()].into_iter().flatten().min()
+        let deadlines = [self.heartbeat_at, self.again_at(), self.silence.next_deadline(), self.pings.next_deadline()];
+        deadlines.into_iter().flatten().min()
     }
 
     /// Our own network changed, or the peer is another process now: no pong so far vouches for an address. The best one
@@ -320,8 +362,9 @@ impl Path {
 }
 
 fn is_rested(candidate: &Candidate, now: Instant) -> bool {
-    // Less what the round before was late with its second ping.
-    candidate.last_ping.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL - AGAIN)
+    // Less what the round before was late with its last ping.
+    let late = AGAIN[AGAIN.len() - 1];
+    candidate.last_ping.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL - late)
 }
 
 #[cfg(test)]

@@ -54,7 +54,7 @@ fn an_untrusted_path_is_used_beside_derp_and_then_given_up() {
         let sent = world.nodes[0].sent;
         both += usize::from(sent.0 > before.0.0 && sent.1 > before.0.1);
     }
-    assert!(both >= 10, "{both}");
+    assert!(both >= 5, "{both}");
     assert!(matches!(world.status(0).path, PathStatus::Derp { .. }));
     let texts = world.texts(1);
     assert_eq!(texts.last().map(String::as_str), Some("149"));

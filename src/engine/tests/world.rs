@@ -241,6 +241,7 @@ impl World {
                 | Output::Rejected { .. }
                 | Output::Pong { .. }
                 | Output::RoutesChanged
+                | Output::Resend { .. }
                 | Output::PeerChanged { .. }) => self.nodes[index].outputs.push(other),
             }
         }

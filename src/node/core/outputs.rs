@@ -9,6 +9,7 @@ use super::Core;
 use crate::engine::Output;
 use crate::key::NodePublic;
 use crate::netmap::RegionId;
+use crate::netstack::Again;
 use crate::node::outbox::Batch;
 use crate::node::regions;
 use crate::transport::derp::Packet;
@@ -51,12 +52,20 @@ impl Core {
                     }
                 }
                 Output::RoutesChanged => self.publish(),
+                Output::Resend { peer } => self.resend(&peer),
                 Output::PeerChanged { peer } => {
                     self.say_path(&peer);
                     self.peer_changed.notify_waiters();
                 }
             }
         }
+    }
+
+    /// Has the connections through a peer send again what waits for an acknowledgement.
+    fn resend(&mut self, key: &NodePublic) {
+        let Some(netmap) = self.parts.engine.netmap().cloned() else { return };
+        let by_it = |remote| netmap.route(remote).is_some_and(|route| route.peer.key == *key);
+        self.parts.netstack.repeat(Again::Everything, by_it);
     }
 
     /// Logs how packets reach a peer now.

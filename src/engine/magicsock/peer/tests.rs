@@ -4,6 +4,8 @@ use super::*;
 
 const A: &str = "192.0.2.1:1";
 const B: &str = "192.0.2.2:2";
+/// Where peers see us.
+const US: &str = "203.0.113.1:1";
 
 fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap()
@@ -19,7 +21,7 @@ fn direct(start: Instant) -> Path {
     path.note_send(start);
     path.discover(start);
     path.note_ping(TxId([1; 12]), addr(A), start);
-    assert!(path.handle_pong(TxId([1; 12]), after(start, 20)));
+    assert!(path.handle_pong(TxId([1; 12]), addr(US), after(start, 20)).better);
     path
 }
 
@@ -36,13 +38,13 @@ fn a_path_is_trusted_until_six_and_a_half_seconds_after_its_pong() {
 fn a_lost_heartbeat_ends_an_untrusted_path_and_a_late_pong_does_not_revive_it() {
     let start = Instant::now();
     let mut path = direct(start);
-    let (lost, probe) = path.handle_timeout(after(start, 3_000));
-    assert_eq!((lost, probe.ping), (false, vec![addr(A)]));
+    let news = path.handle_timeout(None, after(start, 3_000));
+    assert_eq!((news.lost, news.probe.ping), (false, vec![addr(A)]));
     path.note_ping(TxId([2; 12]), addr(A), after(start, 3_000));
-    assert!(!path.handle_timeout(after(start, 6_000)).0);
-    assert!(path.handle_timeout(after(start, 8_000)).0);
+    assert!(!path.handle_timeout(None, after(start, 6_000)).lost);
+    assert!(path.handle_timeout(None, after(start, 8_000)).lost);
     assert_eq!(path.best(after(start, 8_000)), None);
-    assert!(!path.handle_pong(TxId([2; 12]), after(start, 8_001)));
+    assert!(!path.handle_pong(TxId([2; 12]), addr(US), after(start, 8_001)).better);
 }
 
 #[test]
@@ -52,7 +54,7 @@ fn discovery_pings_each_endpoint_once_in_five_seconds() {
     path.set_endpoints(&[addr(A)], start);
     assert!(path.note_send(start).discover);
     let probe = path.discover(start);
-    assert_eq!(probe, Probe { ping: vec![addr(A)], call: true, doubt: false });
+    assert_eq!(probe, Probe { ping: vec![addr(A)], call: true, doubt: None });
     path.note_ping(TxId([1; 12]), addr(A), start);
     assert!(!path.note_send(after(start, 4_999)).discover);
     assert!(path.discover(after(start, 4_799)).ping.is_empty());
@@ -64,7 +66,7 @@ fn a_call_replaces_the_endpoints_of_the_last_one() {
     let start = Instant::now();
     let mut path = Path::default();
     let probe = path.handle_call(&[addr(A), addr("[fe80::1]:1")], start);
-    assert_eq!(probe, Probe { ping: vec![addr(A)], call: false, doubt: false });
+    assert_eq!(probe, Probe { ping: vec![addr(A)], call: false, doubt: None });
     assert_eq!(path.handle_call(&[addr(B)], after(start, 100)).ping, [addr(B)]);
 }
 
@@ -83,7 +85,7 @@ fn heartbeats_stop_when_nothing_is_sent() {
     let start = Instant::now();
     let mut path = direct(start);
     for second in 1..48 {
-        path.handle_timeout(start + Duration::from_secs(second));
+        path.handle_timeout(None, start + Duration::from_secs(second));
     }
     assert_eq!(path.next_deadline(), None);
 }
@@ -153,32 +155,73 @@ fn a_peer_that_calls_all_the_time_is_called_too() {
         path.note_ping(TxId([1; 12]), addr(A), after(start, millis));
     }
     assert!(path.note_send(after(start, 5_000)).discover);
-    assert_eq!(path.discover(after(start, 5_000)), Probe { ping: Vec::new(), call: true, doubt: false });
+    assert_eq!(path.discover(after(start, 5_000)), Probe { ping: Vec::new(), call: true, doubt: None });
 }
 
 #[test]
 fn only_a_path_that_worked_casts_doubt_on_our_nat() {
     let start = Instant::now();
     let mut path = direct(start);
-    assert!(!path.discover(after(start, 1_000)).doubt);
-    assert!(path.discover(after(start, 6_600)).doubt);
+    assert_eq!(path.discover(after(start, 1_000)).doubt, None);
+    assert_eq!(path.discover(after(start, 6_600)).doubt, Some(after(start, 1_600)));
 }
 
 #[test]
-fn a_round_that_found_nothing_pings_once_more() {
+fn a_call_that_found_nothing_is_followed_by_pings_the_soonest_after_a_pause() {
     let start = Instant::now();
     let mut path = Path::default();
     path.set_endpoints(&[addr(A)], start);
     path.note_send(start);
     path.discover(start);
     path.note_ping(TxId([1; 12]), addr(A), start);
-    assert_eq!(path.next_deadline(), Some(after(start, 200)));
-    assert_eq!(path.handle_timeout(after(start, 199)).1, Probe::default());
-    let again = Probe { ping: vec![addr(A)], ..Probe::default() };
-    assert_eq!(path.handle_timeout(after(start, 200)).1, again);
-    assert_eq!(path.handle_timeout(after(start, 201)).1, Probe::default());
-    let mut found = direct(start);
-    assert_eq!(found.handle_timeout(after(start, 200)).1, Probe::default());
+    let pings_after = |called: Instant, path: &mut Path| {
+        path.handle_timeout(None, called);
+        path.note_call(called);
+        let times = (0..300).map(|millis| after(called, millis));
+        let asked = times.filter(|now| path.handle_timeout(None, *now).probe.ping == [addr(A)]);
+        asked.map(|now| (now - called).as_millis()).collect::<Vec<_>>()
+    };
+    assert_eq!(pings_after(after(start, 30), &mut path), [20, 70, 200]);
+    assert_eq!(pings_after(after(start, 5_500), &mut path), [200]);
+    assert_eq!(pings_after(after(start, 20_500), &mut path), [20, 70, 200]);
+    assert_eq!(pings_after(start, &mut direct(start)), [0; 0]);
+}
+
+#[test]
+fn a_peer_that_falls_silent_is_asked_twice_and_then_reached_by_the_relay_as_well() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    let sent = after(start, 1_000);
+    assert!(path.note_send(sent).first);
+    let (mut asked, mut doubted) = (0, None);
+    while let Some(now) = path.next_deadline().filter(|_| doubted.is_none()) {
+        let news = path.handle_timeout(Some(sent), now);
+        asked += usize::from(news.probe.ping == [addr(A)] && !news.resend);
+        doubted = news.resend.then_some((now, news.probe));
+    }
+    let (now, probe) = doubted.unwrap();
+    assert!(asked == 2 && now < after(start, 2_200), "{asked} pings, doubt after {:?}", now - sent);
+    assert_eq!((probe.call, probe.doubt), (true, Some(sent)));
+    assert!(!path.best(now).unwrap().1);
+    assert_eq!(path.take_retracted(), Some(Some(addr(US))));
+    assert_eq!(path.take_retracted(), None);
+}
+
+#[test]
+fn a_pong_that_sees_us_elsewhere_tells_of_our_nat_now_and_then() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    let pong = |path: &mut Path, source: &str, millis| {
+        path.note_ping(TxId([2; 12]), addr(A), after(start, millis));
+        path.handle_pong(TxId([2; 12]), addr(source), after(start, millis + 20)).remapped
+    };
+    assert!(!pong(&mut path, US, 3_000));
+    assert_eq!(path.take_retracted(), None);
+    assert!(pong(&mut path, "203.0.113.1:2", 3_500));
+    assert_eq!(path.take_retracted(), Some(Some(addr(US))));
+    assert!(!pong(&mut path, "203.0.113.1:3", 6_000), "it has just been told");
+    assert!(pong(&mut path, "203.0.113.1:3", 9_000));
+    assert_eq!(path.take_retracted(), Some(Some(addr("203.0.113.1:2"))));
 }
 
 #[test]
@@ -188,9 +231,9 @@ fn a_peer_heard_from_a_new_address_must_answer_at_the_old_one_soon() {
     let asked = after(start, 1_000);
     assert_eq!(path.handle_ping(addr("192.0.2.3:3"), TxId([9; 12]), asked), Heard::New);
     assert_eq!(path.verify(asked), Some(addr(A)));
-    assert!(path.best(after(start, 2_000)).unwrap().1);
-    assert!(!path.best(after(start, 2_001)).unwrap().1);
+    assert!(path.best(after(start, 1_290)).unwrap().1);
+    assert!(!path.best(after(start, 1_291)).unwrap().1);
     path.note_ping(TxId([8; 12]), addr(A), asked);
-    path.handle_pong(TxId([8; 12]), after(start, 1_020));
+    path.handle_pong(TxId([8; 12]), addr(US), after(start, 1_020));
     assert!(path.best(after(start, 7_520)).unwrap().1);
 }
