@@ -271,6 +271,26 @@ impl Network {
         Ok([203, 0, 113, to].into())
     }
 
+    /// Has the NAT forget all connections.
+    ///
+    /// # Errors
+    /// When there is none, and with what the kernel said.
+    pub(crate) fn forget(&self) -> Result<(), Failed> {
+        let Some(router) = &self.router else { return Err("an open network has no NAT".into()) };
+        Ok(router.forget_connections()?)
+    }
+
+    /// Has a cone let in nobody until the host behind it sends to him again.
+    ///
+    /// # Errors
+    /// With what `nft` said.
+    pub(crate) fn forget_met(&self) -> Result<(), Failed> {
+        match self.router.as_ref().filter(|_| self.kind == Kind::Cone) {
+            Some(router) => Ok(router.nft("flush set ip nat met")?),
+            None => Ok(()),
+        }
+    }
+
     /// Plugs a host into the router.
     fn lan(&self, device: &str, host: &Namespace, number: u8, last: u8) -> Result<(), Failed> {
         let Some(router) = &self.router else { return Err("an open network has no LAN".into()) };

@@ -253,10 +253,12 @@ const PATHS: [Scenario; 5] = [
     scenario!(paths::a_peer_homed_in_another_region_is_reached_there),
 ];
 
-const NAT: [Scenario; 3] = [
+const NAT: [Scenario; 5] = [
     scenario!(nat::every_pair_of_networks_gets_the_path_that_tailscaled_gets).within(120).leaking(),
     scenario!(nat_changes::a_peer_that_restarts_is_found_in_seconds).within(90).leaking(),
     scenario!(nat_changes::a_nat_that_gets_another_address_interrupts_for_seconds).within(90).leaking(),
+    scenario!(nat_changes::a_nat_that_forgets_its_mappings_interrupts_for_seconds).within(120).leaking(),
+    scenario!(nat_changes::a_peer_whose_nat_gets_another_address_is_followed).within(120).leaking(),
 ];
 
 const PING: [Scenario; 1] = [scenario!(ping::headscale_pings_the_node_and_is_answered)];
