@@ -128,7 +128,7 @@ impl Run<'_> {
         let (start, socket) = (Instant::now(), self.folder.join("socket"));
         let mut bound = false;
         while !bound || (self.contender == Contender::Tailscaled && self.login.is_none()) {
-            if !bound && procfs::listens(self.process.id(), PROXY) {
+            if !bound && host.inside(|| procfs::listens(PROXY))?? {
                 (bound, self.bound) = (true, Instant::now());
             }
             if self.contender == Contender::Tailscaled && self.login.is_none() && socket.exists() {

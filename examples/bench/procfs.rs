@@ -1,9 +1,12 @@
 //! What the kernel knows of a process: its time, its memory, where it listens, what it runs.
 
-use std::fs;
 use std::net::SocketAddrV4;
 use std::path::PathBuf;
 use std::time::Duration;
+use std::{fs, io};
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
 
 /// User and system time that the process has used, of threads that have ended too; zero when it is gone.
 ///
@@ -33,14 +36,22 @@ fn mebibytes(file: &str, field: &str) -> Option<f64> {
     Some(kib / 1024.0)
 }
 
-/// Whether somebody listens at an IPv4 address, in the network namespace of the process.
+/// Whether somebody listens at an IPv4 address of the caller's network namespace: nobody else can bind there then.
 ///
-/// Nothing is sent for it: a connection would be the proxy's first.
-pub(crate) fn listens(pid: u32, address: SocketAddrV4) -> bool {
-    // Source: proc_pid_net(5): addresses in the machine's byte order, state 0A is LISTEN.
-    let host = u32::from_ne_bytes(address.ip().octets());
-    let wanted = format!(": {host:08X}:{:04X} 00000000:0000 0A ", address.port());
-    fs::read_to_string(format!("/proc/{pid}/net/tcp")).is_ok_and(|table| table.contains(&wanted))
+/// Nothing is sent for it, since a connection would be the proxy's first; and the kernel's table of sockets takes a
+/// millisecond to read, however few they are. Whoever is about to bind there is not hindered: on Linux any number of
+/// sockets with `SO_REUSEADDR`, which all proxies here set, share a port until one of them listens (socket(7)).
+///
+/// # Errors
+/// When there can be no socket.
+pub(crate) fn listens(address: SocketAddrV4) -> io::Result<bool> {
+    let probe = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseaddr(&probe, true)?;
+    match bind(&probe, &address) {
+        Ok(()) => Ok(false),
+        Err(Errno::ADDRINUSE) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The program that the process runs.
@@ -51,6 +62,20 @@ pub(crate) fn program(pid: u32) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_who_listens_is_seen() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let std::net::SocketAddr::V4(address) = listener.local_addr().unwrap() else { panic!("it is IPv4") };
+        assert!(listens(address).unwrap());
+        drop(listener);
+        let bound = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        sockopt::set_socket_reuseaddr(&bound, true).unwrap();
+        bind(&bound, &address).unwrap();
+        assert!(!listens(address).unwrap());
+        rustix::net::listen(&bound, 1).unwrap();
+        assert!(listens(address).unwrap());
+    }
 
     #[test]
     fn this_process_has_time_memory_and_a_program() {

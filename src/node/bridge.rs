@@ -5,11 +5,8 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Mutex;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use hickory_resolver::net::runtime::{DnsUdpSocket, TokioTime};
 use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, oneshot};
 
@@ -104,7 +101,7 @@ async fn serve(core: Shared, request: Request) {
             }
         }
         Request::Udp(remote, reply) => match TunnelDatagrams::open(&core, remote) {
-            Ok(flow) => carry_datagrams(flow, remote, reply).await,
+            Ok(flow) => carry_datagrams(flow, reply).await,
             Err(failure) => {
                 // Whoever asked may have gone.
                 let _ = reply.send(Err(failure));
@@ -113,14 +110,10 @@ async fn serve(core: Shared, request: Request) {
     }
 }
 
-async fn carry_datagrams(
-    flow: TunnelDatagrams,
-    remote: SocketAddr,
-    reply: oneshot::Sender<Result<Datagrams, Unopened>>,
-) {
+async fn carry_datagrams(flow: TunnelDatagrams, reply: oneshot::Sender<Result<Datagrams, Unopened>>) {
     let (outgoing, mut from_resolver) = mpsc::channel::<Vec<u8>>(DATAGRAMS);
     let (to_resolver, incoming) = mpsc::channel(DATAGRAMS);
-    if reply.send(Ok(Datagrams { remote, outgoing, incoming: Mutex::new(incoming) })).is_err() {
+    if reply.send(Ok(Datagrams { outgoing, incoming })).is_err() {
         return;
     }
     loop {
@@ -144,29 +137,20 @@ async fn carry_datagrams(
     }
 }
 
-/// A UDP flow to one resolver, as hickory uses it.
+/// A UDP flow to one resolver.
 pub(super) struct Datagrams {
-    remote: SocketAddr,
     outgoing: mpsc::Sender<Vec<u8>>,
-    incoming: Mutex<mpsc::Receiver<Vec<u8>>>,
+    incoming: mpsc::Receiver<Vec<u8>>,
 }
 
-impl DnsUdpSocket for Datagrams {
-    type Time = TokioTime;
-
-    fn poll_recv_from(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<(usize, SocketAddr)>> {
-        let mut incoming = self.incoming.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        incoming.poll_recv(cx).map(|datagram| {
-            let datagram = datagram.ok_or_else(|| stopped(()))?;
-            let count = datagram.len().min(buf.len());
-            buf[..count].copy_from_slice(&datagram[..count]);
-            Ok((count, self.remote))
-        })
+impl Datagrams {
+    /// Sends one datagram. It may be lost, as datagrams are.
+    pub(super) async fn send(&self, octets: Vec<u8>) -> io::Result<()> {
+        self.outgoing.send(octets).await.map_err(stopped)
     }
 
-    fn poll_send_to(&self, _cx: &mut Context<'_>, buf: &[u8], _target: SocketAddr) -> Poll<io::Result<usize>> {
-        // A datagram that finds the channel full is lost, as datagrams are; the resolver asks again.
-        let _ = self.outgoing.try_send(buf.to_vec());
-        Poll::Ready(Ok(buf.len()))
+    /// The next datagram.
+    pub(super) async fn recv(&mut self) -> io::Result<Vec<u8>> {
+        self.incoming.recv().await.ok_or_else(|| stopped(()))
     }
 }

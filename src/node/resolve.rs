@@ -7,6 +7,7 @@
 mod answer;
 mod cache;
 mod doh;
+mod plain;
 mod question;
 mod roads;
 mod servers;

@@ -4,10 +4,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, Either, select};
-use hickory_resolver::lookup::Lookup;
-use hickory_resolver::net::{DnsError, NetError};
-use hickory_resolver::proto::op::{Message, ResponseCode};
-use hickory_resolver::proto::rr::{RData, Record};
+use hickory_proto::op::{Message, ResponseCode};
+use hickory_proto::rr::{RData, Record};
 use tokio::time::timeout;
 
 /// The longest that addresses are remembered, whatever their TTL. A run is short and a target's address may move
@@ -67,30 +65,6 @@ pub(super) fn read(message: &Message) -> Result<Answer, Failure> {
         return Err(Failure::Answered("a truncated message".to_owned()));
     }
     Ok(found(&message.answers).unwrap_or_else(|| none(Says::NoAddress, negative_ttl(&message.authorities))))
-}
-
-/// The same for what hickory made of a message.
-pub(super) fn read_lookup(lookup: Result<Lookup, NetError>) -> Result<Answer, Failure> {
-    let error = match lookup {
-        Ok(lookup) => return Ok(found(lookup.answers()).unwrap_or_else(|| none(Says::NoAddress, None))),
-        Err(error) => error,
-    };
-    let (code, ttl) = if let NetError::Dns(DnsError::NoRecordsFound(none)) = &error {
-        (Some(none.response_code), none.negative_ttl)
-    } else if let NetError::Dns(DnsError::ResponseCode(code)) = &error {
-        (Some(*code), None)
-    } else {
-        (None, None)
-    };
-    let timed_out = matches!(&error, NetError::Timeout)
-        || matches!(&error, NetError::Io(io) if io.kind() == std::io::ErrorKind::TimedOut);
-    match code {
-        Some(ResponseCode::NXDomain) => Ok(none(Says::NoName, ttl)),
-        Some(ResponseCode::NoError) => Ok(none(Says::NoAddress, ttl)),
-        Some(code) => Err(Failure::Answered(rcode(code))),
-        None if timed_out => Err(Failure::Silent),
-        None => Err(Failure::Unreachable(error.to_string())),
-    }
 }
 
 fn found(records: &[Record]) -> Option<Answer> {
@@ -173,9 +147,9 @@ fn join(first: Result<Answer, Failure>, second: Result<Answer, Failure>) -> Resu
 
 #[cfg(test)]
 mod tests {
-    use hickory_resolver::proto::op::{MessageType, OpCode};
-    use hickory_resolver::proto::rr::Name;
-    use hickory_resolver::proto::rr::rdata::{A, CNAME, SOA};
+    use hickory_proto::op::{MessageType, OpCode};
+    use hickory_proto::rr::Name;
+    use hickory_proto::rr::rdata::{A, CNAME, SOA};
 
     use super::*;
 
@@ -235,12 +209,6 @@ mod tests {
         let read = |code| read(&message(code, vec![], vec![]));
         assert_eq!(read(ResponseCode::ServFail), Err(Failure::Answered("SERVFAIL".to_owned())));
         assert_eq!(read(ResponseCode::Refused), Err(Failure::Answered("REFUSED".to_owned())));
-        let told = |error| read_lookup(Err(error));
-        assert_eq!(told(NetError::Timeout), Err(Failure::Silent));
-        assert!(matches!(told(NetError::NoConnections), Err(Failure::Unreachable(_))));
-        let code = |code| told(NetError::Dns(DnsError::ResponseCode(code)));
-        assert_eq!(code(ResponseCode::NXDomain), Ok(lacks(Says::NoName, 0)));
-        assert_eq!(code(ResponseCode::Refused), Err(Failure::Answered("REFUSED".to_owned())));
     }
 
     #[test]

@@ -1,43 +1,29 @@
 //! One name, asked of those who may know it until one of them says what counts.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use hickory_resolver::Resolver;
-use hickory_resolver::config::{
-    ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts,
-};
-use hickory_resolver::net::NetError;
-use hickory_resolver::proto::op::{Message, MessageType, OpCode, Query};
-use hickory_resolver::proto::rr::{Name, RecordType};
+use hickory_proto::op::{Message, MessageType, OpCode, Query};
+use hickory_proto::rr::{Name, RecordType};
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use super::super::error::ResolveError;
-use super::answer::{Answer, Failure, Says, in_both_families, read, read_lookup};
+use super::answer::{Answer, Failure, Says, in_both_families, read};
 use super::cache::Outcome;
-use super::doh;
-use super::roads::{Provider, Road, Roads};
+use super::roads::Roads;
 use super::servers::{Candidate, Server, head_start};
+use super::{doh, plain};
 use crate::transport::race::race;
 
 /// The longest that a name may take, all its resolvers and tries together. Source: Tailscale, net/dns/resolver,
 /// `dnsQueryTimeout`.
 pub(super) const NAME_LIMIT: Duration = Duration::from_secs(10);
-/// How long one datagram waits for its answer before the question is asked again.
-const TRY_LIMIT: Duration = Duration::from_secs(3);
-/// How often it is asked again.
-const RETRIES: usize = 2;
-/// The most octets of a UDP answer: what fits the tunnel's packets with room to spare. Source: RFC 9715, 3.
-const UDP_ANSWER_MAX: u16 = 1232;
 
 /// Those who are asked, with what is kept of the way to each.
 pub(super) struct Desk {
     roads: Arc<Roads>,
     lines: doh::Lines,
-    plain: Mutex<HashMap<(SocketAddr, Road), Resolver<Provider>>>,
 }
 
 /// What asking came to.
@@ -51,7 +37,7 @@ pub(super) struct Concluded {
 
 impl Desk {
     pub(super) fn new(roads: Arc<Roads>) -> Self {
-        Self { roads, lines: doh::Lines::default(), plain: Mutex::default() }
+        Self { roads, lines: doh::Lines::default() }
     }
 
     /// Asks the candidates for a full name, in their order, each with a head start before the next. What the first one
@@ -79,37 +65,17 @@ impl Desk {
 
     async fn ask_one(&self, name: &str, candidate: &Candidate) -> Result<Answer, Failure> {
         let full = Name::from_ascii(format!("{name}.")).map_err(|error| Failure::Unreachable(error.to_string()))?;
-        match &candidate.server {
-            Server::Plain(address, road) => {
-                let resolver =
-                    self.resolver(*address, *road).map_err(|error| Failure::Unreachable(error.to_string()))?;
-                let lookup = |kind| {
-                    let (resolver, full) = (resolver.clone(), full.clone());
-                    Box::pin(async move { read_lookup(resolver.lookup(full, kind).await) })
+        let lookup = |kind| {
+            let question = question(full.clone(), kind);
+            Box::pin(async move {
+                let answer = match &candidate.server {
+                    Server::Plain(address, road) => plain::ask(&self.roads, *address, *road, question).await?,
+                    Server::Http(server) => doh::ask(&self.roads, &self.lines, server, &question).await?,
                 };
-                in_both_families(lookup(RecordType::A), lookup(RecordType::AAAA)).await
-            }
-            Server::Http(server) => {
-                let lookup = |kind| {
-                    let question = question(full.clone(), kind);
-                    Box::pin(async move { read(&doh::ask(&self.roads, &self.lines, server, &question).await?) })
-                };
-                in_both_families(lookup(RecordType::A), lookup(RecordType::AAAA)).await
-            }
-        }
-    }
-
-    /// hickory's resolver for one address, which tries again and goes over to TCP. It remembers nothing: we do.
-    fn resolver(&self, address: SocketAddr, road: Road) -> Result<Resolver<Provider>, NetError> {
-        let mut plain = self.plain.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(resolver) = plain.get(&(address, road)) {
-            return Ok(resolver.clone());
-        }
-        let config = ResolverConfig::from_name_servers(vec![name_server(&address)]);
-        let provider = Provider { roads: self.roads.clone(), road };
-        let resolver = Resolver::builder_with_config(config, provider).with_options(options()).build()?;
-        plain.insert((address, road), resolver.clone());
-        Ok(resolver)
+                read(&answer)
+            })
+        };
+        in_both_families(lookup(RecordType::A), lookup(RecordType::AAAA)).await
     }
 }
 
@@ -119,26 +85,6 @@ fn question(name: Name, kind: RecordType) -> Message {
     question.metadata.recursion_desired = true;
     question.add_query(Query::query(name, kind));
     question
-}
-
-fn name_server(address: &SocketAddr) -> NameServerConfig {
-    let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].into_iter().map(|mut connection| {
-        connection.port = address.port();
-        connection
-    });
-    NameServerConfig::new(address.ip(), true, connections.collect())
-}
-
-fn options() -> ResolverOpts {
-    let mut options = ResolverOpts::default();
-    options.timeout = TRY_LIMIT;
-    options.attempts = RETRIES;
-    options.num_concurrent_reqs = 1;
-    options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
-    options.use_hosts_file = ResolveHosts::Never;
-    options.edns_payload_len = UDP_ANSWER_MAX;
-    options.cache_size = 0;
-    options
 }
 
 fn outcome(says: Says, name: &str, label: &str) -> Outcome {
@@ -183,6 +129,7 @@ fn explain(mut failures: Vec<(usize, Failure)>, name: &str, candidates: &[Candid
 
 #[cfg(test)]
 mod tests {
+    use super::super::roads::Road;
     use super::*;
     use crate::dns::ResolverAddr;
 
@@ -207,11 +154,5 @@ mod tests {
             told(vec![(1, Failure::Silent), (0, Failure::Silent)]),
             "no answer for a.example from c2, p within 10s"
         );
-    }
-
-    #[test]
-    fn a_resolver_keeps_its_port_by_udp_and_tcp() {
-        let server = name_server(&"10.0.0.53:5353".parse().unwrap());
-        assert_eq!(server.connections.iter().map(|connection| connection.port).collect::<Vec<_>>(), [5353, 5353]);
     }
 }

@@ -3,18 +3,12 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use hickory_resolver::net::runtime::iocompat::AsyncIoTokioAsStd;
-use hickory_resolver::net::runtime::{DnsUdpSocket, RuntimeProvider, TokioHandle, TokioTime};
 use rustls::ClientConfig;
-use tokio::io::DuplexStream;
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::net::UdpSocket;
 use tokio::time::timeout;
-use tokio_util::either::Either;
 
 use super::super::bridge::{Datagrams, Tunnel};
 use super::super::dial::is_public;
@@ -26,6 +20,9 @@ use crate::transport::underlay::{BoxIo, Underlay, connect_udp};
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// The pause before the next address of a resolver is tried beside the last one. Source: RFC 8305, 5 (250 ms).
 const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+
+/// The longest datagram that is read of an answer: more than we ask for.
+const DATAGRAM_MAX: usize = 4096;
 
 /// The network on which a resolver is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,15 +52,21 @@ pub(super) struct Roads {
     underlay: Underlay,
     /// The trusted roots, with HTTP/2 offered.
     pub(super) tls: Arc<ClientConfig>,
-    /// Keeps hickory's tasks: they end with the last of its clones.
-    tasks: TokioHandle,
 }
 
 impl Roads {
     pub(super) fn new(tunnel: Tunnel, underlay: Underlay) -> Self {
         let mut tls = ClientConfig::clone(&underlay.tls.trusted());
         tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Self { tunnel, underlay, tls: Arc::new(tls), tasks: TokioHandle::default() }
+        Self { tunnel, underlay, tls: Arc::new(tls) }
+    }
+
+    /// Opens a flow to `server` alone: what others send does not arrive.
+    pub(super) async fn open_udp(&self, road: Road, server: SocketAddr) -> io::Result<Flow> {
+        match road {
+            Road::Tunnel => self.tunnel.open_udp(server).await.map(Flow::Tunnel),
+            Road::Underlay => connect_udp(server).map(Flow::Underlay),
+        }
     }
 
     /// Connects to a host at one of its addresses, whichever answers first.
@@ -84,78 +87,28 @@ impl Roads {
     }
 }
 
-/// One of the networks, as hickory uses it.
-#[derive(Clone)]
-pub(super) struct Provider {
-    pub(super) roads: Arc<Roads>,
-    pub(super) road: Road,
-}
-
-impl RuntimeProvider for Provider {
-    type Handle = TokioHandle;
-    type Timer = TokioTime;
-    type Udp = Socket;
-    type Tcp = AsyncIoTokioAsStd<Either<DuplexStream, TcpStream>>;
-
-    fn create_handle(&self) -> Self::Handle {
-        self.roads.tasks.clone()
-    }
-
-    fn connect_tcp(
-        &self,
-        server: SocketAddr,
-        _bind: Option<SocketAddr>,
-        limit: Option<Duration>,
-    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Tcp>>>> {
-        let Self { roads, road } = self.clone();
-        let limit = limit.unwrap_or(CONNECT_LIMIT);
-        Box::pin(async move {
-            let stream = match road {
-                Road::Tunnel => Either::Left(roads.tunnel.connect(server, limit).await?),
-                Road::Underlay => {
-                    let connected = timeout(limit, TcpStream::connect(server)).await;
-                    Either::Right(connected.map_err(|_| io::ErrorKind::TimedOut)??)
-                }
-            };
-            Ok(AsyncIoTokioAsStd(stream))
-        })
-    }
-
-    fn bind_udp(
-        &self,
-        _local: SocketAddr,
-        server: SocketAddr,
-    ) -> Pin<Box<dyn Send + Future<Output = io::Result<Self::Udp>>>> {
-        let Self { roads, road } = self.clone();
-        Box::pin(async move {
-            match road {
-                Road::Tunnel => roads.tunnel.open_udp(server).await.map(Socket::Tunnel),
-                Road::Underlay => connect_udp(server).map(Socket::Underlay),
-            }
-        })
-    }
-}
-
 /// Where datagrams to one resolver go.
-pub(super) enum Socket {
+pub(super) enum Flow {
     Tunnel(Datagrams),
     Underlay(UdpSocket),
 }
 
-impl DnsUdpSocket for Socket {
-    type Time = TokioTime;
-
-    fn poll_recv_from(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<(usize, SocketAddr)>> {
+impl Flow {
+    pub(super) async fn send(&self, octets: &[u8]) -> io::Result<()> {
         match self {
-            Self::Tunnel(flow) => flow.poll_recv_from(cx, buf),
-            Self::Underlay(socket) => DnsUdpSocket::poll_recv_from(socket, cx, buf),
+            Self::Tunnel(flow) => flow.send(octets.to_vec()).await,
+            Self::Underlay(socket) => socket.send(octets).await.map(drop),
         }
     }
 
-    fn poll_send_to(&self, cx: &mut Context<'_>, buf: &[u8], target: SocketAddr) -> Poll<io::Result<usize>> {
+    pub(super) async fn recv(&mut self) -> io::Result<Vec<u8>> {
         match self {
-            Self::Tunnel(flow) => flow.poll_send_to(cx, buf, target),
-            Self::Underlay(socket) => DnsUdpSocket::poll_send_to(socket, cx, buf, target),
+            Self::Tunnel(flow) => flow.recv().await,
+            Self::Underlay(socket) => {
+                let mut octets = Vec::with_capacity(DATAGRAM_MAX);
+                socket.recv_buf(&mut octets).await?;
+                Ok(octets)
+            }
         }
     }
 }
