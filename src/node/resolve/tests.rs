@@ -65,6 +65,35 @@ async fn plain(code: ResponseCode, ttl: u32) -> (Candidate, Rc<Cell<usize>>) {
     (Candidate { resolver, server, label: address.to_string(), peer: None }, asked)
 }
 
+/// A resolver that overhears the first datagram, cuts the answer to the second, and tells all by TCP.
+async fn terse() -> Candidate {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let socket = UdpSocket::bind(address).await.unwrap();
+    spawn_local(async move {
+        let mut buffer = [0; 1500];
+        let mut overheard = std::collections::HashSet::new();
+        while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
+            if !overheard.insert(from) {
+                let mut cut = Message::from_vec(&answer(&buffer[..length], ResponseCode::NoError, 60)).unwrap();
+                (cut.metadata.truncation, cut.answers) = (true, Vec::new());
+                socket.send_to(&cut.to_vec().unwrap(), from).await.unwrap();
+            }
+        }
+    });
+    spawn_local(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut question = vec![0; stream.read_u16().await.unwrap().into()];
+            stream.read_exact(&mut question).await.unwrap();
+            let answer = answer(&question, ResponseCode::NoError, 60);
+            stream.write_u16(answer.len().try_into().unwrap()).await.unwrap();
+            stream.write_all(&answer).await.unwrap();
+        }
+    });
+    let (resolver, server) = (ResolverAddr::Plain { addr: address }, Server::Plain(address, Road::Underlay));
+    Candidate { resolver, server, label: address.to_string(), peer: None }
+}
+
 /// What a resolver by HTTP does with its connections.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Habit {
@@ -213,6 +242,13 @@ async fn a_question_that_nobody_waits_for_keeps_its_place_until_it_ends() {
     let all = resolvers.questions.clone().acquire_many_owned(u32::try_from(QUESTIONS).unwrap());
     drop(timeout(SOON, all).await.unwrap());
     assert_eq!(resolvers.memory.borrow().answers.find(&key("a.example", &candidate), Instant::now()), Some(found()));
+}
+
+#[tokio::test(flavor = "local")]
+async fn a_lost_datagram_is_sent_again_and_what_does_not_fit_one_comes_by_tcp() {
+    let node = node();
+    let candidate = terse().await;
+    assert_eq!(outcome(&node.inner.resolvers, "a.example", &[&candidate]).await, found());
 }
 
 #[tokio::test(flavor = "local")]
