@@ -190,6 +190,7 @@ impl Engine {
     /// Sends what waited for sessions that are usable now.
     fn flush_established(&mut self, now: Instant) {
         while let Some(slot) = self.wireguard.poll_established() {
+            self.magicsock.note_session(slot, now);
             while let Some(packet) = self.wireguard.unstage(slot, now) {
                 self.send_data(slot, &packet, now);
             }

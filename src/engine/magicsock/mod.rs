@@ -203,6 +203,13 @@ impl Magicsock {
         }
     }
 
+    /// A session with the peer has begun.
+    pub(super) fn note_session(&mut self, slot: Slot, now: Instant) {
+        if let Some(place) = self.places.get_mut(slot).and_then(Option::as_mut) {
+            place.path.note_session(now);
+        }
+    }
+
     /// A packet of the peer came by this region.
     pub(super) fn note_derp(&mut self, slot: Slot, entry: &Entry, region: RegionId, now: Instant) {
         self.relays.touch(region, now);

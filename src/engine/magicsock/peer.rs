@@ -27,6 +27,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// to another port, none of them reaches us. How far the relays are is not known: after a pause all of these are tried,
 /// later only the last.
 const AGAIN: [Duration; 3] = [Duration::from_millis(20), Duration::from_millis(70), Duration::from_millis(200)];
+/// A peer that knew us answers within that, before its session does: first handshakes are repeated at that pace.
+const STRANGER: Duration = Duration::from_millis(200);
 /// How often the best address is pinged while the peer is in use. Source: Tailscale, `heartbeatInterval`.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// Without outbound packets for so long, heartbeats stop. Source: Tailscale, `sessionActiveTimeout`.
@@ -131,6 +133,17 @@ impl Path {
     fn again_at(&self) -> Option<Instant> {
         let (at, pings) = self.called?;
         Some(at + *AGAIN.get(pings)?)
+    }
+
+    /// A session with the peer has begun. If the round of discovery is older than that by more than a peer takes to
+    /// answer, the peer may not have known us then, and drops what a stranger says: the next packet begins a new one.
+    pub(super) fn note_session(&mut self, now: Instant) {
+        let trusted = self.best(now).is_some_and(|(_, trusted)| trusted);
+        let stale = self.last_full_ping.is_some_and(|at| now.duration_since(at) >= STRANGER);
+        if !trusted && stale {
+            self.discover_at = None;
+            self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
+        }
     }
 
     /// The endpoints that were not pinged lately.

@@ -237,3 +237,18 @@ fn a_peer_heard_from_a_new_address_must_answer_at_the_old_one_soon() {
     path.handle_pong(TxId([8; 12]), addr(US), after(start, 1_020));
     assert!(path.best(after(start, 7_520)).unwrap().1);
 }
+
+#[test]
+fn a_peer_whose_session_comes_late_is_looked_for_again_at_once() {
+    let start = Instant::now();
+    let mut path = Path::default();
+    path.set_endpoints(&[addr(A)], start);
+    path.note_send(start);
+    path.discover(start);
+    path.note_ping(TxId([1; 12]), addr(A), start);
+    path.note_session(after(start, 199));
+    assert!(!path.note_send(after(start, 199)).discover, "the pong may be on its way");
+    path.note_session(after(start, 420));
+    assert!(path.note_send(after(start, 420)).discover);
+    assert_eq!(path.discover(after(start, 420)).ping, [addr(A)]);
+}
