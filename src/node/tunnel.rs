@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use smoltcp::socket::tcp;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -207,7 +207,7 @@ impl Splice<'_> {
         }
         let client = &self.client;
         let read = self.tunnel.with(|socket| {
-            socket.send(|ring| match client.try_read(ring) {
+            socket.send(|ring| match read_once(client, ring) {
                 Ok(count) => (count, Ok(count)),
                 Err(error) => (0, Err(error)),
             })
@@ -277,6 +277,17 @@ impl Splice<'_> {
         }
         Ok(false)
     }
+}
+
+/// Reads once. What comes short of the room has emptied the socket, as tokio's own `poll_read` takes it, too: more is a
+/// new event, and a second call for each small message would only hear that there is none.
+fn read_once(client: &TcpStream, room: &mut [u8]) -> io::Result<usize> {
+    let mut count = 0;
+    let read = client.try_io(Interest::READABLE, || {
+        count = client.try_read(room)?;
+        if 0 < count && count < room.len() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+    });
+    if count == 0 { read.map(|()| 0) } else { Ok(count) }
 }
 
 /// Whether the target ended its side in peace: everything came, then its FIN.
