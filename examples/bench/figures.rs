@@ -42,6 +42,8 @@ pub(crate) const FIGURES: &[Figure] = &[
     row("leave", "logout to gone from headscale's list", "ms", Aim::AtMost(300.0)),
     row("rtt-p50", "round trip of 64 B, p50", "us", Aim::PartOfBest(0.8)),
     row("rtt-p99", "round trip of 64 B, p99", "us", Aim::PartOfBest(0.8)),
+    row("rtt-one-p50", "the same, all on one processor, p50", "us", Aim::PartOfBest(0.8)),
+    row("rtt-one-p99", "the same, all on one processor, p99", "us", Aim::PartOfBest(0.8)),
     row("rss-idle", "RSS idle", "MiB", Aim::AtMost(8.0)),
     row("cpu-idle", "CPU idle", "%", Aim::AtMost(0.1)),
     row("rss-1000", "RSS with 1,000 idle connections", "MiB", Aim::AtMost(20.0)),

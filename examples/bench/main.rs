@@ -18,6 +18,7 @@ mod line;
 #[expect(dead_code, reason = "shared with the interop tests, which ask more of it")]
 #[path = "../../tests/interop/namespace.rs"]
 mod namespace;
+mod pinned;
 #[expect(dead_code, reason = "shared with the interop tests, which ask more of it")]
 #[path = "../../tests/interop/process.rs"]
 mod process;
@@ -118,7 +119,7 @@ impl Plan {
         let seconds = Duration::from_secs;
         let (starts, rounds, round_trips, measured, idle) = match arguments.quick {
             true => (1, 1, 1000, seconds(2), seconds(5)),
-            false => (5, 3, 4000, Duration::from_millis(2500), seconds(10)),
+            false => (8, 3, 4000, Duration::from_millis(2500), seconds(10)),
         };
         let warm_up = Duration::from_millis(500);
         let (lossy_rounds, wan_measured) = if arguments.quick { (1, seconds(3)) } else { (5, seconds(5)) };

@@ -14,6 +14,9 @@ use crate::report::Report;
 /// The round trip of the distant host.
 const DISTANT: Duration = Duration::from_millis(100);
 
+/// How often headscale tells peers of changes by default. Source: headscale 0.29, `tuning.batch_change_delay`.
+const HEADSCALES_PERIOD: Duration = Duration::from_millis(800);
+
 /// A browser that has one connection, and waits for it.
 const PATIENT: Duration = Duration::from_secs(5);
 
@@ -24,6 +27,7 @@ const PATIENT: Duration = Duration::from_secs(5);
 pub(crate) fn rows(bed: &Bed, plan: &Plan, report: &mut Report) -> Result<(), Failed> {
     for _ in 0..plan.starts {
         for contender in &plan.contenders {
+            at_any_time();
             let run = contender.start(bed, &bed.client)?;
             report.add("bound", *contender, ms(run.bound - run.exec));
             let first = first_byte(&run, &bed.client, BACKUP)? - run.exec;
@@ -60,6 +64,7 @@ fn variant(
 ) -> Result<(), Failed> {
     for _ in 0..(plan.starts / 2).max(1) {
         for contender in &plan.contenders {
+            at_any_time();
             let run = contender.start(bed, host)?;
             let first = first_byte(&run, host, hangs)? - run.exec;
             report.add(whole, *contender, ms(first));
@@ -70,6 +75,11 @@ fn variant(
         }
     }
     alone(bed)
+}
+
+/// headscale does much of its work at fixed times, and a loop would start everybody at the same distance from them.
+fn at_any_time() {
+    std::thread::sleep(HEADSCALES_PERIOD.mul_f64(rand::random()));
 }
 
 /// tailcar tells when it asked and was answered; the others do not.
