@@ -15,6 +15,12 @@ impl Engine {
         self.settle(now);
     }
 
+    /// The machine knows no way to an address, or lets none be taken: packets go by the relay as well at once.
+    pub fn handle_unreachable(&mut self, destination: SocketAddr, now: Instant) {
+        self.magicsock.handle_unreachable(destination, &self.roster, now);
+        self.settle(now);
+    }
+
     /// We have slept, and the clock that sessions go by with us: peers may have ended theirs long ago, and would not
     /// say so. New ones are made, whatever still arrives from before; what there is stays in use until then.
     pub fn handle_wake(&mut self, now: Instant) {

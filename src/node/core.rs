@@ -72,6 +72,8 @@ pub(super) struct Core {
     next_deadline: Option<Instant>,
     /// What became of the machine's network.
     link: LinkState,
+    /// When the UDP sockets were last bound anew.
+    rebound_at: Option<Instant>,
     /// Packets that found no connection to their region, or its queue full.
     derp_dropped: u64,
 }
@@ -92,6 +94,7 @@ impl Core {
             peer_changed: Rc::new(Notify::new()),
             next_deadline: None,
             link: LinkState::default(),
+            rebound_at: None,
             derp_dropped: 0,
         }
     }
@@ -257,11 +260,14 @@ impl Core {
     pub(super) fn handle_readable(&mut self, now: Instant) {
         let Some(udp) = self.parts.outbox.udp() else { return };
         let (engine, netstack) = (&mut self.parts.engine, &mut self.parts.netstack);
-        udp.receive(&mut self.buffers, |from, datagram| {
+        let received = udp.receive(&mut self.buffers, |from, datagram| {
             if let Some(packet) = engine.handle_udp(from, datagram, now) {
                 netstack.handle_packet(packet, now);
             }
         });
+        if received.is_err() {
+            self.parts.outbox.note_dead();
+        }
         self.pump(now);
     }
 
@@ -304,15 +310,16 @@ impl Core {
 
     /// Says what was counted, once the run is over.
     pub(super) fn say_stats(&self) {
-        let (stats, lost, derp_dropped) = (self.parts.engine.stats(), self.parts.outbox.lost, self.derp_dropped);
+        let (stats, lost, derp_dropped) = (self.parts.engine.stats(), &self.parts.outbox.lost, self.derp_dropped);
         let link_changes = self.link.changes;
-        debug!(?stats, lost, derp_dropped, link_changes, "data plane stopped");
+        debug!(?stats, ?lost, derp_dropped, link_changes, "data plane stopped");
     }
 
     /// Does what time demands.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
         self.parts.engine.handle_timeout(now);
         self.parts.netstack.handle_timeout(now);
+        self.rebind_if_dead(now);
         self.pump(now);
     }
 
@@ -352,6 +359,7 @@ impl Core {
                 });
             }
             self.execute_outputs();
+            self.heed_failures(now);
             if !more || self.parts.outbox.blocked().is_some() {
                 break;
             }
@@ -371,7 +379,7 @@ impl Core {
         self.next_deadline = deadline;
         let (blocked, newly) = (self.parts.outbox.blocked().is_some(), self.parts.outbox.is_newly_blocked());
         // A full socket is waited for; asking it again and again would keep the runtime from hearing that it is not.
-        if nearer || newly || (!blocked && self.parts.netstack.has_work()) {
+        if nearer || newly || self.must_rebind() || (!blocked && self.parts.netstack.has_work()) {
             self.wake.notify_one();
         }
     }

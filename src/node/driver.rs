@@ -39,13 +39,14 @@ enum Woken {
 
 /// Drives the data plane until it is stopped.
 pub(super) async fn run(core: Shared, mut inputs: Inputs) {
-    let (udp, wake) = (core.borrow().udp(), core.borrow().waker());
+    let wake = core.borrow().waker();
     // What is there already counts as news.
     inputs.netmap.mark_changed();
     loop {
         // Work that never ends must not keep the runtime from its sockets and timers.
         tokio::task::consume_budget().await;
         let (deadline, blocked) = (core.borrow().next_deadline(), core.borrow().blocked());
+        let udp = core.borrow().udp();
         let readable = poll_fn(|cx| match &udp {
             Some(udp) => udp.poll_readable(cx).map(drop),
             None => std::task::Poll::Pending,

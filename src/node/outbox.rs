@@ -1,13 +1,12 @@
 //! Batches on their way to the UDP sockets, and those that a full socket did not take.
 
-use std::collections::VecDeque;
-use std::io;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::rc::Rc;
 
 use tracing::trace;
 
-use crate::transport::udp::Udp;
+use crate::transport::udp::{SendError, Udp};
 
 /// Batches that may wait for a full socket; beyond that they are lost, as in any network.
 const WAITING_MAX: usize = 256;
@@ -25,13 +24,18 @@ pub(super) struct Outbox {
     waiting: VecDeque<Batch>,
     /// For which socket the driver has been told to wait: IPv4's or IPv6's.
     told: Option<bool>,
-    /// Batches that were lost: the operating system refused their destination, or too many waited.
-    pub(super) lost: u64,
+    /// Where nothing could be sent to since that was last asked.
+    unreachable: BTreeSet<SocketAddr>,
+    /// Whether others must be bound.
+    dead: bool,
+    /// Batches that were lost, by why; at [`SendError::Full`] too many waited.
+    pub(super) lost: BTreeMap<SendError, u64>,
 }
 
 impl Outbox {
     pub(super) fn new(udp: Option<Rc<Udp>>) -> Self {
-        Self { udp, waiting: VecDeque::new(), told: None, lost: 0 }
+        let (unreachable, lost) = (BTreeSet::new(), BTreeMap::new());
+        Self { udp, waiting: VecDeque::new(), told: None, unreachable, dead: false, lost }
     }
 
     /// The sockets.
@@ -59,13 +63,42 @@ impl Outbox {
         }
         match udp.send(batch.destination, &batch.contents, batch.segment) {
             Ok(()) => Some(batch.contents),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait(batch),
+            Err(SendError::Full) => self.wait(batch),
             Err(error) => {
                 trace!(%error, "datagram not sent");
-                self.lost += 1;
+                self.note(error, batch.destination);
                 Some(batch.contents)
             }
         }
+    }
+
+    fn note(&mut self, error: SendError, destination: SocketAddr) {
+        *self.lost.entry(error).or_default() += 1;
+        match error {
+            SendError::Unreachable => drop(self.unreachable.insert(destination)),
+            SendError::Dead => self.dead = true,
+            SendError::Full | SendError::Crowded | SendError::TooLong => {}
+        }
+    }
+
+    /// Where nothing could be sent to since the last call.
+    pub(super) fn take_unreachable(&mut self) -> BTreeSet<SocketAddr> {
+        std::mem::take(&mut self.unreachable)
+    }
+
+    /// A socket is dead.
+    pub(super) fn note_dead(&mut self) {
+        self.dead = true;
+    }
+
+    /// Whether others must be bound.
+    pub(super) fn is_dead(&self) -> bool {
+        self.dead
+    }
+
+    /// Sends by these from now on.
+    pub(super) fn replace(&mut self, udp: Rc<Udp>) {
+        (self.udp, self.dead, self.told) = (Some(udp), false, None);
     }
 
     fn wait(&mut self, batch: Batch) -> Option<Vec<u8>> {
@@ -73,7 +106,7 @@ impl Outbox {
             self.waiting.push_back(batch);
             return None;
         }
-        self.lost += 1;
+        self.note(SendError::Full, batch.destination);
         Some(batch.contents)
     }
 

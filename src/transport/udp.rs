@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::task::{Context, Poll};
 
 use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
+use rustix::io::Errno;
 use rustix::net::sockopt::{
     Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover, set_ipv6_v6only,
 };
@@ -17,10 +18,49 @@ use tokio::net::UdpSocket;
 
 /// What we ask of the kernel for each direction, in octets; it gives what `net.core.[rw]mem_max` allows.
 const SOCKET_BUFFER: usize = 7 << 20;
+/// What the kernel says of a batch that it cannot cut. Source: quinn-udp, unix.rs, `send`.
+const EIO: i32 = Errno::IO.raw_os_error();
+const EINVAL: i32 = Errno::INVAL.raw_os_error();
 /// Receive buffers handed to the kernel at once.
 const RECEIVE_BUFFERS: usize = 8;
 /// The most octets that GRO puts into one of them.
 const RECEIVE_BUFFER: usize = 64 << 10;
+
+/// Why datagrams did not leave, by what is to be done about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
+pub enum SendError {
+    /// Nothing was sent: try again once the socket is writable.
+    #[error("the socket is full")]
+    Full,
+    /// The machine is short of buffers: they are lost, as in any network (ENOBUFS, ENOMEM).
+    #[error("the machine has no room for them")]
+    Crowded,
+    /// No way leads to the destination now, or a firewall of this machine lets none be taken: another path may do
+    /// (ENETUNREACH, EHOSTUNREACH, ENETDOWN, EADDRNOTAVAIL, EPERM, EACCES and whatever else is about one destination).
+    #[error("the destination cannot be reached from here")]
+    Unreachable,
+    /// One is longer than can be (EMSGSIZE).
+    #[error("a datagram is too long")]
+    TooLong,
+    /// Nothing will leave by this socket any more, or arrive: others must be bound (EBADF, ENOTSOCK, EPIPE, ENOTCONN,
+    /// ECONNABORTED: somebody shut it, or the administrator destroyed it).
+    #[error("the socket is dead")]
+    Dead,
+}
+
+impl From<io::Error> for SendError {
+    fn from(error: io::Error) -> Self {
+        match Errno::from_io_error(&error) {
+            Some(Errno::AGAIN) => Self::Full,
+            Some(Errno::NOBUFS | Errno::NOMEM) => Self::Crowded,
+            Some(Errno::MSGSIZE) => Self::TooLong,
+            Some(Errno::BADF | Errno::NOTSOCK | Errno::PIPE | Errno::NOTCONN | Errno::CONNABORTED) => Self::Dead,
+            // The runtime says so by itself, while it knows that the socket is full.
+            None if error.kind() == io::ErrorKind::WouldBlock => Self::Full,
+            Some(_) | None => Self::Unreachable,
+        }
+    }
+}
 
 /// The sockets, at least one of them.
 pub struct Udp {
@@ -87,32 +127,48 @@ impl Udp {
         socket.as_ref().map_or(Poll::Ready(Ok(())), |socket| socket.io.poll_send_ready(cx))
     }
 
-    /// Hands every datagram that waits, a batch of each socket at most, to `each`. Returns how many there were.
-    pub fn receive(&self, buffers: &mut ReceiveBuffers, mut each: impl FnMut(SocketAddr, &mut [u8])) -> usize {
-        self.sockets().map(|socket| socket.receive(buffers, &mut each)).sum()
+    /// Hands every datagram that waits, a batch of each socket at most, to `each`.
+    ///
+    /// # Errors
+    /// [`SendError::Dead`] when a socket is; what the other had has been handed over.
+    pub fn receive(
+        &self,
+        buffers: &mut ReceiveBuffers,
+        mut each: impl FnMut(SocketAddr, &mut [u8]),
+    ) -> Result<(), SendError> {
+        let received = [&self.v4, &self.v6].map(|socket| match socket {
+            Some(socket) => socket.receive(buffers, &mut each),
+            None => Ok(()),
+        });
+        // Other errors are about a datagram of the past.
+        let dead = |received: io::Result<()>| received.is_err_and(|error| SendError::from(error) == SendError::Dead);
+        if received.into_iter().any(dead) { Err(SendError::Dead) } else { Ok(()) }
     }
 
     /// Sends `contents`, cut into datagrams of `segment` octets (the last may be shorter), in one call.
     ///
     /// # Errors
-    /// `WouldBlock` when the socket is full: nothing was sent, try again once writable. Other errors concern this
-    /// destination: it cannot be reached now.
-    pub fn send(&self, destination: SocketAddr, contents: &[u8], segment: usize) -> io::Result<()> {
+    /// [`SendError`]: at [`Full`](SendError::Full) nothing was sent; after others part of it may have been.
+    pub fn send(&self, destination: SocketAddr, contents: &[u8], segment: usize) -> Result<(), SendError> {
         let socket = if destination.is_ipv4() { &self.v4 } else { &self.v6 };
-        let socket = socket.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let socket = socket.as_ref().ok_or(SendError::Unreachable)?;
         let segments = contents.len().div_ceil(segment.max(1));
-        let most = socket.state.max_gso_segments().max(1);
-        if segments <= most {
-            return socket.send(destination, contents, segment);
+        if segments <= socket.state.max_gso_segments().max(1) {
+            match socket.send(destination, contents, segment) {
+                // An interface that takes no such batches, of which the state has taken note: piece by piece, then.
+                Err(error) if segments > 1 && matches!(error.raw_os_error(), Some(EIO | EINVAL)) => {}
+                sent => return Ok(sent?),
+            }
         }
-        // Without GSO the batch goes out piece by piece; a full socket then loses the rest, as any network may.
+        // A full socket then loses the rest, as any network may.
+        let most = socket.state.max_gso_segments().max(1);
         let mut pieces = contents.chunks(segment * most);
         if let Some(first) = pieces.next() {
             socket.send(destination, first, segment)?;
         }
         for piece in pieces {
-            match socket.send(destination, piece, segment) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            match socket.send(destination, piece, segment).map_err(SendError::from) {
+                Err(SendError::Full) => break,
                 sent => sent?,
             }
         }
@@ -150,28 +206,26 @@ impl Socket {
         self.io.local_addr().map_or(0, |address| address.port())
     }
 
-    fn receive(&self, buffers: &mut ReceiveBuffers, each: &mut impl FnMut(SocketAddr, &mut [u8])) -> usize {
+    fn receive(&self, buffers: &mut ReceiveBuffers, each: &mut impl FnMut(SocketAddr, &mut [u8])) -> io::Result<()> {
         let mut metas = [RecvMeta::default(); RECEIVE_BUFFERS];
         let mut slices = buffers.octets.iter_mut().map(|octets| IoSliceMut::new(octets)).collect::<Vec<_>>();
         let mut count = 0;
-        let _ = self.io.try_io(Interest::READABLE, || {
+        let received = self.io.try_io(Interest::READABLE, || {
             count = self.state.recv((&self.io).into(), &mut slices, &mut metas)?;
             // A batch that is not full has emptied the socket: what comes then is a new event, and asking whether
             // there is more would be a second call for each datagram that comes alone.
             if count < slices.len() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
         });
         drop(slices);
-        let mut datagrams = 0;
         for (meta, octets) in metas.iter().zip(&mut buffers.octets).take(count) {
             if meta.len == 0 || meta.stride == 0 {
                 continue;
             }
             for datagram in octets[..meta.len].chunks_mut(meta.stride) {
                 each(meta.addr, datagram);
-                datagrams += 1;
             }
         }
-        datagrams
+        received
     }
 
     fn send(&self, destination: SocketAddr, contents: &[u8], segment: usize) -> io::Result<()> {
@@ -197,8 +251,27 @@ mod tests {
         let mut buffers = ReceiveBuffers::default();
         while got.len() < 3 {
             std::future::poll_fn(|cx| receiver.poll_readable(cx)).await.unwrap();
-            receiver.receive(&mut buffers, |_, datagram| got.push(datagram.to_vec()));
+            receiver.receive(&mut buffers, |_, datagram| got.push(datagram.to_vec())).unwrap();
         }
         assert_eq!(got, [&batch[..100], &batch[100..200], &batch[200..]]);
+    }
+
+    #[tokio::test]
+    async fn an_error_says_what_is_to_be_done_about_it() {
+        let udp = Udp::bind().unwrap();
+        let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
+        let broadcast = SocketAddr::new(IpAddr::V4(Ipv4Addr::BROADCAST), 9);
+        std::future::poll_fn(|cx| udp.poll_writable(loopback, cx)).await.unwrap();
+        assert_eq!(udp.send(broadcast, &[0; 9], 9), Err(SendError::Unreachable));
+        assert_eq!(udp.send(loopback, &[0; 70_000], 70_000), Err(SendError::TooLong));
+        assert_eq!(udp.send(loopback, &[0; 9], 9), Ok(()));
+        // It fails, as the socket is not connected, and shuts it all the same.
+        let _ = rustix::net::shutdown(&udp.v4.as_ref().unwrap().io, rustix::net::Shutdown::Both);
+        assert_eq!(udp.send(loopback, &[0; 9], 9), Err(SendError::Dead));
+        let of = |errno: Errno| SendError::from(io::Error::from(errno));
+        assert_eq!(of(Errno::NOBUFS), SendError::Crowded);
+        for errno in [Errno::NETUNREACH, Errno::HOSTUNREACH, Errno::NETDOWN, Errno::ADDRNOTAVAIL, Errno::PERM] {
+            assert_eq!(of(errno), SendError::Unreachable, "{errno}");
+        }
     }
 }

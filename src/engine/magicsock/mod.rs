@@ -165,6 +165,23 @@ impl Magicsock {
         }
     }
 
+    /// Nothing can be sent to that address now: who is reached there is looked for.
+    pub(super) fn handle_unreachable(&mut self, addr: SocketAddr, roster: &Roster, now: Instant) {
+        let slots: Vec<Slot> = self.active.iter().copied().collect();
+        for slot in slots {
+            let (Some(entry), Some(place)) = (roster.entry(slot), self.places.get_mut(slot).and_then(Option::as_mut))
+            else {
+                continue;
+            };
+            if place.path.best(now).is_some_and(|(best, trusted)| trusted && best.addr == addr) {
+                place.path.doubt();
+                self.outputs.push_back(Output::Resend { peer: entry.peer.key });
+                self.discover(slot, entry, now);
+                self.reschedule(slot);
+            }
+        }
+    }
+
     /// The ways for a packet that goes out now; counts as use of the peer, and looks for better ways when needed.
     pub(super) fn ways(&mut self, slot: Slot, entry: &Entry, now: Instant) -> Ways {
         self.netcheck.note_use(now);

@@ -68,6 +68,27 @@ fn an_untrusted_path_is_used_beside_derp_and_then_given_up() {
 }
 
 #[test]
+fn a_path_that_the_machine_cannot_take_is_left_at_once() {
+    let mut world = direct();
+    let (peer, elsewhere) = (world.nodes[1].underlay, world.nodes[0].underlay);
+    let now = world.now;
+    world.nodes[0].engine.handle_unreachable(elsewhere, now);
+    world.udp_works = false;
+    world.send(0, b"lost");
+    world.nodes[0].engine.handle_unreachable(peer, now);
+    world.send(0, b"relayed");
+    world.run(Duration::from_millis(100));
+    assert_eq!(world.texts(1), ["relayed"]);
+    let key = world.nodes[1].key.public();
+    let resent = world.nodes[0].outputs.iter().filter(|output| **output == Output::Resend { peer: key });
+    assert_eq!(resent.count(), 2, "when the path came up, and now");
+    world.udp_works = true;
+    world.send(0, b"again");
+    world.run(SECOND * 6);
+    assert!(world.is_direct(0));
+}
+
+#[test]
 fn heartbeats_keep_a_path_trusted_while_it_is_used_and_stop_after_45_seconds() {
     let mut world = direct();
     world.run(SECOND * 40);
