@@ -1,19 +1,39 @@
 //! The machine's own addresses, as endpoints for peers on the same network, and the networks that they are in.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use if_addrs::IfAddr;
 use ipnet::IpNet;
 
 use crate::netmap::tailnet_range;
 
+/// Addresses on the internet at which nobody is. Source: RFC 5737, 3; RFC 3849, 2.
+const ELSEWHERE: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
+
+/// The addresses that packets to the internet leave from now, one of each family that leads there, by whatever rules and
+/// tables the kernel goes by. Nothing is sent: a UDP socket that is connected has its address chosen. Also where a
+/// sandbox does not tell of interfaces.
+pub(super) fn sources() -> impl Iterator<Item = IpAddr> {
+    ELSEWHERE.into_iter().filter_map(|elsewhere| {
+        let any: IpAddr = if elsewhere.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let socket = UdpSocket::bind((any, 0)).ok()?;
+        // The port is that for discarding. Source: RFC 863.
+        socket.connect((elsewhere, 9)).ok()?;
+        Some(socket.local_addr().ok()?.ip())
+    })
+}
+
 /// The addresses that a peer might reach us at without a relay, each with our port of its family. Loopback only where
 /// there is nothing else, as between two nodes on one machine; link-local and tailnet addresses never.
 /// Source: Tailscale, net/netmon, `LocalAddresses`.
 pub fn local_endpoints(ports: (Option<u16>, Option<u16>)) -> Vec<SocketAddr> {
-    let addresses = if_addrs::get_if_addrs().unwrap_or_default().into_iter().map(|interface| interface.ip());
+    let addresses: Vec<IpAddr> = match if_addrs::get_if_addrs() {
+        Ok(interfaces) => interfaces.into_iter().map(|interface| interface.ip()).collect(),
+        Err(_) => sources().collect(),
+    };
     let (loopback, others): (Vec<IpAddr>, Vec<IpAddr>) =
-        addresses.filter(|ip| usable(*ip)).partition(IpAddr::is_loopback);
+        addresses.into_iter().filter(|ip| usable(*ip)).partition(IpAddr::is_loopback);
     let chosen = if others.is_empty() { loopback } else { others };
     let mut endpoints: Vec<SocketAddr> = chosen
         .into_iter()
@@ -62,6 +82,13 @@ mod tests {
         for ip in ["192.168.1.4", "10.0.0.1", "2001:db8::1", "127.0.0.1"] {
             assert!(usable(ip.parse().unwrap()), "{ip}");
         }
+    }
+
+    #[test]
+    fn packets_to_the_internet_leave_from_an_address_of_the_machine() {
+        let own: Vec<IpAddr> =
+            if_addrs::get_if_addrs().unwrap_or_default().into_iter().map(|interface| interface.ip()).collect();
+        assert!(own.is_empty() || sources().all(|source| own.contains(&source)), "{own:?}");
     }
 
     #[test]

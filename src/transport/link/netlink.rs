@@ -1,4 +1,4 @@
-//! The kernel's word that links, addresses or routes changed (rtnetlink(7)).
+//! The kernel's word that links, addresses, routes or rules changed (rtnetlink(7)).
 //!
 //! Only that something did is taken from it: what there is now is asked elsewhere, so that a lost message loses nothing.
 
@@ -12,9 +12,10 @@ use tokio::time::sleep;
 
 use super::QUIET;
 
-/// The groups of rtnetlink that tell of links, addresses and routes. Source: linux/rtnetlink.h, `RTMGRP_LINK`,
-/// `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV4_ROUTE`, `RTMGRP_IPV6_IFADDR`, `RTMGRP_IPV6_ROUTE`.
-const GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
+/// The groups of rtnetlink that tell of links, addresses, routes and rules. Source: linux/rtnetlink.h, `RTMGRP_LINK`,
+/// `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV4_ROUTE`, `RTMGRP_IPV4_RULE`, `RTMGRP_IPV6_IFADDR`, `RTMGRP_IPV6_ROUTE`,
+/// `RTNLGRP_IPV6_RULE`.
+const GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18;
 /// `RTM_NEWROUTE` and `RTM_DELROUTE`.
 const ROUTES: [u16; 2] = [24, 25];
 /// A message's header (`struct nlmsghdr`), and the place of `rtm_dst_len` in a route's.

@@ -7,6 +7,8 @@ use std::io::{BufRead as _, BufReader};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::transport::interfaces::sources;
+
 /// A default route: the interface, the next hop, and the metric, as the kernel writes them.
 type Route = (String, String, String);
 
@@ -14,13 +16,16 @@ type Route = (String, String, String);
 const UP: u32 = 0x1;
 const REJECT: u32 = 0x200;
 
-/// Addresses and default routes. Loopback and link-local addresses are left out: they come with any interface, and no
-/// peer reaches us by them. So are interfaces that are down or without a carrier.
+/// Addresses and default routes: those of the main table, and what the kernel makes of all its tables and rules.
+/// Loopback and link-local addresses are left out: they come with any interface, and no peer reaches us by them. So are
+/// interfaces that are down or without a carrier.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Snapshot {
     /// `None` when the operating system does not say.
     addresses: Option<Arc<BTreeSet<IpAddr>>>,
     defaults: BTreeSet<Route>,
+    /// The addresses that packets to the internet leave from.
+    sources: BTreeSet<IpAddr>,
 }
 
 impl Snapshot {
@@ -28,7 +33,7 @@ impl Snapshot {
     pub(super) fn take() -> Self {
         let v4 = lines("/proc/net/route").filter_map(|line| default_v4(&line));
         let v6 = lines("/proc/net/ipv6_route").filter_map(|line| default_v6(&line));
-        Self { addresses: addresses_now(), defaults: v4.chain(v6).collect() }
+        Self { addresses: addresses_now(), defaults: v4.chain(v6).collect(), sources: sources().collect() }
     }
 
     /// The machine's addresses.
@@ -42,7 +47,9 @@ impl Snapshot {
             (Some(one), Some(other)) => one.difference(other).count(),
             (None, _) | (_, None) => 0,
         };
-        let route = match (self.defaults == later.defaults, self.defaults.is_empty(), later.defaults.is_empty()) {
+        let same = self.defaults == later.defaults && self.sources == later.sources;
+        let none = |one: &Self| one.defaults.is_empty() && one.sources.is_empty();
+        let route = match (same, none(self), none(later)) {
             (true, ..) => RouteChange::None,
             (false, _, true) => RouteChange::Gone,
             (false, true, false) => RouteChange::New,
@@ -56,7 +63,8 @@ impl Snapshot {
     pub(super) fn of(addresses: &[&str], interfaces: &[&str]) -> Self {
         let addresses: BTreeSet<IpAddr> = addresses.iter().map(|ip| ip.parse().expect("an address")).collect();
         let route = |name: &&str| ((*name).to_owned(), "0102A8C0".to_owned(), "0".to_owned());
-        Self { addresses: Some(addresses.into()), defaults: interfaces.iter().map(route).collect() }
+        let defaults = interfaces.iter().map(route).collect();
+        Self { addresses: Some(addresses.into()), defaults, sources: BTreeSet::new() }
     }
 }
 
@@ -190,6 +198,15 @@ mod tests {
         let unknown = Snapshot { addresses: None, ..Snapshot::of(&[], &["eth0"]) };
         let home = Snapshot::of(&["192.168.1.4"], &["eth0"]);
         assert!(home.compare(&unknown).is_nothing() && unknown.compare(&home).is_nothing());
+    }
+
+    #[test]
+    fn another_source_is_another_route_whatever_the_main_table_says() {
+        let from =
+            |source: &str| Snapshot { sources: [source.parse().unwrap()].into(), ..Snapshot::of(&[], &["eth0"]) };
+        let change = from("10.0.0.1").compare(&from("10.0.0.2"));
+        assert!(change.is_move() && change.is_of_routes());
+        assert!(from("10.0.0.1").compare(&from("10.0.0.1")).is_nothing());
     }
 
     #[test]
