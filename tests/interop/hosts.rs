@@ -7,6 +7,7 @@
 //! killed   10.99.0.23  likewise
 //! relayed  10.99.0.41  the sidecar of the scenarios about relays, beside the others too
 //! lasting  10.99.0.42  the sidecar of one connection that lasts, likewise
+//! idle     192.168.43.2, behind a NAT at 10.99.0.43 that forgets in 30 s: the sidecar of connections that rest, likewise
 //! apps     10.99.0.24  the sidecar of the scenarios about app connectors, beside the others too
 //! link     10.99.0.25  the sidecar of the scenarios about another network, with a second way in by eth1
 //! web      10.99.0.31  tailscaled (userspace), a site
@@ -43,6 +44,8 @@ pub(crate) struct Hosts {
     pub(crate) link: Namespace,
     pub(crate) relayed: Namespace,
     pub(crate) lasting: Namespace,
+    pub(crate) idle: Namespace,
+    idle_nat: Namespace,
     pub(crate) web: Namespace,
     pub(crate) router: Namespace,
     pub(crate) router2: Namespace,
@@ -69,6 +72,8 @@ impl Hosts {
             link: make("link")?,
             relayed: make("relayed")?,
             lasting: make("lasting")?,
+            idle: make("idle")?,
+            idle_nat: make("idle-nat")?,
             web: make("web")?,
             router: make("router")?,
             router2: make("router2")?,
@@ -91,6 +96,7 @@ impl Hosts {
             (&hosts.link, 25),
             (&hosts.relayed, 41),
             (&hosts.lasting, 42),
+            (&hosts.idle_nat, 43),
             (&hosts.web, 31),
             (&hosts.router, 13),
             (&hosts.conn, 14),
@@ -106,6 +112,7 @@ impl Hosts {
         cable((&hosts.link, "eth1"), (&hosts.wan, "p26"))?;
         hosts.wan.ip("link set p26 master br0")?;
         hosts.forward()?;
+        hosts.forgetful_nat()?;
         hosts.lan()?;
         hosts.app_network()?;
         Ok(hosts)
@@ -117,6 +124,24 @@ impl Hosts {
             host.set("ipv4/ip_forward", "1")?;
             host.set("ipv6/conf/all/forwarding", "1")?;
         }
+        Ok(())
+    }
+
+    /// The NAT before `idle`.
+    fn forgetful_nat(&self) -> Result<(), Failed> {
+        let nat = &self.idle_nat;
+        nat.set("ipv4/ip_forward", "1")?;
+        nat.nft(
+            "table ip nat { chain out { type nat hook postrouting priority 100; oifname eth0 masquerade; }; }\n\
+             table ip filter { chain through { type filter hook forward priority 0; \
+             iifname eth0 ct state new drop; }; }",
+        )?;
+        for setting in ["nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream"] {
+            nat.set(&format!("netfilter/{setting}"), "30")?;
+        }
+        cable((&self.idle, "eth0"), (nat, "lan0"))?;
+        nat.ip("addr add 192.168.43.1/24 dev lan0")?;
+        self.idle.ip("addr add 192.168.43.2/24 dev eth0\nroute add default via 192.168.43.1")?;
         Ok(())
     }
 

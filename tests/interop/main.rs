@@ -102,7 +102,7 @@ fn missing(peers: &Path) -> Option<String> {
     if let Err(error) = fs::File::options().read(true).write(true).open("/dev/net/tun") {
         return Some(format!("the subnet router needs /dev/net/tun: {error}"));
     }
-    let programs = ["headscale", "tailscaled", "tailscale", "derper", "site", "tbcontrol"];
+    let programs = ["headscale", "tailscaled", "tailscale", "derper", "site", "sandbox", "tbcontrol"];
     if let Some(program) = programs.iter().find(|program| !peers.join(program).exists()) {
         return Some(format!("{program} is not built; tests/run builds it"));
     }

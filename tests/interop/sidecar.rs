@@ -42,6 +42,7 @@ pub(crate) struct Launch<'a> {
     stdin: bool,
     verb: &'static str,
     extra: Vec<String>,
+    sandboxed: bool,
 }
 
 /// A tailcar that was started.
@@ -79,6 +80,7 @@ impl<'a> Launch<'a> {
             stdin: false,
             verb: "run",
             extra: Vec::new(),
+            sandboxed: false,
         }
     }
 
@@ -115,6 +117,12 @@ impl<'a> Launch<'a> {
     /// No `--ca-file`.
     pub(crate) fn without_trust(mut self) -> Self {
         self.trust = false;
+        self
+    }
+
+    /// Where no netlink socket can be opened.
+    pub(crate) fn sandboxed(mut self) -> Self {
+        self.sandboxed = true;
         self
     }
 
@@ -163,7 +171,13 @@ impl<'a> Launch<'a> {
 
     /// What was put together, as a command inside the host.
     fn command(&self) -> Result<Command, Failed> {
-        let mut command = self.host.command(program());
+        let mut command = match self.sandboxed {
+            true => self.host.command(self.bed.peers.join("sandbox")),
+            false => self.host.command(program()),
+        };
+        if self.sandboxed {
+            command.arg(program());
+        }
         command.env("HOME", &self.bed.folder).envs(self.environment.iter().cloned());
         command.arg(self.verb).args(["--login-server", &self.control, "--hostname", &self.hostname]);
         command.args(["--output", "json", "--log-level", "debug"]);

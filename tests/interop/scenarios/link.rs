@@ -39,6 +39,40 @@ pub(crate) fn a_new_address_stops_no_relayed_download(bed: &Bed) -> Result<(), F
     replace_address(bed, &["--transport", "derp"], "another address, relayed")
 }
 
+/// The same where the kernel tells nothing and shows no addresses: we look now and then.
+pub(crate) fn a_new_address_stops_no_download_in_a_sandbox_without_netlink(bed: &Bed) -> Result<(), Failed> {
+    let mut sidecar = begin_as(bed, Launch::new(bed).sandboxed())?;
+    sidecar.process.says("the kernel tells nothing of network changes", Duration::from_secs(1))?;
+    let pause = download(&sidecar, || {
+        bed.hosts.link.ip(&format!(
+            "addr del 10.99.0.25/24 dev eth0\naddr add 10.99.0.27/24 dev eth0\nroute add default via {TRAP}"
+        ))?;
+        back(&sidecar, "the default route moved")
+    })?;
+    told(&sidecar, "another address, no netlink", pause)
+}
+
+/// Another interface by a rule and a table of its own, of which the main table shows nothing.
+pub(crate) fn a_rule_that_moves_all_packets_stops_no_relayed_download(bed: &Bed) -> Result<(), Failed> {
+    let host = &bed.hosts.link;
+    let sidecar = begin(bed, &["--transport", "derp"])?;
+    host.ip("addr add 10.99.0.26/24 dev eth1 noprefixroute")?;
+    let pause = download(&sidecar, || {
+        host.nft(
+            "table inet foreign { chain out { type filter hook output priority 0; \
+             ip saddr 10.99.0.25 drop; }; }",
+        )?;
+        host.ip(&format!(
+            "route add default via {TRAP} dev eth1 src 10.99.0.26 onlink table 77\n\
+             route add 10.99.0.0/24 dev eth1 src 10.99.0.26 table 77\nrule add priority 100 table 77"
+        ))?;
+        back(&sidecar, "the default route moved")
+    });
+    host.nft("table inet foreign { }\ndelete table inet foreign")?;
+    host.ip("rule del priority 100 table 77\nroute flush table 77")?;
+    told(&sidecar, "another interface by a rule, relayed", pause?)
+}
+
 fn replace_address(bed: &Bed, args: &[&str], what: &str) -> Result<(), Failed> {
     let sidecar = begin(bed, args)?;
     // An interface without an address is nothing to us.
@@ -124,6 +158,10 @@ pub(crate) fn a_download_goes_on_after_a_sleep(bed: &Bed) -> Result<(), Failed> 
 
 /// A sidecar on a host that is as it was before the first of these scenarios, behind a wire of a known rate.
 fn begin<'a>(bed: &'a Bed, args: &[&str]) -> Result<Sidecar<'a>, Failed> {
+    begin_as(bed, Launch::new(bed).args(args))
+}
+
+fn begin_as<'a>(bed: &'a Bed, launch: Launch<'a>) -> Result<Sidecar<'a>, Failed> {
     let host = &bed.hosts.link;
     host.ip(&format!(
         "addr flush dev eth0\naddr flush dev eth1\nlink set eth0 up\nlink set eth1 up\n\
@@ -134,7 +172,7 @@ fn begin<'a>(bed: &'a Bed, args: &[&str]) -> Result<Sidecar<'a>, Failed> {
         command.args(["qdisc", "replace", "dev", port, "root", "tbf"]).args(RATE.split(' '));
         output(command)?;
     }
-    let sidecar = Launch::new(bed).on(host).args(args).ready()?;
+    let sidecar = launch.on(host).ready()?;
     sidecar.page("web", "web")?;
     Ok(sidecar)
 }

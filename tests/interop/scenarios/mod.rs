@@ -13,6 +13,7 @@ mod control_group;
 mod crowd;
 mod exit_node;
 mod failover;
+mod idle;
 mod join;
 mod keys;
 mod lasting;
@@ -93,8 +94,9 @@ macro_rules! scenario {
 }
 
 /// Long and quiet; first, so that they are done when the others are.
-const BESIDE: [Scenario; 3] = [
+const BESIDE: [Scenario; 4] = [
     scenario!(lasting::a_connection_outlives_its_keys).within(330).beside(|hosts| &hosts.lasting),
+    scenario!(idle::a_connection_outlives_its_mapping).within(200).leaking().beside(|hosts| &hosts.idle),
     scenario!(control_faults::a_silent_map_stream_is_given_up).within(200).beside(|hosts| &hosts.silent),
     scenario!(leave::a_killed_run_is_forgotten_by_the_server).within(260).beside(|hosts| &hosts.killed),
 ];
@@ -125,12 +127,14 @@ const CONN25: [Scenario; 5] = [
 ];
 
 /// About a network that becomes another, one after the other on a host of their own.
-const LINK: [Scenario; 6] = [
+const LINK: [Scenario; 8] = [
     scenario!(link::a_new_address_in_place_of_the_old_one_stops_no_download).within(90),
     scenario!(link::a_new_address_stops_no_relayed_download).within(90),
     scenario!(link::an_interface_that_goes_and_comes_back_stops_no_download).within(90),
     scenario!(link::a_gateway_that_knows_no_connection_stops_no_download).within(90),
     scenario!(link::another_interface_stops_no_relayed_download).within(90),
+    scenario!(link::a_new_address_stops_no_download_in_a_sandbox_without_netlink).within(90),
+    scenario!(link::a_rule_that_moves_all_packets_stops_no_relayed_download).within(90),
     scenario!(link::a_download_goes_on_after_a_sleep).within(90),
 ];
 
@@ -253,11 +257,12 @@ const PATHS: [Scenario; 5] = [
     scenario!(paths::a_peer_homed_in_another_region_is_reached_there),
 ];
 
-const NAT: [Scenario; 5] = [
+const NAT: [Scenario; 6] = [
     scenario!(nat::every_pair_of_networks_gets_the_path_that_tailscaled_gets).within(120).leaking(),
     scenario!(nat_changes::a_peer_that_restarts_is_found_in_seconds).within(90).leaking(),
     scenario!(nat_changes::a_nat_that_gets_another_address_interrupts_for_seconds).within(90).leaking(),
     scenario!(nat_changes::a_nat_that_forgets_its_mappings_interrupts_for_seconds).within(120).leaking(),
+    scenario!(nat_changes::a_machine_that_refuses_its_own_datagrams_is_relayed_at_once).within(120).leaking(),
     scenario!(nat_changes::a_peer_whose_nat_gets_another_address_is_followed).within(120).leaking(),
 ];
 

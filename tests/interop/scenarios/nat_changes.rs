@@ -83,6 +83,23 @@ pub(crate) fn a_nat_that_forgets_its_mappings_interrupts_for_seconds(bed: &Bed) 
     Ok(())
 }
 
+/// A firewall of the machine itself refuses UDP from one moment to the next: the connection goes on by the relay, and
+/// is direct again soon after it may be.
+pub(crate) fn a_machine_that_refuses_its_own_datagrams_is_relayed_at_once(bed: &Bed) -> Result<(), Failed> {
+    let nat = bed.nat()?;
+    let (clients, peer) = (nat.clients(bed, Kind::Six)?, nat.peer(Kind::Six)?);
+    let host = &network(&nat.internet.clients, Kind::Six)?.host;
+    const REFUSED: &str =
+        "table inet own { chain out { type filter hook output priority 0; meta l4proto udp drop; }; }";
+    let directs = |wanted: bool| move |client: &Client<'_>| is_direct(client, peer) == wanted;
+    interrupted("our own firewall refuses UDP", &clients, peer, || {
+        host.nft(REFUSED)?;
+        until(Duration::from_secs(30), "the relay", || Ok(clients.iter().all(directs(false)).then_some(())))?;
+        host.nft("delete table inet own")?;
+        until(Duration::from_secs(30), "a direct path", || Ok(clients.iter().all(directs(true)).then_some(())))
+    })
+}
+
 /// How long a busy connection pauses, at most, while something changes and until that is over: ours and tailscaled's
 /// are told, and ours is bounded.
 fn interrupted(

@@ -1,0 +1,106 @@
+//! Connections that rest for longer than a NAT remembers: whoever speaks first is heard at once.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+
+use crate::bed::Bed;
+use crate::client;
+use crate::nat_nodes::{local_status, peers_of};
+use crate::process::until;
+use crate::say;
+use crate::sidecar::Launch;
+use crate::tailscaled::{Role, Tailscaled};
+
+/// Both ends ping each other for 45 s after the last packet, the NAT forgets 30 s later; and a bit.
+const REST: Duration = Duration::from_secs(82);
+/// How soon after its rest a connection must be heard.
+const HEARD: Duration = Duration::from_secs(2);
+
+/// How long the first bytes took after the rest.
+struct Late {
+    /// Ours, and their echo.
+    ours: Duration,
+    /// The peer's.
+    theirs: Duration,
+}
+
+/// By a sidecar and by a tailscaled, behind a NAT whose UDP mappings last for 30 s.
+pub(crate) fn a_connection_outlives_its_mapping(bed: &Bed) -> Result<(), Failed> {
+    let host = &bed.hosts.idle;
+    let sidecars = [Launch::new(bed).on(host).ready()?, Launch::new(bed).on(host).ready()?];
+    let daemon = |name: &str, port: &str, socks: &str| {
+        let flags = [&format!("--port={port}"), "--socks5-server", socks];
+        let role = Role { hostname: name, tun: "userspace-networking", daemon: &flags, up: &[] };
+        Tailscaled::join(&bed.places(), host, &role, &bed.key.secret)
+    };
+    let socks = ["127.0.0.1:1081", "127.0.0.1:1082"];
+    let daemons = [daemon("reference-idle", "41651", socks[0])?, daemon("reference-idle2", "41652", socks[1])?];
+    let by_sidecar = |index: usize, port| sidecars[index].dial("web", port);
+    let by_daemon = |index: usize, port| {
+        let proxy = client::connect(host, socks[index].parse()?)?;
+        match client::socks5(proxy, bed.web4(), port)? {
+            (0, stream) => Ok(stream),
+            (code, _) => Err(format!("tailscaled's SOCKS reply {code:02}").into()),
+        }
+    };
+    let (ours, theirs) = thread::scope(|scope| {
+        let ours = scope.spawn(|| rest(bed, &by_sidecar));
+        let theirs = scope.spawn(|| rest(bed, &by_daemon));
+        let joined =
+            |worker: thread::ScopedJoinHandle<'_, _>| worker.join().unwrap_or_else(|_| Err("it panicked".into()));
+        (joined(ours), joined(theirs))
+    });
+    drop(daemons);
+    let told = |late: &Result<Late, Failed>| match late {
+        Ok(late) => format!(
+            "{} ms when we speak first, {} ms when the peer does",
+            late.ours.as_millis(),
+            late.theirs.as_millis()
+        ),
+        Err(error) => error.message().unwrap_or("failed").to_owned(),
+    };
+    say(&format!("         after {} s of rest: {}; tailscaled {}", REST.as_secs(), told(&ours), told(&theirs)));
+    let late = ours?;
+    let worst = late.ours.max(late.theirs);
+    if worst < HEARD { Ok(()) } else { Err(format!("heard after {worst:?}").into()) }
+}
+
+/// Two connections by two nodes, both on direct paths: one on which we speak after the rest, one on which the peer does.
+fn rest(bed: &Bed, dial: &(dyn Fn(usize, u16) -> Result<TcpStream, Failed> + Sync)) -> Result<Late, Failed> {
+    let (mut talks, mut listens) = (dial(0, 7)?, dial(1, 80)?);
+    // Its patience is for what comes within a scenario's usual time.
+    listens.set_read_timeout(Some(REST * 2))?;
+    let mut warm = dial(1, 7)?;
+    until(Duration::from_secs(20), "direct paths on both ends", || {
+        echo(&mut talks)?;
+        echo(&mut warm)?;
+        Ok(is_direct(bed)?.then_some(()))
+    })?;
+    drop(warm);
+    let begun = Instant::now();
+    let request = format!("GET /slow?ms={} HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n", REST.as_millis());
+    listens.write_all(request.as_bytes())?;
+    let listener = thread::spawn(move || listens.read_exact(&mut [0; 1]).map(|()| begun.elapsed()));
+    thread::sleep(REST.saturating_sub(begun.elapsed()));
+    let sent = Instant::now();
+    echo(&mut talks)?;
+    let ours = sent.elapsed();
+    let heard = listener.join().map_err(|_| "the listener panicked")??;
+    Ok(Late { ours, theirs: heard.saturating_sub(REST) })
+}
+
+/// Whether the peer sends by UDP to everybody behind the NAT.
+fn is_direct(bed: &Bed) -> Result<bool, Failed> {
+    let status = local_status(bed.web().socket())?;
+    let behind = |path: &str| path.starts_with("10.99.0.43:");
+    Ok(peers_of(&status).filter(|peer| peer["CurAddr"].as_str().is_some_and(behind)).count() == 4)
+}
+
+fn echo(stream: &mut TcpStream) -> Result<(), Failed> {
+    stream.write_all(&[7; 32])?;
+    Ok(stream.read_exact(&mut [0; 32])?)
+}
