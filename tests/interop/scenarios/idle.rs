@@ -41,11 +41,12 @@ pub(crate) fn a_connection_outlives_its_mapping(bed: &Bed) -> Result<(), Failed>
     let daemons = [daemon("reference-idle", "41651", socks[0])?, daemon("reference-idle2", "41652", socks[1])?];
     let by_sidecar = |index: usize, port| sidecars[index].dial("web", port);
     let by_daemon = |index: usize, port| {
-        let proxy = client::connect(host, socks[index].parse()?)?;
-        match client::socks5(proxy, bed.web4(), port)? {
-            (0, stream) => Ok(stream),
-            (code, _) => Err(format!("tailscaled's SOCKS reply {code:02}").into()),
-        }
+        // It fails until the netmap is there, instead of waiting for it.
+        until(Duration::from_secs(20), "a connection by tailscaled", || {
+            let proxy = client::connect(host, socks[index].parse()?)?;
+            let (code, stream) = client::socks5(proxy, bed.web4(), port)?;
+            Ok((code == 0).then_some(stream))
+        })
     };
     let (ours, theirs) = thread::scope(|scope| {
         let ours = scope.spawn(|| rest(bed, &by_sidecar));

@@ -262,7 +262,9 @@ const NAT: [Scenario; 6] = [
     scenario!(nat_changes::a_peer_that_restarts_is_found_in_seconds).within(90).leaking(),
     scenario!(nat_changes::a_nat_that_gets_another_address_interrupts_for_seconds).within(90).leaking(),
     scenario!(nat_changes::a_nat_that_forgets_its_mappings_interrupts_for_seconds).within(120).leaking(),
-    scenario!(nat_changes::a_machine_that_refuses_its_own_datagrams_is_relayed_at_once).within(120).leaking(),
+    scenario!(nat_changes::a_machine_that_refuses_datagrams_and_destroys_sockets_interrupts_for_moments)
+        .within(120)
+        .leaking(),
     scenario!(nat_changes::a_peer_whose_nat_gets_another_address_is_followed).within(120).leaking(),
 ];
 

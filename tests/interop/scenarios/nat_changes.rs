@@ -11,7 +11,7 @@ use libtest_mimic::Failed;
 use crate::bed::Bed;
 use crate::nat::{Kind, Network};
 use crate::nat_nodes::{Client, Peer, Servers};
-use crate::process::until;
+use crate::process::{output, until};
 use crate::say;
 use crate::tailscaled::{Role, Tailscaled};
 
@@ -84,8 +84,10 @@ pub(crate) fn a_nat_that_forgets_its_mappings_interrupts_for_seconds(bed: &Bed) 
 }
 
 /// A firewall of the machine itself refuses UDP from one moment to the next: the connection goes on by the relay, and
-/// is direct again soon after it may be.
-pub(crate) fn a_machine_that_refuses_its_own_datagrams_is_relayed_at_once(bed: &Bed) -> Result<(), Failed> {
+/// is direct again soon after it may be. Then the administrator destroys the sockets: others are bound.
+pub(crate) fn a_machine_that_refuses_datagrams_and_destroys_sockets_interrupts_for_moments(
+    bed: &Bed,
+) -> Result<(), Failed> {
     let nat = bed.nat()?;
     let (clients, peer) = (nat.clients(bed, Kind::Six)?, nat.peer(Kind::Six)?);
     let host = &network(&nat.internet.clients, Kind::Six)?.host;
@@ -97,6 +99,16 @@ pub(crate) fn a_machine_that_refuses_its_own_datagrams_is_relayed_at_once(bed: &
         until(Duration::from_secs(30), "the relay", || Ok(clients.iter().all(directs(false)).then_some(())))?;
         host.nft("delete table inet own")?;
         until(Duration::from_secs(30), "a direct path", || Ok(clients.iter().all(directs(true)).then_some(())))
+    })?;
+    interrupted("our UDP sockets are destroyed", &clients, peer, || {
+        let before = peer.path_to(&clients[0])?;
+        let mut command = host.command("ss");
+        command.args(["--kill", "--udp", "--all"]);
+        output(command)?;
+        until(Duration::from_secs(30), "a direct path to another port", || {
+            let after = peer.path_to(&clients[0])?;
+            Ok((after.is_some() && after != before).then_some(()))
+        })
     })
 }
 
