@@ -104,7 +104,7 @@ impl Magicsock {
         }
         let endpoints: Vec<SocketAddr> = self.netcheck.host().endpoints.iter().map(|(endpoint, _)| *endpoint).collect();
         if !endpoints.is_empty() {
-            if let Some(seen) = self.place(slot, entry, now).path.take_retracted() {
+            if let Some(seen) = self.place(slot, entry, now).path.take_retracted(now) {
                 // What one call names and the next does not is deleted, and with it the path that the peer trusts: it
                 // answers by the relay until we are reached anew. Source: Tailscale, wgengine/magicsock,
                 // `handleCallMeMaybe`, `deleteEndpointLocked`.

@@ -78,8 +78,8 @@ pub(super) struct Path {
     silence: Silence,
     /// When a pong last saw us elsewhere than the one before.
     remapped_at: Option<Instant>,
-    /// Whether the next call is to take back what the ones before told, and where the peer saw us of late.
-    retracted: Option<Option<SocketAddr>>,
+    /// Since when the next call is to take back what the ones before told, and where the peer saw us of late.
+    retracted: Option<(Instant, Option<SocketAddr>)>,
     /// The region by which the peer reached us and is answered, while PeerGone has not said otherwise.
     pub(super) replies_by: Option<RegionId>,
     /// The same, for ever.
@@ -270,15 +270,17 @@ impl Path {
             candidate.sees_us = Some(source);
         }
         if rested && other.is_some() {
-            (self.retracted, self.remapped_at) = (Some(other), Some(now));
+            (self.retracted, self.remapped_at) = (Some((now, other)), Some(now));
         }
         rested && other.is_some()
     }
 
     /// Whether the call that goes out now is to take back what was told before, and where the peer saw us besides: it
-    /// may still send to an address of ours from which nothing reaches us.
-    pub(super) fn take_retracted(&mut self) -> Option<Option<SocketAddr>> {
-        self.retracted.take()
+    /// may still send to an address of ours from which nothing reaches us. A call that comes too late takes nothing back:
+    /// by then the peer has found out, and another path works.
+    pub(super) fn take_retracted(&mut self, now: Instant) -> Option<Option<SocketAddr>> {
+        let (since, seen) = self.retracted.take()?;
+        (now.duration_since(since) < PING_INTERVAL).then_some(seen)
     }
 
     /// Does what time demands. The peer has been silent since `unheard`, although packets went out.
@@ -300,7 +302,7 @@ impl Path {
                 news.probe.ping.extend(asked);
             }
             silence::Step::Doubt(since) => {
-                self.retracted = Some(self.best_candidate().and_then(|best| best.sees_us));
+                self.retracted = Some((now, self.best_candidate().and_then(|best| best.sees_us)));
                 self.trusted_until = None;
                 news.resend = true;
                 news.probe = Probe { doubt: Some(since), ..self.discover(now) };
@@ -346,7 +348,8 @@ impl Path {
     pub(super) fn doubt(&mut self) {
         self.trusted_until = None;
         self.discover_at = None;
-        self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
+        // Nor does where it saw us before.
+        self.candidates.values_mut().for_each(|candidate| (candidate.last_ping, candidate.sees_us) = (None, None));
     }
 
     fn wants_discovery(&self, now: Instant) -> bool {
