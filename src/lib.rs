@@ -25,8 +25,8 @@
 //! | 10 | [`cli`] | argv, logging, exit codes; the only layer that prints |
 //!
 //! Layers 0 to 3 are pure and deterministic: `now` and a seed come in. Above them everything is async, on two threads:
-//! the *data* thread carries UDP, WireGuard, the netstack and the proxy's connections on a local runtime; the *control*
-//! thread speaks with control, DERP and resolvers.
+//! the *data* thread carries UDP, DERP, WireGuard, the netstack and the proxy's connections on a local runtime; the
+//! *control* thread speaks with control and resolvers.
 //!
 //! # Three paths
 //! **A byte of a CONNECT to the wire and back.** [`proxy`] accepts, tells SOCKS5 from HTTP by the first byte and reads

@@ -283,9 +283,8 @@ impl Core {
                 self.parts.relays.set_admitted(region, true, engine.host_state().home);
             }
             Event::Packets(packets) => {
-                for packet in packets {
-                    let mut contents = Vec::from(packet.contents);
-                    if let Some(inner) = engine.handle_derp(region, packet.peer, &mut contents, now) {
+                for (peer, mut packet) in packets {
+                    if let Some(inner) = engine.handle_derp(region, peer, &mut packet, now) {
                         netstack.handle_packet(inner, now);
                     }
                 }

@@ -1,6 +1,7 @@
 //! The loop that waits for everything the data plane can be woken by: datagrams, relays, netmaps, time.
 
 use std::future::poll_fn;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,14 +12,14 @@ use super::core::Shared;
 use super::regions::Probed;
 use crate::key::NodePrivate;
 use crate::netmap::Netmap;
-use crate::transport::derp::{ConnectionId, Event};
+use crate::transport::derp::Task;
 use crate::transport::link::{News, State};
 
 /// What the driver listens to.
 pub(super) struct Inputs {
     pub(super) netmap: watch::Receiver<Option<Arc<Netmap>>>,
     pub(super) node_key: watch::Receiver<NodePrivate>,
-    pub(super) derp_events: mpsc::Receiver<(ConnectionId, Event)>,
+    pub(super) derp_tasks: mpsc::UnboundedReceiver<Task>,
     pub(super) probes: mpsc::Receiver<Probed>,
     pub(super) link: News,
     pub(super) stop: CancellationToken,
@@ -28,7 +29,7 @@ pub(super) struct Inputs {
 enum Woken {
     Readable,
     Writable,
-    Derp(ConnectionId, Event),
+    Derp(Task),
     NodeKey,
     Netmap,
     Probe(Probed),
@@ -38,15 +39,15 @@ enum Woken {
 }
 
 /// Drives the data plane until it is stopped.
-pub(super) async fn run(core: Shared, mut inputs: Inputs) {
-    let wake = core.borrow().waker();
+pub(super) async fn run(shared: Shared, mut inputs: Inputs) {
+    let wake = shared.borrow().waker();
     // What is there already counts as news.
     inputs.netmap.mark_changed();
     loop {
         // Work that never ends must not keep the runtime from its sockets and timers.
         tokio::task::consume_budget().await;
-        let (deadline, blocked) = (core.borrow().next_deadline(), core.borrow().blocked());
-        let udp = core.borrow().udp();
+        let (deadline, blocked) = (shared.borrow().next_deadline(), shared.borrow().blocked());
+        let udp = shared.borrow().udp();
         let readable = poll_fn(|cx| match &udp {
             Some(udp) => udp.poll_readable(cx).map(drop),
             None => std::task::Poll::Pending,
@@ -58,7 +59,7 @@ pub(super) async fn run(core: Shared, mut inputs: Inputs) {
         let woken = tokio::select! {
             () = readable => Woken::Readable,
             () = writable => Woken::Writable,
-            Some((id, event)) = inputs.derp_events.recv() => Woken::Derp(id, event),
+            Some(task) = inputs.derp_tasks.recv() => Woken::Derp(task),
             Ok(()) = inputs.node_key.changed() => Woken::NodeKey,
             Ok(()) = inputs.netmap.changed() => Woken::Netmap,
             Some(probed) = inputs.probes.recv() => Woken::Probe(probed),
@@ -68,11 +69,11 @@ pub(super) async fn run(core: Shared, mut inputs: Inputs) {
             () = inputs.stop.cancelled() => Woken::Stop,
         };
         let now = Instant::now();
-        let mut core = core.borrow_mut();
+        let mut core = shared.borrow_mut();
         match woken {
             Woken::Readable => core.handle_readable(now),
             Woken::Writable => core.pump(now),
-            Woken::Derp(id, event) => core.handle_derp(id, event, now),
+            Woken::Derp(task) => keep_connected(&shared, task),
             Woken::NodeKey => core.handle_node_key(&inputs.node_key.borrow_and_update(), now),
             Woken::Netmap => {
                 let netmap = inputs.netmap.borrow_and_update().clone();
@@ -86,6 +87,17 @@ pub(super) async fn run(core: Shared, mut inputs: Inputs) {
             Woken::Stop => return core.say_stats(),
         }
     }
+}
+
+/// Runs a region's task beside the driver: what its relay says is dealt with as it comes.
+fn keep_connected(core: &Shared, task: Task) {
+    // The core holds the region, whose end ends the task: held by it in turn, neither would end.
+    let core = Rc::downgrade(core);
+    tokio::task::spawn_local(task.run(move |id, event| {
+        if let Some(core) = core.upgrade() {
+            core.borrow_mut().handle_derp(id, event, Instant::now());
+        }
+    }));
 }
 
 async fn wait_until(deadline: Option<Instant>) {

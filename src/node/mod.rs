@@ -49,7 +49,7 @@ use crate::key::{DiscoPrivate, NodePrivate};
 use crate::netmap::Netmap;
 use crate::netstack::Netstack;
 use crate::provision::{MintError, Minting};
-use crate::transport::derp::{ConnectionId, Event};
+use crate::transport::derp;
 use crate::transport::interfaces::local_endpoints;
 use crate::transport::link::Link;
 use crate::transport::tls::{RootsError, Tls};
@@ -232,10 +232,9 @@ impl Node {
         if let Some(udp) = &udp {
             engine.set_local_endpoints(local_endpoints(udp.ports()), started);
         }
-        let ((derp_events, derp_in), (probes, probes_in)) = (mpsc::channel(256), mpsc::channel(16));
+        let ((tasks, tasks_in), (probes, probes_in)) = (mpsc::unbounded_channel(), mpsc::channel(16));
         let netstack = Netstack::new(rand::random(), started);
-        let dialler =
-            Dialler { key: node_key, underlay: underlay.clone(), control: control.clone(), events: derp_events };
+        let dialler = Dialler { key: node_key, underlay: underlay.clone(), tasks };
         let parts = Parts {
             engine,
             netstack,
@@ -246,7 +245,7 @@ impl Node {
             probes,
             report,
         };
-        let node = Self::assemble(config, (client, minting), parts, (derp_in, probes_in), control, started);
+        let node = Self::assemble(config, (client, minting), parts, (tasks_in, probes_in), control, started);
         tokio::task::spawn_local(ping::serve(node.inner.core.clone(), pings));
         Ok(node)
     }
@@ -256,7 +255,7 @@ impl Node {
         config: Config,
         (client, minting): (Client, Minting),
         parts: Parts,
-        (derp_events, probes): (mpsc::Receiver<(ConnectionId, Event)>, mpsc::Receiver<regions::Probed>),
+        (derp_tasks, probes): (mpsc::UnboundedReceiver<derp::Task>, mpsc::Receiver<regions::Probed>),
         control: tokio::runtime::Handle,
         started: Instant,
     ) -> Self {
@@ -265,7 +264,7 @@ impl Node {
         let stop = CancellationToken::new();
         let (netmap, node_key) = (client.netmap.clone(), client.node_key.clone());
         let link = underlay.link.news();
-        let inputs = driver::Inputs { netmap, node_key, derp_events, probes, link, stop: stop.clone() };
+        let inputs = driver::Inputs { netmap, node_key, derp_tasks, probes, link, stop: stop.clone() };
         tokio::task::spawn_local(driver::run(core.clone(), inputs));
         let netmap = core.borrow().netmap();
         let seen =
@@ -305,11 +304,10 @@ impl Node {
             crate::engine::Config { node_key: node_key.clone(), disco_key, seed: [1; 32], transport },
             started,
         );
-        let ((derp_events, derp_in), (probes, probes_in)) = (mpsc::channel(1), mpsc::channel(1));
+        let ((tasks, tasks_in), (probes, probes_in)) = (mpsc::unbounded_channel(), mpsc::channel(1));
         let tls = Tls::load(config.ca_file.as_deref()).expect("the test's own file");
         let underlay = Underlay { tls, proxy: None, no_proxy: Arc::default(), link: Link::default() };
-        let dialler =
-            Dialler { key: node_key, underlay: underlay.clone(), control: control.clone(), events: derp_events };
+        let dialler = Dialler { key: node_key, underlay: underlay.clone(), tasks };
         let parts = Parts {
             engine,
             netstack: Netstack::new(1, started),
@@ -320,7 +318,7 @@ impl Node {
             probes,
             report: watch::Sender::default(),
         };
-        Self::assemble(config, (Client::alone(), Minting::done()), parts, (derp_in, probes_in), control, started)
+        Self::assemble(config, (Client::alone(), Minting::done()), parts, (tasks_in, probes_in), control, started)
     }
 
     /// How far the node has come.

@@ -6,15 +6,15 @@ use tokio::sync::{mpsc, watch};
 
 use crate::key::NodePrivate;
 use crate::netmap::RegionId;
-use crate::transport::derp::{ConnectionId, Event, Packet, Region, Relay};
+use crate::transport::derp::{ConnectionId, Packet, Region, Relay, Task};
 use crate::transport::underlay::Underlay;
 
 /// What a connection needs to begin.
 pub(super) struct Dialler {
     pub(super) key: NodePrivate,
     pub(super) underlay: Underlay,
-    pub(super) control: tokio::runtime::Handle,
-    pub(super) events: mpsc::Sender<(ConnectionId, Event)>,
+    /// Where the driver takes what keeps a connection.
+    pub(super) tasks: mpsc::UnboundedSender<Task>,
 }
 
 /// The open connections.
@@ -39,12 +39,15 @@ impl Relays {
 
     /// Opens a region's connection, or only says whether an open one is home.
     pub(super) fn connect(&mut self, region: RegionId, relays: Vec<Relay>, home: bool) {
-        let Dialler { key, underlay, control, events } = &self.dialler;
+        let Dialler { key, underlay, tasks } = &self.dialler;
         let (next, id) = (&mut self.next_number, region);
         let (_, connection) = self.open.entry(region).or_insert_with(|| {
             *next += 1;
             let id = ConnectionId { region: id, number: *next };
-            (id.number, Region::start(control, id, relays, key.clone(), underlay.clone(), events.clone()))
+            let (region, task) = Region::new(id, relays, key.clone(), underlay.clone());
+            // A driver that is gone connects to nobody.
+            let _ = tasks.send(task);
+            (id.number, region)
         });
         if home {
             connection.set_home(true);

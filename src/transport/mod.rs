@@ -4,7 +4,6 @@ pub mod backoff;
 pub mod derp;
 pub mod interfaces;
 pub mod link;
-mod queue;
 pub mod race;
 pub mod tls;
 pub mod udp;

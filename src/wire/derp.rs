@@ -83,7 +83,7 @@ pub enum ServerFrame {
         /// Who sent it.
         from: NodePublic,
         /// WireGuard or disco.
-        packet: Bytes,
+        packet: BytesMut,
     },
     /// Nothing to say; the connection lives.
     KeepAlive,
@@ -129,10 +129,10 @@ impl ServerFrame {
             return Ok(None);
         }
         buffer.advance(HEADER);
-        Self::from_payload(kind, buffer.split_to(length).freeze()).map(Some)
+        Self::from_payload(kind, buffer.split_to(length)).map(Some)
     }
 
-    fn from_payload(kind: u8, mut payload: Bytes) -> Result<Self, FrameError> {
+    fn from_payload(kind: u8, mut payload: BytesMut) -> Result<Self, FrameError> {
         let need = |minimum: usize| match payload.len() {
             actual if actual < minimum => Err(FrameError::TooShort { kind, actual }),
             _ => Ok(()),
@@ -146,7 +146,7 @@ impl ServerFrame {
                 payload.advance(8);
                 Self::ServerKey(DerpPublic::from_bytes(take(&mut payload)))
             }
-            kind::SERVER_INFO => Self::ServerInfo(payload),
+            kind::SERVER_INFO => Self::ServerInfo(payload.freeze()),
             kind::RECV_PACKET => {
                 need(32)?;
                 Self::Packet { from: NodePublic::from_bytes(take(&mut payload)), packet: payload }
@@ -178,7 +178,7 @@ impl ServerFrame {
 }
 
 /// The first `N` octets, whose presence the caller has checked.
-fn take<const N: usize>(payload: &mut Bytes) -> [u8; N] {
+fn take<const N: usize>(payload: &mut BytesMut) -> [u8; N] {
     let mut octets = [0; N];
     payload.copy_to_slice(&mut octets);
     octets
@@ -295,7 +295,7 @@ mod tests {
             // A relay forwards the payload as it is, with the sender's key in place of the receiver's.
             out[0] = kind::RECV_PACKET;
             let parsed = ServerFrame::parse(&mut out).unwrap().unwrap();
-            prop_assert_eq!(parsed, ServerFrame::Packet { from: NodePublic::from_bytes(key), packet: packet.into() });
+            prop_assert_eq!(parsed, ServerFrame::Packet { from: NodePublic::from_bytes(key), packet: packet.as_slice().into() });
         }
     }
 }

@@ -94,7 +94,7 @@ impl Core {
     }
 
     fn send_derp(&mut self, region: RegionId, to: NodePublic, packet: Vec<u8>) {
-        if !self.parts.relays.send(region, Packet { peer: to, contents: packet.into() }) {
+        if !self.parts.relays.send(region, Packet { peer: to, contents: packet }) {
             self.derp_dropped += 1;
         }
     }

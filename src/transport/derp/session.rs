@@ -4,18 +4,23 @@
 //! the connection of whoever does not read for two seconds. What it has not taken waits in the region's queue, whose
 //! oldest packets are lost first. Source: Tailscale, derp/derpserver, `rateLimit`, `writeTimeout`.
 
+use std::future::poll_fn;
+use std::io;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::BytesMut;
 use crypto_box::aead::{Aead, AeadCore, OsRng};
 use crypto_box::{PublicKey, SalsaBox, SecretKey};
 use serde::Deserialize;
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::time::{Instant, sleep_until};
+use tokio::io::AsyncWrite;
+use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_util::io::{poll_read_buf, poll_write_buf};
 use tracing::{debug, info, warn};
 
-use super::{CONNECT_LIMIT, DerpError, Event, Packet, Task};
-use crate::key::DerpPublic;
+use super::{CONNECT_LIMIT, DerpError, Event, Task};
+use crate::key::{DerpPublic, NodePublic};
 use crate::transport::underlay::BoxIo;
 use crate::wire::derp::{ClientFrame, FrameError, ServerFrame};
 
@@ -25,8 +30,12 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// One write, or flushing what TLS holds of earlier ones (64 KiB at most), may take so long; a relay that takes it more
 /// slowly is gone.
 const WRITE_LIMIT: Duration = Duration::from_secs(15);
-/// Octets asked of the socket at a time.
-const READ_CHUNK: usize = 64 << 10;
+/// Octets that the input has room for, and those of a turn: all that came is taken together, since each taking costs
+/// a round of everything above, but others on this thread wait for it.
+const READ_ROOM: usize = 64 << 10;
+const READ_TURN: usize = 48 << 10;
+/// Room for one read: a relay writes records of 4 KiB.
+const READ_LEAST: usize = 8 << 10;
 /// Packets taken off the queue at once: as many as a relay's own queue holds.
 const BATCH: usize = 32;
 /// With so many octets unwritten, packets stay in the queue, where the oldest make room, and pings go unanswered.
@@ -44,8 +53,10 @@ struct ServerInfo {
 }
 
 /// The connection's state.
-pub(super) struct Session<'t> {
-    task: &'t mut Task,
+pub(super) struct Session<'t, T> {
+    task: &'t Task,
+    /// Whom to tell; may put packets into the mailbox.
+    tell: T,
     host: String,
     input: BytesMut,
     output: BytesMut,
@@ -53,6 +64,8 @@ pub(super) struct Session<'t> {
     unflushed: bool,
     sealer: Option<SalsaBox>,
     admitted: bool,
+    /// What the relay was told of being home.
+    home: Option<bool>,
     /// When the relay has been silent for too long.
     silent_at: Instant,
     /// When it has taken nothing for too long, while something waits for it.
@@ -64,17 +77,19 @@ pub(super) struct Session<'t> {
     problem: String,
 }
 
-impl<'t> Session<'t> {
-    pub(super) fn new(task: &'t mut Task, host: String) -> Self {
+impl<'t, T: FnMut(Event)> Session<'t, T> {
+    pub(super) fn new(task: &'t Task, host: String, tell: T) -> Self {
         let now = Instant::now();
         Self {
             task,
+            tell,
             host,
-            input: BytesMut::with_capacity(READ_CHUNK),
+            input: BytesMut::with_capacity(READ_ROOM),
             output: BytesMut::new(),
             unflushed: false,
             sealer: None,
             admitted: false,
+            home: None,
             silent_at: now + CONNECT_LIMIT,
             stuck_at: now,
             limits: ServerInfo::default(),
@@ -85,51 +100,111 @@ impl<'t> Session<'t> {
 
     /// Speaks with the relay until the connection ends (an error) or nobody needs it any more. Returns also whether
     /// the relay has admitted us.
-    pub(super) async fn run(mut self, io: BoxIo) -> (Result<(), DerpError>, bool) {
-        let ended = self.speak(io).await;
+    pub(super) async fn run(mut self, mut io: BoxIo) -> (Result<(), DerpError>, bool) {
+        let mut timer = pin!(sleep_until(self.silent_at));
+        let ended = poll_fn(|cx| self.poll(&mut io, timer.as_mut(), cx)).await;
         (ended, self.admitted)
     }
 
-    async fn speak(&mut self, io: BoxIo) -> Result<(), DerpError> {
-        let (mut reader, mut writer) = tokio::io::split(io);
-        self.task.preferred.mark_changed();
+    fn poll(
+        &mut self,
+        io: &mut BoxIo,
+        mut timer: Pin<&mut Sleep>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), DerpError>> {
+        self.task.mailbox.unregister();
+        self.poll_input(io, cx)?;
+        self.poll_output(io, cx)?;
+        if self.task.mailbox.is_closed() {
+            return Poll::Ready(Ok(()));
+        }
+        self.task.mailbox.register(cx);
         loop {
-            let writing = !self.output.is_empty() || self.unflushed;
             let now = Instant::now();
-            let sends_at = self.sends_at(now);
-            let takes = self.admitted && self.output.len() < UNWRITTEN_LIMIT && sends_at <= now;
+            let writing = self.is_writing();
             let ends_at = if writing { self.silent_at.min(self.stuck_at) } else { self.silent_at };
-            tokio::select! {
-                read = reader.read_buf(&mut self.input) => {
-                    if read.map_err(|error| self.closed(&error))? == 0 {
-                        return Err(self.ended());
-                    }
-                    self.handle_input().await?;
-                    // Whoever does not admit us cannot have us wait by trickling.
-                    if self.admitted {
-                        self.silent_at = Instant::now() + SILENCE_LIMIT;
-                    }
-                    self.input.reserve(READ_CHUNK);
-                }
-                written = write_some(&mut writer, &mut self.output), if writing => {
-                    self.unflushed = written.map_err(|error| self.closed(&error))?;
-                    self.stuck_at = Instant::now() + WRITE_LIMIT;
-                }
-                batch = self.task.outgoing.recv(BATCH), if takes => {
-                    let Some(batch) = batch else { return Ok(()) };
-                    self.send(&batch, writing);
-                }
-                changed = self.task.preferred.changed(), if self.admitted => {
-                    if changed.is_err() {
-                        return Ok(());
-                    }
-                    let home = *self.task.preferred.borrow_and_update();
-                    self.queue(&ClientFrame::NotePreferred(home));
-                }
-                () = self.task.outgoing.closed(), if !takes => return Ok(()),
-                () = sleep_until(sends_at), if self.admitted && sends_at > now => {}
-                () = sleep_until(ends_at) => return Err(self.silent(writing)),
+            if ends_at <= now {
+                return Poll::Ready(Err(self.silent(writing)));
             }
+            let sends_at = Some(self.sends_at(now)).filter(|at| *at > now && !self.task.mailbox.is_empty());
+            let due = sends_at.map_or(ends_at, |at| at.min(ends_at));
+            // Most deadlines only move away, and are looked at again when the timer was early.
+            if due < timer.deadline() || timer.is_elapsed() {
+                timer.as_mut().reset(due);
+            }
+            ready!(timer.as_mut().poll(cx));
+            self.poll_output(io, cx)?;
+        }
+    }
+
+    /// Takes what has come, as much as a turn is long. All is heard before an end is.
+    fn poll_input(&mut self, io: &mut BoxIo, cx: &mut Context<'_>) -> Result<(), DerpError> {
+        let mut taken = 0;
+        let ended = loop {
+            self.input.reserve(READ_LEAST);
+            match poll_read_buf(Pin::new(io), cx, &mut self.input) {
+                Poll::Ready(Ok(0)) => break Some(self.ended()),
+                Poll::Ready(Ok(count)) => taken += count,
+                Poll::Ready(Err(error)) => break Some(self.closed(&error)),
+                Poll::Pending => break None,
+            }
+            if taken >= READ_TURN {
+                cx.waker().wake_by_ref();
+                break None;
+            }
+        };
+        if taken > 0 {
+            self.handle_input()?;
+            // Whoever does not admit us cannot have us wait by trickling.
+            if self.admitted {
+                self.silent_at = Instant::now() + SILENCE_LIMIT;
+            }
+        }
+        ended.map_or(Ok(()), Err)
+    }
+
+    /// Writes what waits, as far as the relay's limits and the socket permit.
+    fn poll_output(&mut self, io: &mut BoxIo, cx: &mut Context<'_>) -> Result<(), DerpError> {
+        loop {
+            self.take_packets();
+            if !self.is_writing() {
+                return Ok(());
+            }
+            match poll_write_some(io, &mut self.output, cx) {
+                Poll::Ready(written) => self.unflushed = written.map_err(|error| self.closed(&error))?,
+                Poll::Pending => return Ok(()),
+            }
+            self.stuck_at = Instant::now() + WRITE_LIMIT;
+        }
+    }
+
+    fn is_writing(&self) -> bool {
+        !self.output.is_empty() || self.unflushed
+    }
+
+    /// Makes frames of what waits in the mailbox.
+    fn take_packets(&mut self) {
+        if !self.admitted {
+            return;
+        }
+        let home = self.task.mailbox.is_home();
+        if self.home.replace(home) != Some(home) {
+            self.queue(&ClientFrame::NotePreferred(home));
+        }
+        if self.output.len() >= UNWRITTEN_LIMIT || self.task.mailbox.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        if self.sends_at(now) > now {
+            return;
+        }
+        let before = self.output.len();
+        for packet in std::iter::from_fn(|| self.task.mailbox.pop()).take(BATCH) {
+            self.queue(&ClientFrame::SendPacket { to: packet.peer, packet: &packet.contents });
+        }
+        if self.limits.bytes_per_second > 0 {
+            let seconds = (self.output.len() - before) as f64 / self.limits.bytes_per_second as f64;
+            self.paid_at = self.paid_at.max(now) + Duration::from_secs_f64(seconds);
         }
     }
 
@@ -141,46 +216,30 @@ impl<'t> Session<'t> {
         now + self.paid_at.saturating_duration_since(now).saturating_sub(saved)
     }
 
-    fn send(&mut self, batch: &[Packet], writing: bool) {
-        let now = Instant::now();
-        if !writing {
-            self.stuck_at = now + WRITE_LIMIT;
-        }
-        let before = self.output.len();
-        for packet in batch {
-            ClientFrame::SendPacket { to: packet.peer, packet: &packet.contents }.encode(&mut self.output);
-        }
-        let cost = (self.output.len() - before) as f64;
-        if self.limits.bytes_per_second > 0 {
-            let seconds = cost / self.limits.bytes_per_second as f64;
-            self.paid_at = self.paid_at.max(now) + Duration::from_secs_f64(seconds);
-        }
-    }
-
     fn queue(&mut self, frame: &ClientFrame<'_>) {
-        if self.output.is_empty() && !self.unflushed {
+        if !self.is_writing() {
             self.stuck_at = Instant::now() + WRITE_LIMIT;
         }
         frame.encode(&mut self.output);
     }
 
     /// Takes every whole frame off the input.
-    async fn handle_input(&mut self) -> Result<(), DerpError> {
+    fn handle_input(&mut self) -> Result<(), DerpError> {
         let mut packets = Vec::new();
         while let Some(frame) = ServerFrame::parse(&mut self.input).map_err(|error| self.broken(&error))? {
             if let ServerFrame::Packet { from, packet } = frame {
-                packets.push(Packet { peer: from, contents: packet });
+                packets.push((from, packet));
                 continue;
             }
-            self.tell_packets(&mut packets).await;
-            self.handle_frame(frame).await?;
+            self.tell_packets(&mut packets);
+            self.handle_frame(frame)?;
         }
-        self.tell_packets(&mut packets).await;
+        self.tell_packets(&mut packets);
         Ok(())
     }
 
     /// Everything but packets.
-    async fn handle_frame(&mut self, frame: ServerFrame) -> Result<(), DerpError> {
+    fn handle_frame(&mut self, frame: ServerFrame) -> Result<(), DerpError> {
         let region = self.task.id.region;
         match frame {
             ServerFrame::ServerKey(_) if self.sealer.is_some() => return Err(self.wrong("a second server key")),
@@ -191,9 +250,9 @@ impl<'t> Session<'t> {
                 let Self { limits, .. } = &*self;
                 debug!(region, bytes_per_second = limits.bytes_per_second, "derp connected");
                 self.admitted = true;
-                self.tell(Event::Connected).await;
+                (self.tell)(Event::Connected);
             }
-            ServerFrame::PeerGone { peer, reason } => self.tell(Event::PeerGone(peer, reason)).await,
+            ServerFrame::PeerGone { peer, reason } => (self.tell)(Event::PeerGone(peer, reason)),
             ServerFrame::Ping(octets) if self.output.len() < UNWRITTEN_LIMIT => self.queue(&ClientFrame::Pong(octets)),
             ServerFrame::Health(problem) => self.note_problem(&problem),
             ServerFrame::Restarting { reconnect_in, try_for } => {
@@ -243,19 +302,13 @@ impl<'t> Session<'t> {
         serde_json::from_slice(&json).map_err(|_| self.wrong("server info is not JSON"))
     }
 
-    async fn tell_packets(&self, packets: &mut Vec<Packet>) {
+    fn tell_packets(&mut self, packets: &mut Vec<(NodePublic, BytesMut)>) {
         if !packets.is_empty() {
-            self.tell(Event::Packets(std::mem::take(packets))).await;
+            (self.tell)(Event::Packets(std::mem::take(packets)));
         }
     }
 
-    /// A full driver stops us from reading, which is the back-pressure that TCP hands to the relay.
-    async fn tell(&self, event: Event) {
-        // A driver that is gone drops our queue too, which ends the task.
-        let _ = self.task.events.send((self.task.id, event)).await;
-    }
-
-    fn closed(&self, error: &std::io::Error) -> DerpError {
+    fn closed(&self, error: &io::Error) -> DerpError {
         DerpError::Closed { host: self.host.clone(), detail: error.to_string() }
     }
 
@@ -281,14 +334,14 @@ impl<'t> Session<'t> {
     }
 }
 
-/// Writes what the socket takes, or else flushes; whether another flush is due. May be dropped and begun anew.
-async fn write_some(writer: &mut (impl AsyncWrite + Unpin), output: &mut BytesMut) -> std::io::Result<bool> {
+/// Writes what the socket takes, or else flushes; whether another flush is due.
+fn poll_write_some(io: &mut BoxIo, output: &mut BytesMut, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
     if output.is_empty() {
-        writer.flush().await?;
-        return Ok(false);
+        ready!(Pin::new(io).poll_flush(cx))?;
+        return Poll::Ready(Ok(false));
     }
-    match writer.write_buf(output).await? {
-        0 => Err(std::io::ErrorKind::WriteZero.into()),
-        _ => Ok(true),
+    match ready!(poll_write_buf(Pin::new(io), cx, output))? {
+        0 => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+        _ => Poll::Ready(Ok(true)),
     }
 }

@@ -4,7 +4,8 @@ use bytes::{Buf, BytesMut};
 use crypto_box::aead::{Aead, AeadCore, OsRng};
 use crypto_box::{PublicKey, SalsaBox, SecretKey};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-use tokio::task::JoinHandle;
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_local};
 
 use super::*;
 use crate::transport::link::Link;
@@ -13,9 +14,8 @@ use crate::transport::tls::Tls;
 /// A relay's end, and everything else that the session's owner has.
 struct World {
     relay: DuplexStream,
-    packets: Sender<Packet>,
-    _home: tokio::sync::watch::Sender<bool>,
-    events: mpsc::Receiver<(ConnectionId, Event)>,
+    packets: Sender,
+    events: mpsc::UnboundedReceiver<Event>,
     session: JoinHandle<(Result<(), DerpError>, bool)>,
 }
 
@@ -23,22 +23,22 @@ impl World {
     /// A session that has told the relay who we are, and the box that its answer is to be sealed in.
     async fn introduced() -> (Self, SalsaBox) {
         let (io, mut relay) = tokio::io::duplex(4096);
-        let (packets, outgoing) = queue(QUEUE);
-        let (home, preferred) = tokio::sync::watch::channel(false);
-        let (tell, events) = mpsc::channel(64);
+        let (packets, mailbox) = mailbox(QUEUE);
+        let (tell, events) = mpsc::unbounded_channel();
         let key = NodePrivate::random();
         let node = key.public();
         let underlay =
             Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
         let id = ConnectionId { region: 1, number: 1 };
-        let mut task = Task { id, relays: Vec::new(), key, underlay, events: tell, outgoing, preferred };
-        let session = tokio::spawn(async move { Session::new(&mut task, "relay".to_owned()).run(Box::new(io)).await });
+        let task = Task { id, relays: Vec::new(), key, underlay, mailbox };
+        let tell = move |event| drop(tell.send(event));
+        let session = spawn_local(async move { Session::new(&task, "relay".to_owned(), tell).run(Box::new(io)).await });
 
         let own = SecretKey::generate(&mut OsRng);
         relay.write_all(&server_key(own.public_key().as_bytes())).await.unwrap();
         assert_eq!(read_frame(&mut relay).await.0, 0x02);
         let sealer = SalsaBox::new(&PublicKey::from(*node.as_bytes()), &own);
-        (Self { relay, packets, _home: home, events, session }, sealer)
+        (Self { relay, packets, events, session }, sealer)
     }
 
     /// A session that the relay has admitted with these limits.
@@ -47,14 +47,14 @@ impl World {
         let nonce = SalsaBox::generate_nonce(&mut OsRng);
         let sealed = sealer.encrypt(&nonce, limits.as_bytes()).unwrap();
         world.relay.write_all(&frame(0x03, &[nonce.as_slice(), &sealed].concat())).await.unwrap();
-        assert!(matches!(world.events.recv().await, Some((_, Event::Connected))));
+        assert!(matches!(world.events.recv().await, Some(Event::Connected)));
         assert_eq!(read_frame(&mut world.relay).await, (0x07, vec![0]));
         world
     }
 
     fn send(&self, count: usize) {
         for _ in 0..count {
-            let contents = vec![7; 963].into();
+            let contents = vec![7; 963];
             self.packets.push(Packet { peer: NodePublic::from_bytes([9; 32]), contents });
         }
     }
@@ -77,15 +77,15 @@ async fn read_frame(relay: &mut DuplexStream) -> (u8, Vec<u8>) {
     (head[0], payload)
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test(flavor = "local", start_paused = true)]
 async fn what_comes_is_heard_while_the_relay_takes_nothing() {
     let mut world = World::admitted("{}").await;
     world.send(64);
     // The pipe is full long before.
     tokio::time::sleep(Duration::from_secs(1)).await;
     world.relay.write_all(&frame(0x05, &[[3; 32].as_slice(), b"hello"].concat())).await.unwrap();
-    let Some((_, Event::Packets(packets))) = world.events.recv().await else { panic!("no packets") };
-    assert_eq!(packets[0].contents, b"hello".as_slice());
+    let Some(Event::Packets(packets)) = world.events.recv().await else { panic!("no packets") };
+    assert_eq!(packets[0].1, b"hello".as_slice());
     // The relay goes on after ten seconds, as one that limits our rate does, and gets every packet whole.
     tokio::time::sleep(Duration::from_secs(10)).await;
     for _ in 0..64 {
@@ -93,7 +93,7 @@ async fn what_comes_is_heard_while_the_relay_takes_nothing() {
     }
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test(flavor = "local", start_paused = true)]
 async fn a_relay_that_takes_nothing_at_all_is_given_up() {
     let world = World::admitted("{}").await;
     let start = Instant::now();
@@ -103,7 +103,7 @@ async fn a_relay_that_takes_nothing_at_all_is_given_up() {
     assert!(admitted && (14..17).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test(flavor = "local", start_paused = true)]
 async fn a_relay_gets_no_more_than_it_allows() {
     let mut world = World::admitted(r#"{"TokenBucketBytesPerSecond":10000,"TokenBucketBytesBurst":10000}"#).await;
     let start = Instant::now();
@@ -118,7 +118,7 @@ async fn a_relay_gets_no_more_than_it_allows() {
     assert!((5.0..14.0).contains(&took), "{took}");
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test(flavor = "local", start_paused = true)]
 async fn a_burst_goes_at_once_be_it_short_or_longer_than_any_time() {
     for (rate, burst) in [(100_000, 50_000), (1, u64::MAX)] {
         let limits = format!(r#"{{"TokenBucketBytesPerSecond":{rate},"TokenBucketBytesBurst":{burst}}}"#);
@@ -132,7 +132,7 @@ async fn a_burst_goes_at_once_be_it_short_or_longer_than_any_time() {
     }
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test(flavor = "local", start_paused = true)]
 async fn a_relay_that_asks_and_takes_nothing_gets_few_answers_and_then_all_again() {
     const PINGS: usize = 20_000;
     let mut world = World::admitted("{}").await;
@@ -148,7 +148,7 @@ async fn a_relay_that_asks_and_takes_nothing_gets_few_answers_and_then_all_again
     assert_eq!(read_frame(&mut world.relay).await, (0x13, b"12345678".to_vec()));
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test(flavor = "local", start_paused = true)]
 async fn a_relay_introduces_itself_and_admits_us_once() {
     for again in [server_key(&[1; 32]), frame(0x03, &[0; 64])] {
         let mut world = World::admitted("{}").await;
@@ -159,7 +159,7 @@ async fn a_relay_introduces_itself_and_admits_us_once() {
     }
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test(flavor = "local", start_paused = true)]
 async fn a_relay_that_trickles_and_does_not_admit_us_is_given_up() {
     let (mut world, _) = World::introduced().await;
     let start = Instant::now();
@@ -172,7 +172,7 @@ async fn a_relay_that_trickles_and_does_not_admit_us_is_given_up() {
     assert!(!admitted && start.elapsed() < Duration::from_secs(12), "{:?}", start.elapsed());
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test(flavor = "local", start_paused = true)]
 async fn a_restart_ends_the_session_with_what_the_relay_wishes() {
     let mut world = World::admitted("{}").await;
     let wishes = [2_000_u32.to_be_bytes(), 5_000_u32.to_be_bytes()].concat();
@@ -182,7 +182,7 @@ async fn a_restart_ends_the_session_with_what_the_relay_wishes() {
     assert_eq!((reconnect_in, try_for), (Duration::from_secs(2), Duration::from_secs(5)));
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test(flavor = "local", start_paused = true)]
 async fn a_problem_that_the_relay_tells_leaves_the_session_alone() {
     let mut world = World::admitted("{}").await;
     world.relay.write_all(&frame(0x14, b"duplicate client")).await.unwrap();

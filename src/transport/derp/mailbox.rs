@@ -1,0 +1,149 @@
+//! Between the driver and a region's session: packets that wait for the relay, and whether the region is home.
+//!
+//! Both ends live on one thread, so a packet that is put in while the session runs wakes nobody. When it is full its
+//! oldest packet is dropped, as a router would do: the newest matter most, and the driver must never wait.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use super::Packet;
+
+struct Shared {
+    packets: VecDeque<Packet>,
+    capacity: usize,
+    home: bool,
+    closed: bool,
+    /// Who sleeps until something changes.
+    reader: Option<Waker>,
+}
+
+impl Shared {
+    fn wake(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            reader.wake();
+        }
+    }
+}
+
+/// The driver's end.
+pub(super) struct Sender {
+    shared: Rc<RefCell<Shared>>,
+}
+
+/// The session's end.
+pub(super) struct Receiver {
+    shared: Rc<RefCell<Shared>>,
+}
+
+/// A mailbox for at most `capacity` packets.
+pub(super) fn mailbox(capacity: usize) -> (Sender, Receiver) {
+    let packets = VecDeque::with_capacity(capacity);
+    let shared = Rc::new(RefCell::new(Shared { packets, capacity, home: false, closed: false, reader: None }));
+    (Sender { shared: shared.clone() }, Receiver { shared })
+}
+
+impl Sender {
+    /// Adds a packet. Returns `false` if the oldest was dropped for it.
+    pub(super) fn push(&self, packet: Packet) -> bool {
+        let mut shared = self.shared.borrow_mut();
+        let full = shared.packets.len() == shared.capacity;
+        if full {
+            shared.packets.pop_front();
+        }
+        shared.packets.push_back(packet);
+        shared.wake();
+        !full
+    }
+
+    /// Says whether the region is home.
+    pub(super) fn set_home(&self, home: bool) {
+        let mut shared = self.shared.borrow_mut();
+        if std::mem::replace(&mut shared.home, home) != home {
+            shared.wake();
+        }
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        let mut shared = self.shared.borrow_mut();
+        shared.closed = true;
+        shared.wake();
+    }
+}
+
+impl Receiver {
+    /// The oldest packet.
+    pub(super) fn pop(&self) -> Option<Packet> {
+        self.shared.borrow_mut().packets.pop_front()
+    }
+
+    /// Whether no packet waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.shared.borrow().packets.is_empty()
+    }
+
+    /// Whether the region is home.
+    pub(super) fn is_home(&self) -> bool {
+        self.shared.borrow().home
+    }
+
+    /// Whether the sender is gone.
+    pub(super) fn is_closed(&self) -> bool {
+        self.shared.borrow().closed
+    }
+
+    /// Has the next change wake this task.
+    pub(super) fn register(&self, cx: &Context<'_>) {
+        let mut shared = self.shared.borrow_mut();
+        match &mut shared.reader {
+            Some(reader) => reader.clone_from(cx.waker()),
+            reader @ None => *reader = Some(cx.waker().clone()),
+        }
+    }
+
+    /// Has nobody woken until the next [`register`](Self::register): whoever asks looks again before it sleeps.
+    pub(super) fn unregister(&self) {
+        self.shared.borrow_mut().reader = None;
+    }
+
+    /// Waits until the sender is gone; packets that come meanwhile stay.
+    pub(super) async fn closed(&self) {
+        poll_fn(|cx| {
+            self.register(cx);
+            if self.is_closed() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::NodePublic;
+
+    fn packet(octet: u8) -> Packet {
+        Packet { peer: NodePublic::from_bytes([9; 32]), contents: vec![octet] }
+    }
+
+    #[test]
+    fn a_full_mailbox_drops_its_oldest_packet() {
+        let (sender, receiver) = mailbox(2);
+        assert!(sender.push(packet(1)));
+        assert!(sender.push(packet(2)));
+        assert!(!sender.push(packet(3)));
+        assert_eq!([receiver.pop(), receiver.pop(), receiver.pop()], [Some(packet(2)), Some(packet(3)), None]);
+    }
+
+    #[tokio::test]
+    async fn a_mailbox_without_sender_is_closed_and_keeps_what_is_in_it() {
+        let (sender, receiver) = mailbox(2);
+        sender.push(packet(1));
+        drop(sender);
+        receiver.closed().await;
+        assert_eq!(receiver.pop(), Some(packet(1)));
+    }
+}
