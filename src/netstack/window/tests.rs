@@ -88,6 +88,26 @@ fn the_peers_window_is_held_too_and_freed_by_a_direct_path() {
 }
 
 #[test]
+fn the_peers_window_opens_by_steps_and_never_beyond_the_limit() {
+    let (mut window, now) = answered(&[], RELAY, QUICK);
+    let mut opened = |acknowledged: u32| {
+        let mut ack = segment(0x10, (1, acknowledged), 60_000, &[], 0);
+        window.handle_inbound(&mut ack, now);
+        acknowledged as usize + window_of(&ack)
+    };
+    let ends: Vec<_> = (0..16).map(|pair| opened(1 + pair * 2_480)).collect();
+    let end = |steps: usize| 1 + QUEUE + steps * STEP as usize;
+    assert_eq!(ends, (0..4).flat_map(|steps| [end(steps); 4]).collect::<Vec<_>>());
+    // An acknowledgement that was overtaken takes nothing back.
+    assert_eq!(opened(1 + 14 * 2_480), end(3));
+    assert_eq!(opened(1), 1 + QUEUE);
+    // A window that the peer itself ends is its own.
+    let mut ack = segment(0x10, (1, 40_001), 1_000, &[], 0);
+    window.handle_inbound(&mut ack, now);
+    assert_eq!(window_of(&ack), 1_000);
+}
+
+#[test]
 fn no_window_is_scaled_when_the_peers_syn_does_not_scale() {
     let (mut window, now) = answered(&[], RELAY, QUICK);
     let mut ack = segment(0x10, (1, 60_001), 65_535, &[], 0);
