@@ -11,15 +11,10 @@ use super::OpenError;
 use super::device::Device;
 use super::ports::endpoint;
 use super::repeat::Repeat;
-use super::rings::Sockets;
+use super::rings::{Sizes, Sockets};
 use super::window::Window;
 use crate::netmap::Carrier;
 
-/// Octets that a connection receives ahead of its reader: with the round trip it bounds the rate (1 MiB at 100 ms is
-/// 84 Mbit/s).
-const RECEIVE_RING: usize = 1 << 20;
-/// Octets that a connection sends ahead of the peer's acknowledgement.
-const SEND_RING: usize = 512 << 10;
 /// Datagrams and octets that a UDP flow holds each way: so many come through of a burst that is answered at once (with
 /// 16, a burst of 32 lost 19). Each may be as long as a packet permits. The pages cost nothing until they are used.
 const UDP_DATAGRAMS: usize = 64;
@@ -90,6 +85,8 @@ pub(super) struct Flow {
     pub(super) key: FlowKey,
     sockets: Sockets,
     handle: SocketHandle,
+    /// Of a connection's rings.
+    pub(super) sizes: Option<Sizes>,
     /// Whether it is on the list of those that may have something to send.
     pub(super) dirty: bool,
     /// When smoltcp wants it polled.
@@ -103,16 +100,21 @@ pub(super) struct Flow {
 
 impl Flow {
     /// A TCP connection whose SYN is about to leave.
-    pub(super) fn connect(context: &mut Context, local: SocketAddr, remote: SocketAddr) -> Result<Self, OpenError> {
+    pub(super) fn connect(
+        context: &mut Context,
+        local: SocketAddr,
+        remote: SocketAddr,
+        sizes: Sizes,
+    ) -> Result<Self, OpenError> {
         let (mut handle, mut connected) = (SocketHandle::default(), Ok(()));
-        let sockets = Sockets::build(RECEIVE_RING, SEND_RING, |receive, send| {
+        let sockets = Sockets::build(sizes.receive, sizes.send, |receive, send| {
             let mut socket = tcp::Socket::new(tcp::SocketBuffer::new(receive), tcp::SocketBuffer::new(send));
             tune(&mut socket);
             connected = socket.connect(context, endpoint(remote), endpoint(local));
             alone(socket, &mut handle)
         })?;
         connected.map_err(|_| OpenError::Unaddressable)?;
-        Ok(Self::new(Kind::Tcp, local, remote, sockets, handle))
+        Ok(Self { sizes: Some(sizes), ..Self::new(Kind::Tcp, local, remote, sockets, handle) })
     }
 
     /// A UDP flow.
@@ -131,7 +133,7 @@ impl Flow {
     fn new(kind: Kind, local: SocketAddr, remote: SocketAddr, sockets: Sockets, handle: SocketHandle) -> Self {
         let key = FlowKey { kind, local, remote };
         let (window, repeat) = (Window::default(), Repeat::default());
-        Self { key, sockets, handle, dirty: false, due: None, released: false, window, repeat }
+        Self { key, sockets, handle, sizes: None, dirty: false, due: None, released: false, window, repeat }
     }
 
     /// Runs `act` on the socket set.

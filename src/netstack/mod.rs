@@ -23,6 +23,7 @@ use device::{Device, MTU};
 pub use flow::{Again, FlowId};
 use flow::{Flow, FlowKey, Kind};
 use ports::Ports;
+use rings::Budget;
 
 use crate::netmap::Carrier;
 
@@ -63,6 +64,7 @@ pub struct Netstack {
     by_key: HashMap<FlowKey, FlowId>,
     next_id: u64,
     ports: Ports,
+    budget: Budget,
     /// Flows that may have something to send.
     dirty: VecDeque<FlowId>,
     timers: BTreeSet<(Instant, FlowId)>,
@@ -89,6 +91,7 @@ impl Netstack {
             by_key: HashMap::new(),
             next_id: 0,
             ports: Ports::new(seed),
+            budget: Budget::default(),
             dirty: VecDeque::new(),
             timers: BTreeSet::new(),
             replies: Vec::new(),
@@ -129,7 +132,9 @@ impl Netstack {
         let by_key = &self.by_key;
         let key_for = |port| FlowKey { kind: Kind::Tcp, local: SocketAddr::new(local, port), remote };
         let port = self.ports.choose(|port| by_key.contains_key(&key_for(port)))?;
-        let flow = Flow::connect(self.iface.context(), SocketAddr::new(local, port), remote)?;
+        let sizes = self.budget.take(remote.ip());
+        let flow = Flow::connect(self.iface.context(), SocketAddr::new(local, port), remote, sizes)
+            .inspect_err(|_| self.budget.give_back(sizes))?;
         Ok(self.insert(flow))
     }
 
@@ -210,7 +215,11 @@ impl Netstack {
     pub fn handle_packet(&mut self, packet: &mut [u8], now: Instant) -> Option<FlowId> {
         let id = *self.by_key.get(&FlowKey::of_inbound(packet)?)?;
         let flow = self.flows.get_mut(&id)?;
+        let known = flow.window.round_trip().is_some();
         flow.note_ingress(packet, now);
+        if let Some(trip) = flow.window.round_trip().filter(|_| !known) {
+            self.budget.note_round_trip(flow.key.remote.ip(), trip);
+        }
         let first = self.replies.len();
         let replies = &mut self.replies;
         let mut reply = |packet: &mut [u8]| replies.push(packet.to_vec());
@@ -276,6 +285,13 @@ impl Netstack {
         let Some(flow) = self.flows.remove(&id) else { return };
         self.by_key.remove(&flow.key);
         self.removed.push_back(flow.key);
+        if let Some(sizes) = flow.sizes {
+            self.budget.give_back(sizes);
+        }
+        // The shortest of its life: the first one had a handshake in it, perhaps, or a relay.
+        if let Some(trip) = flow.window.round_trip() {
+            self.budget.note_round_trip(flow.key.remote.ip(), trip);
+        }
         if let Some(due) = flow.due {
             self.timers.remove(&(due, id));
         }

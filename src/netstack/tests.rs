@@ -131,7 +131,7 @@ impl World {
 
 /// Takes the window scale out of an IPv4 packet's SYN.
 fn strip_scale(packet: &mut [u8]) {
-    let at = packet.windows(3).position(|option| option == [3, 3, 5]).unwrap();
+    let at = 40 + packet[40..].windows(2).position(|option| option == [3, 3]).unwrap();
     packet[at..at + 3].fill(1);
     let addresses: [Ipv4Addr; 2] = [OURS.parse().unwrap(), "100.64.0.1".parse().unwrap()];
     TcpPacket::new_unchecked(&mut packet[20..]).fill_checksum(&addresses[0].into(), &addresses[1].into());

@@ -123,6 +123,11 @@ impl Window {
         segment.set_window((window >> open.peer_shift) as u16);
     }
 
+    /// The shortest round trip on this way, if one was measured.
+    pub(super) fn round_trip(&self) -> Option<Duration> {
+        self.round_trip
+    }
+
     fn note_round_trip(&mut self, taken: Duration) {
         self.round_trip = Some(self.round_trip.map_or(taken, |known| known.min(taken)));
     }
