@@ -62,6 +62,13 @@ struct Arguments {
     /// The table over a WAN instead: 200 Mbit/s, 20 and 100 ms, with and without loss.
     #[arg(long)]
     wan: bool,
+    /// Only these lines of that table, as round trip in milliseconds and loss in percent (20/0.1); may be given
+    /// several times.
+    #[arg(long, requires = "wan")]
+    line: Vec<wan::Choice>,
+    /// How often everything is measured over a line, instead of five times.
+    #[arg(long, requires = "wan")]
+    rounds: Option<usize>,
     /// How long headscale collects changes of nodes; its own default.
     #[arg(long, default_value = "500ms")]
     tick: String,
@@ -104,9 +111,10 @@ pub(crate) struct Plan {
     pub(crate) warm_up: Duration,
     pub(crate) measured: Duration,
     pub(crate) idle: Duration,
-    /// Rounds where loss rules, and every transfer's time.
-    pub(crate) lossy_rounds: usize,
-    pub(crate) wan_measured: Duration,
+    /// Over a WAN: which lines, how often, and whether that is only a look.
+    pub(crate) lines: Vec<wan::Choice>,
+    pub(crate) wan_rounds: usize,
+    pub(crate) quick: bool,
 }
 
 impl Plan {
@@ -122,7 +130,7 @@ impl Plan {
             false => (8, 3, 4000, Duration::from_millis(2500), seconds(10)),
         };
         let warm_up = Duration::from_millis(500);
-        let (lossy_rounds, wan_measured) = if arguments.quick { (1, seconds(3)) } else { (5, seconds(5)) };
+        let wan_rounds = arguments.rounds.unwrap_or(if arguments.quick { 1 } else { 5 });
         Self {
             rows: all(&arguments.only),
             contenders,
@@ -132,8 +140,9 @@ impl Plan {
             warm_up,
             measured,
             idle,
-            lossy_rounds,
-            wan_measured,
+            lines: arguments.line.clone(),
+            wan_rounds,
+            quick: arguments.quick,
         }
     }
 
