@@ -45,6 +45,10 @@ impl MapStream {
     async fn read(&mut self) -> Result<MapResponse, ConnectError> {
         loop {
             if let Some(frame) = take_frame(&mut self.buffer)? {
+                if self.buffer.is_empty() {
+                    // The next one is a delta, mostly: what a netmap needed goes with its frame.
+                    self.buffer = BytesMut::new();
+                }
                 return decode(&frame);
             }
             let lost = |detail: String| ConnectError::Noise { detail };

@@ -58,10 +58,10 @@ pub(super) fn peer(node: &Node, clock: Timestamp) -> Peer {
         wireguard_only: node.is_wireguard_only,
         jailed: node.is_jailed,
         masquerade: Masquerade { v4: node.masquerade_v4, v6: node.masquerade_v6 },
-        peerapi: node.hostinfo.peerapi(),
-        peerapi_dns_proxy: node.hostinfo.peerapi_dns_proxy(),
+        peerapi: node.offers.peerapi,
+        peerapi_dns_proxy: node.offers.peerapi_dns_proxy,
         exit_dns: node.exit_node_dns_resolvers.clone(),
-        app_connector: node.hostinfo.app_connector.unwrap_or_default(),
+        app_connector: node.offers.app_connector,
         tags: node.tags.clone(),
     }
 }

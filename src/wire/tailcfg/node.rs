@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::dns::Resolver;
-use super::hostinfo::Hostinfo;
+use super::hostinfo::Offers;
 use crate::key::{DiscoPublic, NodePublic};
 
 /// What prefixes a region's number in the legacy form of a home DERP, as in `127.3.3.40:7`.
@@ -60,9 +60,9 @@ pub struct Node {
     /// The home DERP region; 0 for none. See [`derp_region`](Self::derp_region).
     #[serde(rename = "HomeDERP", default, deserialize_with = "super::lenient")]
     pub home_derp: u32,
-    /// What it says of itself; for peers only a part.
-    #[serde(default, deserialize_with = "super::lenient")]
-    pub hostinfo: Hostinfo,
+    /// What it offers to others.
+    #[serde(rename = "Hostinfo", default, deserialize_with = "super::lenient")]
+    pub offers: Offers,
     /// Its tags.
     #[serde(default, deserialize_with = "super::list")]
     pub tags: Vec<String>,
