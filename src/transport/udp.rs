@@ -75,12 +75,14 @@ struct Socket {
 
 /// Where received datagrams land; reused for every call.
 pub struct ReceiveBuffers {
-    octets: Vec<Vec<u8>>,
+    /// All of them in one piece: so large a one the allocator takes from the system for itself, and of that only the
+    /// pages that datagrams have reached are in memory.
+    octets: Vec<u8>,
 }
 
 impl Default for ReceiveBuffers {
     fn default() -> Self {
-        Self { octets: (0..RECEIVE_BUFFERS.min(BATCH_SIZE)).map(|_| vec![0; RECEIVE_BUFFER]).collect() }
+        Self { octets: vec![0; RECEIVE_BUFFERS.min(BATCH_SIZE) * RECEIVE_BUFFER] }
     }
 }
 
@@ -208,7 +210,7 @@ impl Socket {
 
     fn receive(&self, buffers: &mut ReceiveBuffers, each: &mut impl FnMut(SocketAddr, &mut [u8])) -> io::Result<()> {
         let mut metas = [RecvMeta::default(); RECEIVE_BUFFERS];
-        let mut slices = buffers.octets.iter_mut().map(|octets| IoSliceMut::new(octets)).collect::<Vec<_>>();
+        let mut slices = buffers.octets.chunks_exact_mut(RECEIVE_BUFFER).map(IoSliceMut::new).collect::<Vec<_>>();
         let mut count = 0;
         let received = self.io.try_io(Interest::READABLE, || {
             count = self.state.recv((&self.io).into(), &mut slices, &mut metas)?;
@@ -217,7 +219,7 @@ impl Socket {
             if count < slices.len() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
         });
         drop(slices);
-        for (meta, octets) in metas.iter().zip(&mut buffers.octets).take(count) {
+        for (meta, octets) in metas.iter().zip(buffers.octets.chunks_exact_mut(RECEIVE_BUFFER)).take(count) {
             if meta.len == 0 || meta.stride == 0 {
                 continue;
             }
