@@ -18,6 +18,7 @@ use self::flow::Unopened;
 use super::core::Shared;
 use super::stream::Spliced;
 use crate::netstack::FlowId;
+use crate::transport::turn;
 use crate::wire::tsmp::Reason;
 
 /// Octets that one direction may carry before other tasks have their turn.
@@ -157,8 +158,7 @@ impl Splice<'_> {
         let moved_down = self.poll_down(cx);
         self.tunnel.pump();
         if moved_up? || moved_down? {
-            // The turn was used up: come back after the others.
-            cx.waker().wake_by_ref();
+            turn::end(cx);
         }
         if self.total.reset || (self.up == Half::Ended && self.down == Half::Ended) {
             return Poll::Ready(Ok(()));

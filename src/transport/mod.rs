@@ -6,5 +6,6 @@ pub mod interfaces;
 pub mod link;
 pub mod race;
 pub mod tls;
+pub mod turn;
 pub mod udp;
 pub mod underlay;

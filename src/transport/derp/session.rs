@@ -21,6 +21,7 @@ use tracing::{debug, info, warn};
 
 use super::{CONNECT_LIMIT, DerpError, Event, Task};
 use crate::key::{DerpPublic, NodePublic};
+use crate::transport::turn;
 use crate::transport::underlay::BoxIo;
 use crate::wire::derp::{ClientFrame, FrameError, ServerFrame};
 
@@ -30,9 +31,10 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// One write, or flushing what TLS holds of earlier ones (64 KiB at most), may take so long; a relay that takes it more
 /// slowly is gone.
 const WRITE_LIMIT: Duration = Duration::from_secs(15);
-/// Octets that the input has room for, and those of a turn: all that came is taken together, since each taking costs
-/// a round of everything above, but others on this thread wait for it.
+/// Octets that the input has room for: all that came is taken together, since each taking costs a round of everything
+/// above.
 const READ_ROOM: usize = 64 << 10;
+/// Octets of a turn, for which others on this thread wait.
 const READ_TURN: usize = 48 << 10;
 /// Room for one read: a relay writes records of 4 KiB.
 const READ_LEAST: usize = 8 << 10;
@@ -149,7 +151,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
                 Poll::Pending => break None,
             }
             if taken >= READ_TURN {
-                cx.waker().wake_by_ref();
+                turn::end(cx);
                 break None;
             }
         };
