@@ -69,17 +69,20 @@ async fn next_answer(flow: &mut Flow, question: &Message) -> io::Result<Message>
 /// Puts the question on a connection of its own: long answers are rare. Each message has its length in front.
 async fn by_tcp(roads: &Roads, server: SocketAddr, road: Road, octets: &[u8]) -> io::Result<Vec<u8>> {
     let length = u16::try_from(octets.len()).map_err(io::Error::other)?;
-    let mut stream = roads.connect(road, &server.ip().to_string(), &[server.ip()], server.port()).await?;
+    let mut stream = roads.connect_server(road, server).await?;
     stream.write_all(&[&length.to_be_bytes(), octets].concat()).await?;
     let mut answer = vec![0; stream.read_u16().await?.into()];
     stream.read_exact(&mut answer).await?;
     Ok(answer)
 }
 
-/// What `octets` hold, if they answer the question. Who did not understand it may leave it out (RFC 1035, 7.3).
+/// What `octets` hold, if they answer the question. Who did not understand it, or does not want to answer it, may leave
+/// it out (RFC 1035, 4.1.1 and 7.3).
 fn read_answer(octets: &[u8], question: &Message) -> Option<Message> {
     let answer = Message::from_vec(octets).ok()?;
-    let refused = answer.queries.is_empty() && answer.metadata.response_code != ResponseCode::NoError;
+    let code = answer.metadata.response_code;
+    let refusals = [ResponseCode::FormErr, ResponseCode::NotImp, ResponseCode::ServFail, ResponseCode::Refused];
+    let refused = answer.queries.is_empty() && refusals.contains(&code);
     let ours = answer.metadata.id == question.metadata.id
         && answer.metadata.message_type == MessageType::Response
         && (answer.queries == question.queries || refused);

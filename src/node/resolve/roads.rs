@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ClientConfig;
-use tokio::net::UdpSocket;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
 use super::super::bridge::{Datagrams, Tunnel};
@@ -67,6 +67,14 @@ impl Roads {
             Road::Tunnel => self.tunnel.open_udp(server).await.map(Flow::Tunnel),
             Road::Underlay => connect_udp(server).map(Flow::Underlay),
         }
+    }
+
+    /// Connects to a resolver as its datagrams go: on the underlay never by the corporate proxy, which is for HTTPS.
+    pub(super) async fn connect_server(&self, road: Road, server: SocketAddr) -> io::Result<BoxIo> {
+        Ok(match road {
+            Road::Tunnel => Box::new(self.tunnel.connect(server, CONNECT_LIMIT).await?),
+            Road::Underlay => Box::new(timeout(CONNECT_LIMIT, TcpStream::connect(server)).await??),
+        })
     }
 
     /// Connects to a host at one of its addresses, whichever answers first.
