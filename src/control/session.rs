@@ -10,6 +10,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Limited};
 use hyper::{Method, StatusCode};
 use jiff::Timestamp;
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
@@ -152,7 +153,9 @@ impl Task {
     /// Polls the map until the stream ends, reporting beside it from the first: headscale (0.29) tells peers of what the
     /// stream's request says only once the stream is open, a tick of half a second later than of an update.
     async fn poll_map(&mut self, session: &Session, backoff: &mut Backoff) -> Ended {
+        let again = Arc::new(Notify::new());
         let updates = Updates {
+            again: again.clone(),
             session: session.clone(),
             requester: self.requester(),
             report: self.report.clone(),
@@ -160,14 +163,15 @@ impl Task {
             accepted: self.out.accepted.clone(),
         };
         let forgotten = tokio::select! {
-            ended = self.stream_map(session, backoff) => return ended,
+            ended = self.stream_map(session, backoff, &again) => return ended,
             forgotten = updates.run() => forgotten,
         };
         self.refused_poll(forgotten)
     }
 
-    /// Opens the map stream and reads it until it ends.
-    async fn stream_map(&mut self, session: &Session, backoff: &mut Backoff) -> Ended {
+    /// Opens the map stream and reads it until it ends. Has the report told `again` if the stream's own is an older one,
+    /// which control may have taken last.
+    async fn stream_map(&mut self, session: &Session, backoff: &mut Backoff, again: &Notify) -> Ended {
         let report = self.report.borrow().clone();
         let response = match timeout(WATCHDOG, self.open_stream(session, &report)).await {
             Ok(Ok(response)) => response,
@@ -181,6 +185,9 @@ impl Task {
             return self.refused_poll(ConnectError::Server { status: status.as_u16(), body });
         }
         debug!("map stream open");
+        if *self.report.borrow() != report {
+            again.notify_one();
+        }
         let mut stream = MapStream::new(response.into_body());
         self.map.restart();
         self.read_map(session, &mut stream, backoff).await

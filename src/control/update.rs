@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, Limited};
 use hyper::{Method, StatusCode};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use tracing::debug;
 
@@ -62,6 +62,8 @@ pub(super) struct Updates {
     pub(super) report: watch::Receiver<HostReport>,
     pub(super) netmap: watch::Receiver<Option<Arc<Netmap>>>,
     pub(super) accepted: watch::Sender<HostReport>,
+    /// Told when the same is to be said once more.
+    pub(super) again: Arc<Notify>,
 }
 
 impl Updates {
@@ -95,6 +97,7 @@ impl Updates {
         let other_exit = async { self.netmap.wait_for(other).await.map(drop) };
         tokio::select! {
             Ok(()) = self.report.changed() => {}
+            () = self.again.notified() => {}
             Ok(()) = other_exit => {}
             else => std::future::pending().await,
         }
