@@ -64,7 +64,10 @@ pub(super) fn run(settings: Settings, job: &Job) -> u8 {
     let mut report = Report::new(&settings.output);
     let outcome = threads::data().and_then(|data| {
         let control = Control::start()?;
-        data.block_on(session(settings, job, &mut report, control.handle.clone()))
+        let exit = data.block_on(session(settings, job, &mut report, control.handle.clone()));
+        // A look-up in the system's resolver cannot be cancelled; it need not keep us here.
+        data.shutdown_background();
+        exit
     });
     outcome.unwrap_or_else(|fault| {
         let exit = job.exit_of(&fault);

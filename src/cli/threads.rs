@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::fault::{self, Fault};
 
-/// The control thread: one runtime of its own, so that a slow handshake never delays a packet.
+/// The control thread: one runtime of its own, so that what is slow there never delays a packet.
 pub(super) struct Control {
     /// Where its tasks are spawned.
     pub(super) handle: Handle,
@@ -26,7 +26,7 @@ impl Control {
         let stop = control.stop.clone();
         let body = move || {
             runtime.block_on(stop.cancelled());
-            // A look-up in the system's resolver cannot be cancelled; it need not keep us here.
+            // As with the data thread's: a look-up may still be under way.
             runtime.shutdown_background();
         };
         let spawned = thread::Builder::new().name(String::from("control")).spawn(body);

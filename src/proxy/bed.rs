@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::task::{JoinHandle, LocalSet};
+use tokio::runtime::{Builder, LocalOptions};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -28,9 +29,9 @@ pub(super) struct Bed {
 
 /// Runs a test on a data thread of its own.
 pub(super) fn run<F: Future>(test: F) -> F::Output {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default()).unwrap();
     let bounded = async { timeout(LIMIT, test).await.expect("the test ends in time") };
-    LocalSet::new().block_on(&runtime, bounded)
+    runtime.block_on(bounded)
 }
 
 /// A proxy before a node whose tailnet is loopback.
