@@ -23,7 +23,8 @@ const RECEIVE: (usize, usize) = (1 << 20, 3 << 20);
 const SEND: (usize, usize) = (512 << 10, 3 << 20);
 /// Octets a second that they are made for, up to the longest.
 const RATE: f64 = 32e6;
-/// Octets that the rings of all connections may have beyond the shortest: seven of the longest have room.
+/// Octets that the rings of all connections may have beyond the shortest: seven of the longest have room, three of them
+/// to hosts of which no round trip is known.
 const SPARE: usize = 32 << 20;
 /// Hosts whose round trip is remembered.
 const HOSTS: usize = 256;
@@ -55,9 +56,12 @@ pub(super) struct Budget {
 impl Budget {
     /// The sizes for a connection to `host`. What it takes comes back by [`give_back`](Self::give_back).
     pub(super) fn take(&mut self, host: IpAddr) -> Sizes {
-        let wanted = self.round_trips.get(&host).map_or(usize::MAX, |trip| (trip.as_secs_f64() * RATE) as usize);
+        let known = self.round_trips.get(&host);
+        let wanted = known.map_or(usize::MAX, |trip| (trip.as_secs_f64() * RATE) as usize);
+        // Half is left to those that are known to need it.
+        let spare = if known.is_some() { SPARE } else { SPARE / 2 };
         let sizes = Sizes { receive: wanted.clamp(RECEIVE.0, RECEIVE.1), send: wanted.clamp(SEND.0, SEND.1) };
-        if self.given + sizes.beyond_shortest() > SPARE {
+        if self.given + sizes.beyond_shortest() > spare {
             return Sizes::SHORTEST;
         }
         self.given += sizes.beyond_shortest();
@@ -72,8 +76,9 @@ impl Budget {
     /// A connection to `host` has measured a round trip.
     pub(super) fn note_round_trip(&mut self, host: IpAddr, trip: Duration) {
         if self.round_trips.len() >= HOSTS && !self.round_trips.contains_key(&host) {
-            // Whoever is forgotten has longer rings than it needs, once.
-            self.round_trips.clear();
+            // Whoever is forgotten may have longer rings than it needs, once.
+            let forgotten = self.round_trips.keys().next().copied();
+            forgotten.map(|host| self.round_trips.remove(&host));
         }
         self.round_trips.insert(host, trip);
     }
@@ -136,8 +141,11 @@ mod tests {
     #[test]
     fn all_rings_together_take_no_more_than_is_spared() {
         let mut budget = Budget::default();
-        let taken: Vec<_> = (0..50).map(|_| budget.take(host(1))).collect();
-        assert_eq!(taken.iter().filter(|sizes| **sizes != Sizes::SHORTEST).count(), 7);
+        budget.note_round_trip(host(2), Duration::from_millis(100));
+        let taken: Vec<_> = (0..50).map(|number| budget.take(host(1 + number / 25))).collect();
+        let (unknown, known) = taken.split_at(25);
+        let long = |taken: &[Sizes]| taken.iter().filter(|sizes| **sizes != Sizes::SHORTEST).count();
+        assert_eq!((long(unknown), long(known)), (3, 4));
         assert!(taken.iter().map(|sizes| sizes.beyond_shortest()).sum::<usize>() <= SPARE);
         taken.into_iter().for_each(|sizes| budget.give_back(sizes));
         assert_ne!(budget.take(host(1)), Sizes::SHORTEST);
