@@ -69,7 +69,8 @@ pub(super) struct Core {
     wake: Rc<Notify>,
     /// Wakes those who wait for a peer.
     pub(super) peer_changed: Rc<Notify>,
-    next_deadline: Option<Instant>,
+    /// What the driver's timer is set to.
+    armed: Option<Instant>,
     /// What became of the machine's network.
     link: LinkState,
     /// When the UDP sockets were last bound anew.
@@ -92,7 +93,7 @@ impl Core {
             pongs: HashMap::new(),
             wake: Rc::new(Notify::new()),
             peer_changed: Rc::new(Notify::new()),
-            next_deadline: None,
+            armed: None,
             link: LinkState::default(),
             rebound_at: None,
             derp_dropped: 0,
@@ -129,9 +130,15 @@ impl Core {
         &mut self.parts.netstack
     }
 
-    /// When the driver has to call [`handle_timeout`](Self::handle_timeout).
-    pub(super) fn next_deadline(&self) -> Option<Instant> {
-        self.next_deadline
+    /// When the driver has to call [`handle_timeout`](Self::handle_timeout). It is woken when that comes nearer.
+    pub(super) fn arm(&mut self) -> Option<Instant> {
+        self.armed = self.deadline();
+        self.armed
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let engine = self.parts.engine.next_deadline().map(|(at, _)| at);
+        [engine, self.parts.netstack.next_deadline()].into_iter().flatten().min()
     }
 
     /// Takes over a new netmap.
@@ -307,8 +314,9 @@ impl Core {
         self.pump(now);
     }
 
-    /// Says what was counted, once the run is over.
-    pub(super) fn say_stats(&self) {
+    /// The run is over: no relay is spoken with any more. Says what was counted.
+    pub(super) fn stop(&mut self) {
+        self.parts.relays.close_all();
         let (stats, lost, derp_dropped) = (self.parts.engine.stats(), &self.parts.outbox.lost, self.derp_dropped);
         let link_changes = self.link.changes;
         debug!(?stats, ?lost, derp_dropped, link_changes, "data plane stopped");
@@ -368,14 +376,7 @@ impl Core {
     }
 
     fn schedule(&mut self) {
-        let engine = self.parts.engine.next_deadline().map(|(at, _)| at);
-        let deadline = [engine, self.parts.netstack.next_deadline()].into_iter().flatten().min();
-        let nearer = match (deadline, self.next_deadline) {
-            (Some(new), Some(old)) => new < old,
-            (Some(_), None) => true,
-            (None, _) => false,
-        };
-        self.next_deadline = deadline;
+        let nearer = self.deadline().is_some_and(|new| self.armed.is_none_or(|armed| new < armed));
         let (blocked, newly) = (self.parts.outbox.blocked().is_some(), self.parts.outbox.is_newly_blocked());
         // A full socket is waited for; asking it again and again would keep the runtime from hearing that it is not.
         if nearer || newly || self.must_rebind() || (!blocked && self.parts.netstack.has_work()) {

@@ -29,7 +29,7 @@ pub(super) struct Inputs {
 enum Woken {
     Readable,
     Writable,
-    Derp(Task),
+    Region(Task),
     NodeKey,
     Netmap,
     Probe(Probed),
@@ -46,7 +46,8 @@ pub(super) async fn run(shared: Shared, mut inputs: Inputs) {
     loop {
         // Work that never ends must not keep the runtime from its sockets and timers.
         tokio::task::consume_budget().await;
-        let (deadline, blocked) = (shared.borrow().next_deadline(), shared.borrow().blocked());
+        let deadline = shared.borrow_mut().arm();
+        let blocked = shared.borrow().blocked();
         let udp = shared.borrow().udp();
         let readable = poll_fn(|cx| match &udp {
             Some(udp) => udp.poll_readable(cx).map(drop),
@@ -59,7 +60,7 @@ pub(super) async fn run(shared: Shared, mut inputs: Inputs) {
         let woken = tokio::select! {
             () = readable => Woken::Readable,
             () = writable => Woken::Writable,
-            Some(task) = inputs.derp_tasks.recv() => Woken::Derp(task),
+            Some(task) = inputs.derp_tasks.recv() => Woken::Region(task),
             Ok(()) = inputs.node_key.changed() => Woken::NodeKey,
             Ok(()) = inputs.netmap.changed() => Woken::Netmap,
             Some(probed) = inputs.probes.recv() => Woken::Probe(probed),
@@ -73,7 +74,7 @@ pub(super) async fn run(shared: Shared, mut inputs: Inputs) {
         match woken {
             Woken::Readable => core.handle_readable(now),
             Woken::Writable => core.pump(now),
-            Woken::Derp(task) => keep_connected(&shared, task),
+            Woken::Region(task) => keep_connected(&shared, task),
             Woken::NodeKey => core.handle_node_key(&inputs.node_key.borrow_and_update(), now),
             Woken::Netmap => {
                 let netmap = inputs.netmap.borrow_and_update().clone();
@@ -84,7 +85,7 @@ pub(super) async fn run(shared: Shared, mut inputs: Inputs) {
             Woken::Probe(probed) => core.handle_probe(probed, now),
             Woken::Link(state) => core.handle_link(state, now),
             Woken::Time => core.handle_timeout(now),
-            Woken::Stop => return core.say_stats(),
+            Woken::Stop => return core.stop(),
         }
     }
 }

@@ -67,6 +67,13 @@ impl Relays {
         self.admitted.remove(&region);
     }
 
+    /// Closes all of them.
+    pub(super) fn close_all(&mut self) {
+        self.open.clear();
+        self.admitted.clear();
+        self.set_home(None);
+    }
+
     /// Whether an event comes from a connection that is still the region's own.
     pub(super) fn is_current(&self, id: ConnectionId) -> bool {
         self.open.get(&id.region).is_some_and(|(number, _)| *number == id.number)
