@@ -7,7 +7,7 @@
 //! killed   10.99.0.23  likewise
 //! relayed  10.99.0.41  the sidecar of the scenarios about relays, beside the others too
 //! lasting  10.99.0.42  the sidecar of one connection that lasts, likewise
-//! idle     192.168.43.2, behind a NAT at 10.99.0.43 that forgets in 30 s: the sidecar of connections that rest, likewise
+//! idle     192.168.43.2, behind a NAT at 10.99.0.43 that forgets in 8 s: the sidecar of connections that rest, likewise
 //! apps     10.99.0.24  the sidecar of the scenarios about app connectors, beside the others too
 //! link     10.99.0.25  the sidecar of the scenarios about another network, with a second way in by eth1
 //! web      10.99.0.31  tailscaled (userspace), a site
@@ -45,7 +45,8 @@ pub(crate) struct Hosts {
     pub(crate) relayed: Namespace,
     pub(crate) lasting: Namespace,
     pub(crate) idle: Namespace,
-    idle_nat: Namespace,
+    /// The NAT before `idle`.
+    pub(crate) idle_nat: Namespace,
     pub(crate) web: Namespace,
     pub(crate) router: Namespace,
     pub(crate) router2: Namespace,
@@ -137,7 +138,7 @@ impl Hosts {
              iifname eth0 ct state new drop; }; }",
         )?;
         for setting in ["nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream"] {
-            nat.set(&format!("netfilter/{setting}"), "30")?;
+            nat.set(&format!("netfilter/{setting}"), "8")?;
         }
         cable((&self.idle, "eth0"), (nat, "lan0"))?;
         nat.ip("addr add 192.168.43.1/24 dev lan0")?;

@@ -10,6 +10,7 @@ mod authority;
 mod bed;
 mod chromium;
 mod client;
+mod conntrack;
 mod corp;
 mod demo;
 mod derper;

@@ -11,8 +11,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
-use rustix::net::netlink::{self, SocketAddrNetlink};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, recv, sendto, socket};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// What every namespace of every bed begins with; the owner's pid follows.
@@ -101,30 +99,6 @@ impl Namespace {
         let mut command = self.command("nft");
         command.args(["-f", "-"]);
         feed(command, rules).map(drop)
-    }
-
-    /// Forgets all tracked connections, as `conntrack -F` would.
-    ///
-    /// # Errors
-    /// With what the kernel said.
-    pub(crate) fn forget_connections(&self) -> io::Result<()> {
-        // `IPCTNL_MSG_CT_DELETE` of `NFNL_SUBSYS_CTNETLINK` with `NLM_F_REQUEST | NLM_F_ACK`, and an empty `nfgenmsg`:
-        // all of them. Source: linux/netfilter/nfnetlink_conntrack.h.
-        let mut request = 20_u32.to_ne_bytes().to_vec();
-        request.extend([0x0102_u16, 0x1 | 0x4].map(u16::to_ne_bytes).concat());
-        request.resize(20, 0);
-        self.inside(|| {
-            let socket = socket(AddressFamily::NETLINK, SocketType::RAW, Some(netlink::NETFILTER))?;
-            sendto(&socket, &request, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
-            let mut answer = [0; 64];
-            let (length, _) = recv(&socket, &mut answer, RecvFlags::empty())?;
-            // A negative errno follows the header.
-            match answer.get(16..20).filter(|_| length >= 20).and_then(|code| code.first_chunk().copied()) {
-                Some(code) if i32::from_ne_bytes(code) == 0 => Ok(()),
-                Some(code) => Err(io::Error::from_raw_os_error(-i32::from_ne_bytes(code))),
-                None => Err(io::Error::other("the kernel answers less than a header")),
-            }
-        })?
     }
 
     /// Lists something as nftables' JSON: `what` is the rest of `nft -j list`.
