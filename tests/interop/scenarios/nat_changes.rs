@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,9 @@ use crate::tailscaled::{Role, Tailscaled};
 /// The longest pause while a NAT's address changes. It takes a second; a path whose trust must end first, 6.5 s, and
 /// TCP's own pause before it tries again, which has grown to 12.8 s by then, cost tailscaled 12.6 s.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// What begins to show only after a change looks done: so many answers more must come, or the pause is too long anyway.
+const FURTHER: usize = 50;
+const STALLED: Duration = Duration::from_millis(7500);
 /// How soon a peer that is back must be found.
 const FOUND: Duration = Duration::from_secs(5);
 
@@ -68,15 +71,14 @@ pub(crate) fn a_nat_that_forgets_its_mappings_interrupts_for_seconds(bed: &Bed) 
         let network = network(&nat.internet.clients, ours)?;
         let what = format!("{} NAT flushed, peer {}", ours.name(), theirs.name());
         interrupted(&what, &clients, peer, || {
-            let before = clients.iter().map(|client| peer.path_to(client)).collect::<Result<Vec<_>, _>>()?;
+            let before = paths_to(&clients, peer)?;
             network.forget()?;
-            let wanted = |(client, before): (&Client<'_>, &Option<SocketAddr>)| -> Result<bool, Failed> {
-                let path = peer.path_to(client)?;
-                Ok(path.is_some() && (ours == Kind::Easy || path != *before))
-            };
             until(Duration::from_secs(30), "direct paths by the new mappings", || {
-                let all = clients.iter().zip(&before).map(wanted).collect::<Result<Vec<_>, _>>()?;
-                Ok(all.iter().all(|it| *it).then_some(()))
+                let now = clients.iter().map(|client| peer.path_to(client)).collect::<Result<Vec<_>, _>>()?;
+                let wanted = |(now, before): (&Option<SocketAddr>, &SocketAddr)| {
+                    now.is_some_and(|now| ours == Kind::Easy || now != *before)
+                };
+                Ok(now.iter().zip(&before).all(wanted).then_some(()))
             })
         })?;
     }
@@ -94,26 +96,35 @@ pub(crate) fn a_machine_that_refuses_datagrams_and_destroys_sockets_interrupts_f
     const REFUSED: &str =
         "table inet own { chain out { type filter hook output priority 0; meta l4proto udp drop; }; }";
     let directs = |wanted: bool| move |client: &Client<'_>| is_direct(client, peer) == wanted;
-    interrupted("our own firewall refuses UDP", &clients, peer, || {
+    let result = interrupted("our own firewall refuses UDP", &clients, peer, || {
         host.nft(REFUSED)?;
         until(Duration::from_secs(30), "the relay", || Ok(clients.iter().all(directs(false)).then_some(())))?;
         host.nft("delete table inet own")?;
         until(Duration::from_secs(30), "a direct path", || Ok(clients.iter().all(directs(true)).then_some(())))
-    })?;
+    });
+    host.nft("table inet own { }\ndelete table inet own")?;
+    result?;
     interrupted("our UDP sockets are destroyed", &clients, peer, || {
-        let before = peer.path_to(&clients[0])?;
+        let before = paths_to(&clients[..1], peer)?;
         let mut command = host.command("ss");
         command.args(["--kill", "--udp", "--all"]);
         output(command)?;
         until(Duration::from_secs(30), "a direct path to another port", || {
             let after = peer.path_to(&clients[0])?;
-            Ok((after.is_some() && after != before).then_some(()))
+            Ok(after.filter(|after| *after != before[0]).map(drop))
         })
     })
 }
 
-/// How long a busy connection pauses, at most, while something changes and until that is over: ours and tailscaled's
-/// are told, and ours is bounded.
+/// Where the peer sends packets for each client, once it does so directly.
+fn paths_to(clients: &[Client<'_>], peer: &Peer) -> Result<Vec<SocketAddr>, Failed> {
+    until(Duration::from_secs(15), "direct paths by what the peer says", || {
+        clients.iter().map(|client| peer.path_to(client)).collect()
+    })
+}
+
+/// How long a busy connection pauses, at most, while something changes, until that is over, and for some answers more:
+/// ours and tailscaled's are told, and ours is bounded.
 fn interrupted(
     what: &str,
     clients: &[Client<'_>; 2],
@@ -121,10 +132,17 @@ fn interrupted(
     change: impl FnOnce() -> Result<(), Failed>,
 ) -> Result<(), Failed> {
     let streams = connect(clients, peer)?;
-    let over = AtomicBool::new(false);
+    let (over, answers) = (AtomicBool::new(false), [const { AtomicUsize::new(0) }; 2]);
     let pauses = thread::scope(|scope| {
-        let workers: Vec<_> = streams.into_iter().map(|stream| scope.spawn(|| longest_pause(stream, &over))).collect();
+        let workers: Vec<_> = streams
+            .into_iter()
+            .zip(&answers)
+            .map(|(stream, answers)| scope.spawn(|| longest_pause(stream, answers, &over)))
+            .collect();
         let changed = change();
+        if changed.is_ok() {
+            go_on(&answers);
+        }
         over.store(true, Ordering::Relaxed);
         let pauses: Result<Vec<Duration>, Failed> =
             workers.into_iter().map(|worker| worker.join().map_err(|_| "it panicked")?).collect();
@@ -134,6 +152,15 @@ fn interrupted(
     match pauses[0] > LONGEST_PAUSE {
         true => Err(format!("{what}: {:?} without an answer, tailscaled {:?}", pauses[0], pauses[1]).into()),
         false => Ok(()),
+    }
+}
+
+/// Waits for further answers to both, as long as is of use.
+fn go_on(answers: &[AtomicUsize; 2]) {
+    let (begun, so_far) = (Instant::now(), answers.each_ref().map(|answers| answers.load(Ordering::Relaxed)));
+    let came = |(answers, so_far): (&AtomicUsize, usize)| answers.load(Ordering::Relaxed) >= so_far + FURTHER;
+    while begun.elapsed() < STALLED && !answers.iter().zip(so_far).all(came) {
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -210,13 +237,14 @@ fn echo(stream: &mut TcpStream) -> Result<(), Failed> {
     Ok(stream.read_exact(&mut [0; 32])?)
 }
 
-/// Keeps a connection busy until it is told that all is over; the longest time that an answer took.
-fn longest_pause(mut stream: TcpStream, over: &AtomicBool) -> Result<Duration, Failed> {
+/// Keeps a connection busy until it is told that all is over, and counts the answers; the longest time that one took.
+fn longest_pause(mut stream: TcpStream, answers: &AtomicUsize, over: &AtomicBool) -> Result<Duration, Failed> {
     let mut longest = Duration::ZERO;
     while !over.load(Ordering::Relaxed) {
         let sent = Instant::now();
         echo(&mut stream)?;
         longest = longest.max(sent.elapsed());
+        answers.fetch_add(1, Ordering::Relaxed);
         thread::sleep(Duration::from_millis(20));
     }
     Ok(longest)
