@@ -9,6 +9,7 @@ use ring::digest::{Context, SHA256};
 use rustix::process::Signal;
 
 use crate::bed::{Bed, TRAP};
+use crate::namespace::Namespace;
 use crate::process::{output, tail, until};
 use crate::sidecar::{Launch, Sidecar};
 
@@ -68,9 +69,10 @@ pub(crate) fn a_rule_that_moves_all_packets_stops_no_relayed_download(bed: &Bed)
         ))?;
         back(&sidecar, "the default route moved")
     });
-    host.nft("table inet foreign { }\ndelete table inet foreign")?;
-    host.ip("rule del priority 100 table 77\nroute flush table 77")?;
-    told(&sidecar, "another interface by a rule, relayed", pause?)
+    let restored = restore(host);
+    let pause = pause?;
+    restored?;
+    told(&sidecar, "another interface by a rule, relayed", pause)
 }
 
 fn replace_address(bed: &Bed, args: &[&str], what: &str) -> Result<(), Failed> {
@@ -163,6 +165,7 @@ fn begin<'a>(bed: &'a Bed, args: &[&str]) -> Result<Sidecar<'a>, Failed> {
 
 fn begin_as<'a>(bed: &'a Bed, launch: Launch<'a>) -> Result<Sidecar<'a>, Failed> {
     let host = &bed.hosts.link;
+    restore(host)?;
     host.ip(&format!(
         "addr flush dev eth0\naddr flush dev eth1\nlink set eth0 up\nlink set eth1 up\n\
          addr add 10.99.0.25/24 dev eth0\nroute replace default via {TRAP} dev eth0"
@@ -175,6 +178,13 @@ fn begin_as<'a>(bed: &'a Bed, launch: Launch<'a>) -> Result<Sidecar<'a>, Failed>
     let sidecar = launch.on(host).ready()?;
     sidecar.page("web", "web")?;
     Ok(sidecar)
+}
+
+/// Takes away the rules of filters and routes that these scenarios make, whether they are there or not.
+fn restore(host: &Namespace) -> Result<(), Failed> {
+    let filters = host.nft("table inet foreign { }\ndelete table inet foreign");
+    host.ip("rule flush table 77\nroute flush table 77")?;
+    Ok(filters?)
 }
 
 /// How a download went over a change.
