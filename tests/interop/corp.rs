@@ -60,16 +60,17 @@ impl Corp {
     }
 }
 
-/// The flags by which dnsmasq stays our child.
+/// The flags by which dnsmasq stays our child, and writes its id nowhere: beds that start together would share the file.
 ///
 /// In its debug mode it serves one TCP client at a time and nobody else meanwhile, so that is for user
 /// namespaces only, where it cannot change its user.
 ///
 /// # Errors
 /// Those of looking where we are.
-pub(crate) fn stay() -> io::Result<[&'static str; 2]> {
+pub(crate) fn stay() -> io::Result<[&'static str; 3]> {
     let real_root = fs::read_to_string("/proc/self/uid_map")?.contains("4294967295");
-    Ok(if real_root { ["--keep-in-foreground", "--user=root"] } else { ["--no-daemon", "--user=root"] })
+    let way = if real_root { "--keep-in-foreground" } else { "--no-daemon" };
+    Ok([way, "--user=root", "--pid-file="])
 }
 
 impl Drop for Corp {
