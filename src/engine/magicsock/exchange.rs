@@ -148,8 +148,9 @@ impl Magicsock {
                 self.outputs.push_back(Output::Resend { peer: entry.peer.key });
             }
             if answered.remapped {
+                self.netcheck.doubt_mapping(source, now);
                 let round = place.path.discover(now);
-                self.probe(*slot, entry, Probe { doubt: Some(now), ..round }, now);
+                self.probe(*slot, entry, round, now);
             }
         }
     }

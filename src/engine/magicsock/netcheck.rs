@@ -5,6 +5,7 @@
 //! waits for the home region. Source: Tailscale, net/netcheck.
 
 mod begin;
+mod doubt;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -73,6 +74,8 @@ pub(super) struct Netcheck {
     moved: bool,
     /// What servers saw before that is void, once they have answered.
     void: Option<Instant>,
+    /// When a pong last cast doubt on that.
+    doubted_at: Option<Instant>,
     full_at: Option<Instant>,
     refresh_at: Option<Instant>,
     used_at: Option<Instant>,
@@ -109,6 +112,7 @@ impl Netcheck {
             settled_at: None,
             moved: false,
             void: None,
+            doubted_at: None,
             full_at: None,
             refresh_at: None,
             used_at: None,
@@ -202,14 +206,6 @@ impl Netcheck {
             self.start(false, now);
         }
         is_fresh(self.settled_at)
-    }
-
-    /// A path that worked has been in doubt since then, and our mapping perhaps with it: what servers said before is not
-    /// told to peers any more, and is void for a family once a server has answered anew.
-    pub(super) fn doubt(&mut self, since: Instant) {
-        if self.settled_at.take_if(|at| *at <= since).is_some() {
-            self.void = Some(since);
-        }
     }
 
     /// Something suggests that our network changed.
