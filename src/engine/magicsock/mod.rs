@@ -169,14 +169,13 @@ impl Magicsock {
     pub(super) fn handle_unreachable(&mut self, addr: SocketAddr, roster: &Roster, now: Instant) {
         let slots: Vec<Slot> = self.active.iter().copied().collect();
         for slot in slots {
-            let (Some(entry), Some(place)) = (roster.entry(slot), self.places.get_mut(slot).and_then(Option::as_mut))
-            else {
-                continue;
-            };
-            if place.path.best(now).is_some_and(|(best, trusted)| trusted && best.addr == addr) {
-                place.path.doubt();
+            let Some(entry) = roster.entry(slot) else { continue };
+            let relay = self.relay(slot, entry).filter(|region| self.relays.is_connected(*region));
+            let relayed = relay.is_some() && self.transport != Transport::Direct;
+            let place = self.places.get_mut(slot).and_then(Option::as_mut);
+            if let Some(probe) = place.and_then(|place| place.path.handle_refused(addr, relayed, now)) {
                 self.outputs.push_back(Output::Resend { peer: entry.peer.key });
-                self.discover(slot, entry, now);
+                self.probe(slot, entry, probe, now);
                 self.reschedule(slot);
             }
         }
@@ -195,7 +194,7 @@ impl Magicsock {
         }
         let sent = place.path.note_send(now);
         let best = place.path.best(now);
-        if sent.first {
+        if sent.rescheduled {
             self.reschedule(slot);
         }
         if sent.discover {

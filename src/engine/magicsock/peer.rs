@@ -1,10 +1,12 @@
 //! One peer's paths: which UDP endpoints answer, which is best, and DERP until one does.
 //!
-//! The best address is trusted for [`TRUST`] after its last pong; past that, datagrams go both ways until a pong or a
-//! lost ping decides. The receiver's replay protection drops the second copies.
+//! The best address is trusted for [`TRUST`] after its last pong, or until its peer falls silent ([`silence`]); past
+//! that, datagrams go both ways until a pong or a lost ping decides. The receiver's replay protection drops the second
+//! copies.
 //! Source: Tailscale, wgengine/magicsock, endpoint.go.
 
 mod news;
+mod retract;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -76,7 +78,11 @@ pub(super) struct Path {
     /// When the peer was last called, and how many of the pings of [`AGAIN`] that has had.
     called: Option<(Instant, usize)>,
     silence: Silence,
-    /// When a pong last saw us elsewhere than the one before.
+    /// When the machine last refused what goes to the best address, of the times that were acted upon.
+    refused_at: Option<Instant>,
+    /// When what was sent of late was last sent again for that, by the relay too.
+    resent_at: Option<Instant>,
+    /// When a pong of the best address last saw us elsewhere than the one before.
     remapped_at: Option<Instant>,
     /// Since when the next call is to take back what the ones before told, and where the peer saw us of late.
     retracted: Option<(Instant, Option<SocketAddr>)>,
@@ -102,7 +108,7 @@ impl Path {
         let trusted = self.best(now).filter(|(_, trusted)| *trusted);
         let watched = trusted.is_some_and(|(best, _)| self.silence.note_send(best.latency, now));
         let discover = trusted.is_none() && self.discover_at.is_none_or(|at| at <= now);
-        Sent { first: first || watched, discover }
+        Sent { rescheduled: first || watched, discover }
     }
 
     /// Whether a packet went out lately.
@@ -249,38 +255,16 @@ impl Path {
             Some((best, trusted)) => (!trusted || is_better(&answered, &best), best.addr == addr),
             None => (true, false),
         };
-        let remapped = self.note_source(addr, source, now) && same;
+        let remapped = self.note_source(addr, same, source, now);
         if !replace && !same {
             return Answered::default();
         }
         self.best = Some(answered);
         self.trusted_until = Some(now + TRUST);
         self.silence.note_pong();
-        let restored = before.is_none_or(|(_, trusted)| !trusted);
-        Answered { better: restored || !same, restored, remapped }
-    }
-
-    /// The peer sees us at `source` from an address. Whether that is news to act upon: a NAT may map us anew with every
-    /// datagram.
-    fn note_source(&mut self, addr: SocketAddr, source: SocketAddr, now: Instant) -> bool {
-        let rested = self.remapped_at.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL);
-        let Some(candidate) = self.candidates.get_mut(&addr) else { return false };
-        let other = candidate.sees_us.filter(|seen| *seen != source);
-        if rested || other.is_none() {
-            candidate.sees_us = Some(source);
-        }
-        if rested && other.is_some() {
-            (self.retracted, self.remapped_at) = (Some((now, other)), Some(now));
-        }
-        rested && other.is_some()
-    }
-
-    /// Whether the call that goes out now is to take back what was told before, and where the peer saw us besides: it
-    /// may still send to an address of ours from which nothing reaches us. A call that comes too late takes nothing back:
-    /// by then the peer has found out, and another path works.
-    pub(super) fn take_retracted(&mut self, now: Instant) -> Option<Option<SocketAddr>> {
-        let (since, seen) = self.retracted.take()?;
-        (now.duration_since(since) < PING_INTERVAL).then_some(seen)
+        let distrusted = before.is_none_or(|(_, trusted)| !trusted);
+        let resent = self.resent_at.is_some_and(|at| now.duration_since(at) < PING_INTERVAL);
+        Answered { better: distrusted || !same, restored: distrusted && !resent, remapped }
     }
 
     /// Does what time demands. The peer has been silent since `unheard`, although packets went out.
@@ -341,6 +325,25 @@ impl Path {
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let deadlines = [self.heartbeat_at, self.again_at(), self.silence.next_deadline(), self.pings.next_deadline()];
         deadlines.into_iter().flatten().min()
+    }
+
+    /// The machine lets nothing be sent to that address. What to send if that is the trusted one; the next packets go by
+    /// the relay as well, if there is one (`relayed`).
+    ///
+    /// A firewall that lets some of many datagrams through refuses others all the time, while pongs vouch for the
+    /// address in between: so often nobody is asked, called, and sent everything again.
+    pub(super) fn handle_refused(&mut self, addr: SocketAddr, relayed: bool, now: Instant) -> Option<Probe> {
+        self.best(now).filter(|(best, trusted)| *trusted && best.addr == addr)?;
+        if self.refused_at.is_some_and(|at| now.duration_since(at) < PING_INTERVAL) {
+            return None;
+        }
+        (self.refused_at, self.resent_at) = (Some(now), relayed.then_some(now));
+        self.trusted_until = None;
+        let mut probe = self.discover(now);
+        if !probe.ping.contains(&addr) {
+            probe.ping.push(addr);
+        }
+        Some(probe)
     }
 
     /// Our own network changed, or the peer is another process now: no pong so far vouches for an address. The best one

@@ -297,3 +297,20 @@ fn a_plain_wireguard_peer_gets_its_initiation_at_each_endpoint_in_turn() {
     let to: Vec<String> = world.datagrams.iter().filter(|it| it.2[0] == 1).map(|it| it.1.to_string()).collect();
     assert_eq!(to, ["192.0.2.1:1", "192.0.2.2:2", "192.0.2.1:1", "192.0.2.2:2"]);
 }
+
+#[test]
+fn a_firewall_that_refuses_some_datagrams_has_nothing_repeated_all_the_time() {
+    let mut world = direct();
+    world.udp_delay = Duration::ZERO;
+    let (peer, key) = (world.nodes[1].underlay, world.nodes[1].key.public());
+    world.nodes[0].outputs.clear();
+    world.datagrams.clear();
+    for _ in 0..1_000 {
+        let now = world.now;
+        world.nodes[0].engine.handle_unreachable(peer, now);
+        world.run(Duration::from_millis(1));
+        assert!(world.is_direct(0));
+    }
+    assert_eq!(world.nodes[0].outputs.iter().filter(|output| **output == Output::Resend { peer: key }).count(), 1);
+    assert!(world.datagrams.len() < 20, "{} datagrams", world.datagrams.len());
+}

@@ -30,7 +30,7 @@ pub(in crate::engine::magicsock) struct News {
 pub(in crate::engine::magicsock) struct Answered {
     /// The best address is another now, or trusted again.
     pub(in crate::engine::magicsock) better: bool,
-    /// No address was trusted before.
+    /// No address was trusted before, nor was what was sent since then sent again by the relay.
     pub(in crate::engine::magicsock) restored: bool,
     /// The peer sees us elsewhere than before: our NAT maps us anew, and what it sends to where we were is lost.
     pub(in crate::engine::magicsock) remapped: bool,
@@ -51,7 +51,7 @@ pub(in crate::engine::magicsock) enum Heard {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::engine::magicsock) struct Sent {
     /// The path has a new deadline.
-    pub(in crate::engine::magicsock) first: bool,
+    pub(in crate::engine::magicsock) rescheduled: bool,
     /// A discovery round is due.
     pub(in crate::engine::magicsock) discover: bool,
 }

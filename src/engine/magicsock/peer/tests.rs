@@ -192,7 +192,7 @@ fn a_peer_that_falls_silent_is_asked_twice_and_then_reached_by_the_relay_as_well
     let start = Instant::now();
     let mut path = direct(start);
     let sent = after(start, 1_000);
-    assert!(path.note_send(sent).first);
+    assert!(path.note_send(sent).rescheduled);
     let (mut asked, mut doubted) = (0, None);
     while let Some(now) = path.next_deadline().filter(|_| doubted.is_none()) {
         let news = path.handle_timeout(Some(sent), now);
@@ -251,4 +251,73 @@ fn a_peer_whose_session_comes_late_is_looked_for_again_at_once() {
     path.note_session(after(start, 420));
     assert!(path.note_send(after(start, 420)).discover);
     assert_eq!(path.discover(after(start, 420)).ping, [addr(A)]);
+}
+
+/// A ping to an address at some time, and its pong `rtt` later.
+fn pong(path: &mut Path, to: &str, source: &str, (sent, rtt): (Instant, u64)) -> Answered {
+    path.note_ping(TxId([7; 12]), addr(to), sent);
+    path.handle_pong(TxId([7; 12]), addr(source), after(sent, rtt))
+}
+
+#[test]
+fn a_firewall_that_refuses_every_other_datagram_costs_one_call_and_one_repetition() {
+    for relayed in [true, false] {
+        let start = Instant::now();
+        let mut path = direct(start);
+        let mut alternate = |from: u64| {
+            let (mut calls, mut refused, mut restored) = (0, 0, 0);
+            for millis in from..from + 1_000 {
+                if let Some(probe) = path.handle_refused(addr(A), relayed, after(start, millis)) {
+                    assert!(!path.best(after(start, millis)).unwrap().1);
+                    assert_eq!(probe.ping.iter().filter(|to| **to == addr(A)).count(), 1);
+                    (calls, refused) = (calls + usize::from(probe.call), refused + 1);
+                }
+                restored += usize::from(pong(&mut path, A, US, (after(start, millis), 0)).restored);
+            }
+            (calls, refused, restored)
+        };
+        // Without a relay nothing has arrived before the pong.
+        assert_eq!(alternate(1_000), (1, 1, usize::from(!relayed)));
+        assert_eq!(alternate(6_001), (1, 1, usize::from(!relayed)));
+    }
+}
+
+#[test]
+fn a_refusal_concerns_the_trusted_address_alone_and_pings_nobody_twice() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    path.note_ping(TxId([2; 12]), addr(B), start);
+    let now = after(start, 1_000);
+    assert_eq!(path.handle_refused(addr(B), true, now), None);
+    assert_eq!(path.handle_refused(addr(A), true, now).unwrap().ping, [addr(A)]);
+}
+
+#[test]
+fn a_remap_that_another_address_tells_first_is_still_one() {
+    let (start, elsewhere) = (Instant::now(), "203.0.113.1:2");
+    let mut path = direct(start);
+    pong(&mut path, B, US, (start, 90));
+    let answered = pong(&mut path, B, elsewhere, (after(start, 3_000), 90));
+    assert_eq!((answered.remapped, path.take_retracted(after(start, 3_090))), (false, None));
+    assert!(pong(&mut path, A, elsewhere, (after(start, 3_100), 20)).remapped);
+    assert!(!pong(&mut path, A, elsewhere, (after(start, 3_200), 20)).remapped);
+    assert_eq!(path.take_retracted(after(start, 3_220)), Some(Some(addr(US))), "what is new is no reason to keep it");
+}
+
+#[test]
+fn a_path_that_answers_as_it_was_takes_nothing_back() {
+    for (source, retracted) in [(US, None), ("203.0.113.1:2", Some(Some(addr(US))))] {
+        let start = Instant::now();
+        let mut path = direct(start);
+        let sent = after(start, 1_000);
+        path.note_send(sent);
+        let doubted = loop {
+            let now = path.next_deadline().unwrap();
+            if path.handle_timeout(Some(sent), now).resend {
+                break now;
+            }
+        };
+        pong(&mut path, A, source, (doubted, 30));
+        assert_eq!(path.take_retracted(after(doubted, 40)), retracted, "{source}");
+    }
 }
