@@ -186,6 +186,8 @@ impl Flow {
 
     /// What is to be sent again when the way has changed.
     pub(super) fn pending(&mut self, what: Again) -> Option<&[u8]> {
+        // Few have anything, and to ask a socket takes entering its set.
+        self.repeat.pending()?;
         let state = self.with_tcp(|socket| socket.state())?;
         let waits = match (state, what) {
             (tcp::State::Closed | tcp::State::TimeWait | tcp::State::Listen, _) => false,

@@ -41,3 +41,64 @@ impl Repeat {
         self.kept.as_ref().map(|(packet, _)| packet.as_slice())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::time::Duration;
+
+    use smoltcp::socket::tcp::State;
+
+    use super::super::Again;
+    use super::super::tests::{OURS, THEIRS, World};
+
+    #[test]
+    fn a_syn_that_went_to_another_router_is_repeated_at_once_as_it_was() {
+        let mut world = World::new(1);
+        let id = world.stack.connect(OURS.parse().unwrap(), THEIRS.parse().unwrap()).unwrap();
+        let packets = |world: &mut World| {
+            let mut packets = Vec::new();
+            world.stack.egress(world.now, &mut |packet| {
+                packets.push(packet.to_vec());
+                None
+            });
+            packets
+        };
+        let first = packets(&mut world);
+        world.stack.repeat(Again::Syns, |_| false);
+        assert_eq!((first.len(), packets(&mut world).len()), (1, 0));
+        world.stack.repeat(Again::Everything, |remote| remote == THEIRS.parse::<SocketAddr>().unwrap().ip());
+        assert_eq!(packets(&mut world), first);
+        world.loss = 0;
+        world.run(Duration::from_secs(2));
+        assert_eq!(world.stack.with_tcp(id, |socket| socket.state()), Some(State::Established));
+        world.stack.repeat(Again::Everything, |_| true);
+        assert!(packets(&mut world).is_empty(), "an open connection has no SYN to repeat");
+    }
+
+    /// Ten seconds after a connection went silent its next try is 12.8 s away; the way that works again is used at once.
+    #[test]
+    fn a_segment_that_was_repeated_in_vain_is_sent_again_when_the_way_changes() {
+        let mut world = World::new(0);
+        let id = world.connect();
+        world.loss = 1;
+        world.stack.with_tcp(id, |socket| socket.send_slice(b"lost")).unwrap().unwrap();
+        world.stack.touch(id);
+        world.run(Duration::from_millis(150));
+        world.stack.repeat(Again::Everything, |_| true);
+        assert!(!world.stack.has_work(), "what was sent once may still arrive");
+        world.run(Duration::from_secs(10));
+        world.loss = 0;
+        world.stack.repeat(Again::Syns, |_| true);
+        world.stack.repeat(Again::Everything, |_| false);
+        assert!(!world.stack.has_work());
+        world.stack.repeat(Again::Everything, |_| true);
+        world.run(Duration::from_millis(20));
+        let mut got = [0; 8];
+        assert_eq!(world.server().recv_slice(&mut got), Ok(4));
+        world.stack.repeat(Again::Everything, |_| true);
+        assert!(!world.stack.has_work(), "it is acknowledged");
+        let octets = vec![7; 100_000];
+        assert_eq!(world.carry(id, &octets), octets);
+    }
+}

@@ -11,21 +11,21 @@ use smoltcp::wire::TcpPacket;
 use super::ports::endpoint;
 use super::*;
 
-const OURS: &str = "100.64.0.2";
-const THEIRS: &str = "100.64.0.1:80";
+pub(super) const OURS: &str = "100.64.0.2";
+pub(super) const THEIRS: &str = "100.64.0.1:80";
 
 /// Both ends, the packets between them, and a clock.
-struct World {
-    stack: Netstack,
+pub(super) struct World {
+    pub(super) stack: Netstack,
     iface: Interface,
     sockets: SocketSet<'static>,
     server: SocketHandle,
     start: Instant,
-    now: Instant,
+    pub(super) now: Instant,
     to_server: VecDeque<Vec<u8>>,
     sent: usize,
     /// Every so many packets, one is lost; 0 for none.
-    loss: usize,
+    pub(super) loss: usize,
     /// How our packets leave.
     carrier: Option<Carrier>,
     /// Whether our SYN's window scale reaches the server, which then answers with its own.
@@ -33,7 +33,7 @@ struct World {
 }
 
 impl World {
-    fn new(loss: usize) -> Self {
+    pub(super) fn new(loss: usize) -> Self {
         let start = Instant::now();
         let mut stack = Netstack::new(7, start);
         stack.set_addresses(&[OURS.parse().unwrap(), "fd7a:115c:a1e0::2".parse().unwrap()]);
@@ -51,13 +51,13 @@ impl World {
         Self { stack, iface, sockets, server, start, now: start, to_server, sent: 0, loss, carrier, scales }
     }
 
-    fn connect(&mut self) -> FlowId {
+    pub(super) fn connect(&mut self) -> FlowId {
         let id = self.stack.connect(OURS.parse().unwrap(), THEIRS.parse().unwrap()).unwrap();
         self.run(Duration::from_secs(1));
         id
     }
 
-    fn server(&mut self) -> &mut tcp::Socket<'static> {
+    pub(super) fn server(&mut self) -> &mut tcp::Socket<'static> {
         self.sockets.get_mut(self.server)
     }
 
@@ -67,7 +67,7 @@ impl World {
     }
 
     /// Lets both ends talk for a while, a millisecond at a time.
-    fn run(&mut self, time: Duration) {
+    pub(super) fn run(&mut self, time: Duration) {
         let end = self.now + time;
         while self.now < end {
             self.step();
@@ -110,7 +110,7 @@ impl World {
     }
 
     /// Sends `octets` from our side, and returns what the server got.
-    fn carry(&mut self, id: FlowId, octets: &[u8]) -> Vec<u8> {
+    pub(super) fn carry(&mut self, id: FlowId, octets: &[u8]) -> Vec<u8> {
         let (mut sent, mut got) = (0, Vec::new());
         for _ in 0..60_000 {
             if sent < octets.len() {
@@ -285,56 +285,6 @@ fn longest_datagram_is_one_packet_and_nothing_longer_is_any() {
         assert_eq!(lengths(datagram_limit(remote.ip())), [MTU], "{remote}");
         assert!(lengths(datagram_limit(remote.ip()) + 1).is_empty(), "{remote}");
     }
-}
-
-#[test]
-fn a_syn_that_went_to_another_router_is_repeated_at_once_as_it_was() {
-    let mut world = World::new(1);
-    let id = world.stack.connect(OURS.parse().unwrap(), THEIRS.parse().unwrap()).unwrap();
-    let packets = |world: &mut World| {
-        let mut packets = Vec::new();
-        world.stack.egress(world.now, &mut |packet| {
-            packets.push(packet.to_vec());
-            None
-        });
-        packets
-    };
-    let first = packets(&mut world);
-    world.stack.repeat(Again::Syns, |_| false);
-    assert_eq!((first.len(), packets(&mut world).len()), (1, 0));
-    world.stack.repeat(Again::Everything, |remote| remote == THEIRS.parse::<SocketAddr>().unwrap().ip());
-    assert_eq!(packets(&mut world), first);
-    world.loss = 0;
-    world.run(Duration::from_secs(2));
-    assert_eq!(world.stack.with_tcp(id, |socket| socket.state()), Some(State::Established));
-    world.stack.repeat(Again::Everything, |_| true);
-    assert!(packets(&mut world).is_empty(), "an open connection has no SYN to repeat");
-}
-
-/// Ten seconds after a connection went silent its next try is 12.8 s away; the way that works again is used at once.
-#[test]
-fn a_segment_that_was_repeated_in_vain_is_sent_again_when_the_way_changes() {
-    let mut world = World::new(0);
-    let id = world.connect();
-    world.loss = 1;
-    world.stack.with_tcp(id, |socket| socket.send_slice(b"lost")).unwrap().unwrap();
-    world.stack.touch(id);
-    world.run(Duration::from_millis(150));
-    world.stack.repeat(Again::Everything, |_| true);
-    assert!(!world.stack.has_work(), "what was sent once may still arrive");
-    world.run(Duration::from_secs(10));
-    world.loss = 0;
-    world.stack.repeat(Again::Syns, |_| true);
-    world.stack.repeat(Again::Everything, |_| false);
-    assert!(!world.stack.has_work());
-    world.stack.repeat(Again::Everything, |_| true);
-    world.run(Duration::from_millis(20));
-    let mut got = [0; 8];
-    assert_eq!(world.server().recv_slice(&mut got), Ok(4));
-    world.stack.repeat(Again::Everything, |_| true);
-    assert!(!world.stack.has_work(), "it is acknowledged");
-    let octets = vec![7; 100_000];
-    assert_eq!(world.carry(id, &octets), octets);
 }
 
 #[test]
