@@ -5,7 +5,8 @@
 
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::task::{Context, Poll};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 
 use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
 use rustix::io::Errno;
@@ -100,6 +101,12 @@ impl Udp {
             (Err(error), Err(_)) => Err(error),
             (v4, v6) => Ok(Self { v4: v4.ok(), v6: v6.ok() }),
         }
+    }
+
+    /// As on a machine that has no IPv6.
+    #[cfg(test)]
+    pub(crate) fn without_v6(self) -> Self {
+        Self { v6: None, ..self }
     }
 
     /// The port of each family's socket.
@@ -218,6 +225,9 @@ impl Socket {
             // there is more would be a second call for each datagram that comes alone.
             if count < slices.len() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
         });
+        if count == 0 && self.is_shut() {
+            return Err(Errno::NOTCONN.into());
+        }
         drop(slices);
         for (meta, octets) in metas.iter().zip(buffers.octets.chunks_exact_mut(RECEIVE_BUFFER)).take(count) {
             if meta.len == 0 || meta.stride == 0 {
@@ -228,6 +238,15 @@ impl Socket {
             }
         }
         received
+    }
+
+    /// Whether somebody shut it. It stays ready then, without anything to read.
+    fn is_shut(&self) -> bool {
+        let ready = pin!(self.io.ready(Interest::READABLE));
+        match ready.poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(ready) => ready.is_ok_and(|ready| ready.is_read_closed()),
+            Poll::Pending => false,
+        }
     }
 
     fn send(&self, destination: SocketAddr, contents: &[u8], segment: usize) -> io::Result<()> {
@@ -256,6 +275,16 @@ mod tests {
             receiver.receive(&mut buffers, |_, datagram| got.push(datagram.to_vec())).unwrap();
         }
         assert_eq!(got, [&batch[..100], &batch[100..200], &batch[200..]]);
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_somebody_shut_is_ready_for_ever_and_dead_when_it_is_read() {
+        let (udp, mut buffers) = (Udp::bind().unwrap(), ReceiveBuffers::default());
+        assert_eq!(udp.receive(&mut buffers, |_, _| ()), Ok(()), "nothing is there yet");
+        // It fails, as the socket is not connected, and shuts it all the same.
+        let _ = rustix::net::shutdown(&udp.v4.as_ref().unwrap().io, rustix::net::Shutdown::Both);
+        std::future::poll_fn(|cx| udp.poll_readable(cx)).await.unwrap();
+        assert_eq!(udp.receive(&mut buffers, |_, _| ()), Err(SendError::Dead));
     }
 
     #[tokio::test]
