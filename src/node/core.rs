@@ -110,9 +110,9 @@ impl Core {
         self.parts.relays.home()
     }
 
-    /// The UDP sockets, for the driver to wait on.
+    /// The UDP sockets, for the driver to wait on. Dead ones are always ready, and it would do nothing else.
     pub(super) fn udp(&self) -> Option<Rc<Udp>> {
-        self.parts.outbox.udp()
+        self.parts.outbox.udp().filter(|_| !self.parts.outbox.is_dead())
     }
 
     /// Where the first batch goes that a UDP socket did not take.
@@ -138,7 +138,7 @@ impl Core {
 
     fn deadline(&self) -> Option<Instant> {
         let engine = self.parts.engine.next_deadline().map(|(at, _)| at);
-        [engine, self.parts.netstack.next_deadline()].into_iter().flatten().min()
+        [engine, self.parts.netstack.next_deadline(), self.rebind_at()].into_iter().flatten().min()
     }
 
     /// Takes over a new netmap.
@@ -372,14 +372,14 @@ impl Core {
             }
         }
         self.forget_removed();
-        self.schedule();
+        self.schedule(now);
     }
 
-    fn schedule(&mut self) {
+    fn schedule(&mut self, now: Instant) {
         let nearer = self.deadline().is_some_and(|new| self.armed.is_none_or(|armed| new < armed));
         let (blocked, newly) = (self.parts.outbox.blocked().is_some(), self.parts.outbox.is_newly_blocked());
         // A full socket is waited for; asking it again and again would keep the runtime from hearing that it is not.
-        if nearer || newly || self.must_rebind() || (!blocked && self.parts.netstack.has_work()) {
+        if nearer || newly || self.must_rebind(now) || (!blocked && self.parts.netstack.has_work()) {
             self.wake.notify_one();
         }
     }

@@ -26,16 +26,20 @@ pub(super) struct Outbox {
     told: Option<bool>,
     /// Where nothing could be sent to since that was last asked.
     unreachable: BTreeSet<SocketAddr>,
-    /// Whether others must be bound.
+    /// Whether a socket is dead.
     dead: bool,
+    /// The families that had a socket at first, IPv4 and IPv6, and whether one of them has none any more.
+    families: [bool; 2],
+    lacking: bool,
     /// Batches that were lost, by why; at [`SendError::Full`] too many waited.
     pub(super) lost: BTreeMap<SendError, u64>,
 }
 
 impl Outbox {
     pub(super) fn new(udp: Option<Rc<Udp>>) -> Self {
-        let (unreachable, lost) = (BTreeSet::new(), BTreeMap::new());
-        Self { udp, waiting: VecDeque::new(), told: None, unreachable, dead: false, lost }
+        let (waiting, unreachable, lost) = (VecDeque::new(), BTreeSet::new(), BTreeMap::new());
+        let families = udp.as_deref().map_or([false; 2], families);
+        Self { udp, waiting, told: None, unreachable, dead: false, families, lacking: false, lost }
     }
 
     /// The sockets.
@@ -91,14 +95,25 @@ impl Outbox {
         self.dead = true;
     }
 
-    /// Whether others must be bound.
+    /// Whether a socket is dead: it is always ready, and nothing comes of that.
     pub(super) fn is_dead(&self) -> bool {
         self.dead
     }
 
-    /// Sends by these from now on.
-    pub(super) fn replace(&mut self, udp: Rc<Udp>) {
-        (self.udp, self.dead, self.told) = (Some(udp), false, None);
+    /// Whether others must be bound: a socket is dead, or a family lacks one.
+    pub(super) fn wants_others(&self) -> bool {
+        self.dead || self.lacking
+    }
+
+    /// Sends by these from now on, unless those that live lack no more than they do: peers would have to learn of
+    /// another port for nothing. Returns whether it does.
+    pub(super) fn replace(&mut self, udp: Rc<Udp>) -> bool {
+        let lacking = families(&udp).iter().zip(self.families).any(|(has, had)| had && !has);
+        if lacking && !self.dead {
+            return false;
+        }
+        (self.udp, self.dead, self.lacking, self.told) = (Some(udp), false, lacking, None);
+        true
     }
 
     fn wait(&mut self, batch: Batch) -> Option<Vec<u8>> {
@@ -115,5 +130,39 @@ impl Outbox {
         for batch in std::mem::take(&mut self.waiting) {
             self.send(batch).into_iter().for_each(&mut recycle);
         }
+    }
+}
+
+/// Whether IPv4 and IPv6 have a socket.
+fn families(udp: &Udp) -> [bool; 2] {
+    let (v4, v6) = udp.ports();
+    [v4.is_some(), v6.is_some()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn sockets_that_lack_a_family_serve_until_others_have_it() {
+        let both = || Rc::new(Udp::bind().unwrap());
+        let v4 = || Rc::new(Udp::bind().unwrap().without_v6());
+        let mut outbox = Outbox::new(Some(both()));
+        outbox.note_dead();
+        assert!(outbox.replace(v4()));
+        assert!(!outbox.is_dead() && outbox.wants_others());
+        let ports = outbox.udp().unwrap().ports();
+        assert!(!outbox.replace(v4()));
+        assert!(outbox.wants_others() && outbox.udp().unwrap().ports() == ports, "the port of those that live stays");
+        assert!(outbox.replace(both()));
+        assert!(!outbox.wants_others());
+    }
+
+    #[tokio::test]
+    async fn a_machine_without_a_family_does_not_want_it() {
+        let v4 = || Rc::new(Udp::bind().unwrap().without_v6());
+        let mut outbox = Outbox::new(Some(v4()));
+        outbox.note_dead();
+        assert!(outbox.replace(v4()) && !outbox.wants_others());
     }
 }

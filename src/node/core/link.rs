@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::Core;
+use super::{Core, ROUNDS};
 use crate::transport::interfaces::local_endpoints;
 use crate::transport::link::State;
 use crate::transport::udp::Udp;
@@ -32,35 +32,125 @@ impl Core {
         self.pump(now);
     }
 
-    /// Tells the engine where nothing could be sent to.
+    /// Tells the engine where nothing could be sent to. What it sends for that may not leave either.
     pub(super) fn heed_failures(&mut self, now: Instant) {
-        let unreachable = self.parts.outbox.take_unreachable();
-        if unreachable.is_empty() {
-            return;
+        for _ in 0..ROUNDS {
+            let unreachable = self.parts.outbox.take_unreachable();
+            if unreachable.is_empty() {
+                return;
+            }
+            unreachable.into_iter().for_each(|destination| self.parts.engine.handle_unreachable(destination, now));
+            self.execute_outputs();
         }
-        unreachable.into_iter().for_each(|destination| self.parts.engine.handle_unreachable(destination, now));
-        self.execute_outputs();
     }
 
-    /// Whether a UDP socket is dead, and it is not too soon to bind another.
-    pub(super) fn must_rebind(&self) -> bool {
-        let rested = |at: Instant| at.elapsed() >= REBIND_PAUSE;
-        self.parts.outbox.is_dead() && self.rebound_at.is_none_or(rested)
+    /// Whether UDP sockets are missing, and it is not too soon to bind others.
+    pub(super) fn must_rebind(&self, now: Instant) -> bool {
+        self.parts.outbox.wants_others() && self.rebind_at().is_none_or(|at| at <= now)
     }
 
-    /// Binds other UDP sockets if one is dead. Peers learn of their ports as of any move.
+    /// Before when it is too soon for sockets that are missing.
+    pub(super) fn rebind_at(&self) -> Option<Instant> {
+        self.rebound_at.filter(|_| self.parts.outbox.wants_others()).map(|at| at + REBIND_PAUSE)
+    }
+
+    /// Binds other UDP sockets if any are missing. Peers learn of their ports as of any move.
     pub(super) fn rebind_if_dead(&mut self, now: Instant) {
-        if !self.must_rebind() {
+        if !self.must_rebind(now) {
             return;
         }
         self.rebound_at = Some(now);
         match Udp::bind() {
             Ok(udp) => {
-                info!("a UDP socket died, binding others");
-                self.parts.engine.handle_move(local_endpoints(udp.ports()), now);
-                self.parts.outbox.replace(Rc::new(udp));
+                let ports = udp.ports();
+                if self.parts.outbox.replace(Rc::new(udp)) {
+                    info!(v4 = ports.0, v6 = ports.1, "a UDP socket died, others are bound");
+                    self.parts.engine.handle_move(local_endpoints(ports), now);
+                }
             }
             Err(error) => warn!(%error, "a UDP socket died, and no other can be bound"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr};
+    use std::sync::Arc;
+
+    use serde_json::json;
+    use tokio::sync::{mpsc, watch};
+
+    use super::super::Parts;
+    use super::*;
+    use crate::engine::{Config, Engine, Transport};
+    use crate::key::{DiscoPrivate, NodePrivate};
+    use crate::netmap::session::Session;
+    use crate::netstack::Netstack;
+    use crate::node::outbox::{Batch, Outbox};
+    use crate::node::relays::{Dialler, Relays};
+    use crate::transport::link::Link;
+    use crate::transport::tls::Tls;
+    use crate::transport::underlay::Underlay;
+
+    fn core(now: Instant) -> Core {
+        let (node_key, disco_key) = (NodePrivate::random(), DiscoPrivate::random());
+        let transport = Transport::Direct;
+        let underlay =
+            Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: Arc::default(), link: Link::default() };
+        let dialler = Dialler { key: node_key.clone(), underlay: underlay.clone(), tasks: mpsc::unbounded_channel().0 };
+        Core::new(Parts {
+            engine: Engine::new(Config { node_key, disco_key, seed: [1; 32], transport }, now),
+            netstack: Netstack::new(1, now),
+            outbox: Outbox::new(Some(Rc::new(Udp::bind().unwrap()))),
+            relays: Relays::new(dialler),
+            underlay,
+            control: tokio::runtime::Handle::current(),
+            probes: mpsc::channel(1).0,
+            report: watch::Sender::default(),
+        })
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_dies_again_too_soon_is_not_waited_on_and_others_are_bound_in_time() {
+        let start = Instant::now();
+        let mut core = core(start);
+        core.parts.outbox.note_dead();
+        assert!(core.udp().is_none(), "dead ones are always ready");
+        core.handle_timeout(start);
+        let second = core.udp().expect("others are bound at once").ports();
+        let now = start + Duration::from_secs(1);
+        core.parts.outbox.note_dead();
+        core.handle_timeout(now);
+        assert!(core.udp().is_none() && core.rebind_at().is_some());
+        let mut times = 0;
+        while core.udp().is_none() {
+            times += 1;
+            assert!(times < 10, "no deadline leads there");
+            core.pump(now);
+            let deadline = core.arm().unwrap();
+            core.handle_timeout(deadline);
+        }
+        assert_ne!(core.udp().unwrap().ports(), second);
+        assert_eq!(core.rebind_at(), None);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_sent_because_of_a_failure_is_a_failure_too() {
+        let now = Instant::now();
+        let mut core = core(now);
+        let refused = SocketAddr::from((Ipv4Addr::BROADCAST, 9));
+        let udp = core.udp().unwrap();
+        std::future::poll_fn(|cx| udp.poll_writable(refused, cx)).await.unwrap();
+        let region = json!({"RegionID": 1, "Nodes": [{"HostName": "derp1.example", "IPv4": "255.255.255.255"}]});
+        let node = json!({"ID": 1, "Name": "me.tb.example.", "Key": NodePrivate::random().public().to_string()});
+        let message = json!({"Node": node, "DERPMap": {"Regions": {"1": region}}});
+        let applied = Session::new(true).apply(serde_json::from_value(message).unwrap(), jiff::Timestamp::UNIX_EPOCH);
+        // The engine wants to ask a server that cannot be reached either.
+        core.parts.engine.handle_netmap(applied.unwrap().netmap.unwrap(), now);
+        core.parts.outbox.send(Batch { destination: refused, contents: vec![0; 9], segment: 9 });
+        core.heed_failures(now);
+        assert_eq!(core.parts.outbox.lost.values().sum::<u64>(), 2);
+        assert!(core.parts.outbox.take_unreachable().is_empty());
     }
 }
