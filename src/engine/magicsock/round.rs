@@ -118,9 +118,9 @@ impl Round {
 
     /// A region's HTTPS answered, or failed.
     pub(super) fn answer_https(&mut self, region: RegionId, answered: bool, now: Instant) {
-        if let Some(waiting) = self.https.as_mut() {
-            waiting.remove(&region);
-        }
+        // One that a round before has asked for: nothing is concluded from it here.
+        let Some(waiting) = self.https.as_mut() else { return };
+        waiting.remove(&region);
         if answered {
             self.first_https.get_or_insert(now);
         }
