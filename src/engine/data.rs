@@ -171,6 +171,7 @@ impl Engine {
         if ways == Ways::default() {
             self.stats.drop(Dropped::NoPath, 1);
             self.wireguard.note_stuck(slot);
+            self.magicsock.look_again(slot, now);
         }
     }
 
@@ -190,7 +191,7 @@ impl Engine {
     /// Sends what waited for sessions that are usable now.
     fn flush_established(&mut self, now: Instant) {
         while let Some(slot) = self.wireguard.poll_established() {
-            self.magicsock.note_session(slot, now);
+            self.magicsock.look_again(slot, now);
             while let Some(packet) = self.wireguard.unstage(slot, now) {
                 self.send_data(slot, &packet, now);
             }

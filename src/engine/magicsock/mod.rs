@@ -219,10 +219,10 @@ impl Magicsock {
         }
     }
 
-    /// A session with the peer has begun.
-    pub(super) fn note_session(&mut self, slot: Slot, now: Instant) {
+    /// A session with the peer has begun, or a handshake has no way to it.
+    pub(super) fn look_again(&mut self, slot: Slot, now: Instant) {
         if let Some(place) = self.places.get_mut(slot).and_then(Option::as_mut) {
-            place.path.note_session(now);
+            place.path.look_again(now);
         }
     }
 

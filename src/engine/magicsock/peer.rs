@@ -141,9 +141,10 @@ impl Path {
         Some(at + *AGAIN.get(pings)?)
     }
 
-    /// A session with the peer has begun. If the round of discovery is older than that by more than a peer takes to
-    /// answer, the peer may not have known us then, and drops what a stranger says: the next packet begins a new one.
-    pub(super) fn note_session(&mut self, now: Instant) {
+    /// A session with the peer has begun, or a handshake has no way to it. If the round of discovery is older than that
+    /// by more than a peer takes to answer, the peer may not have known us then, and drops what a stranger says: the
+    /// next packet begins a new one.
+    pub(super) fn look_again(&mut self, now: Instant) {
         let trusted = self.best(now).is_some_and(|(_, trusted)| trusted);
         let stale = self.last_full_ping.is_some_and(|at| now.duration_since(at) >= STRANGER);
         if !trusted && stale {

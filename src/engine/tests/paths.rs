@@ -128,6 +128,18 @@ fn direct_mode_carries_no_data_by_derp() {
     assert!(world.nodes[0].engine.stats().dropped_no_path > 0);
 }
 
+#[test]
+fn a_peer_that_hears_us_late_is_reached_soon_without_relays_too() {
+    let mut world = World::started(Transport::Direct);
+    world.open_flows();
+    world.udp_works = false;
+    world.send(0, b"do you know me");
+    world.run(SECOND);
+    world.udp_works = true;
+    world.run(SECOND / 2);
+    assert_eq!(world.texts(1), ["do you know me"]);
+}
+
 /// How a packet of node 0 to node 1 leaves now.
 fn carrier(world: &mut World) -> Option<Carrier> {
     let (packet, now) = (super::udp_packet(world.flow(0), b"which way"), world.now);

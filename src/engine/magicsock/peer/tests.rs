@@ -246,9 +246,9 @@ fn a_peer_whose_session_comes_late_is_looked_for_again_at_once() {
     path.note_send(start);
     path.discover(start);
     path.note_ping(TxId([1; 12]), addr(A), start);
-    path.note_session(after(start, 199));
+    path.look_again(after(start, 199));
     assert!(!path.note_send(after(start, 199)).discover, "the pong may be on its way");
-    path.note_session(after(start, 420));
+    path.look_again(after(start, 420));
     assert!(path.note_send(after(start, 420)).discover);
     assert_eq!(path.discover(after(start, 420)).ping, [addr(A)]);
 }
