@@ -98,6 +98,11 @@ impl Path {
         self.best.map(|best| (best, self.trusted_until.is_some_and(|until| now <= until)))
     }
 
+    /// The address to use, if it is trusted.
+    fn trusted(&self, now: Instant) -> Option<Measured> {
+        self.best(now).filter(|(_, trusted)| *trusted).map(|(best, _)| best)
+    }
+
     /// A packet goes out now.
     pub(super) fn note_send(&mut self, now: Instant) -> Sent {
         self.last_send = Some(now);
@@ -105,8 +110,8 @@ impl Path {
         if first {
             self.heartbeat_at = Some(now + HEARTBEAT);
         }
-        let trusted = self.best(now).filter(|(_, trusted)| *trusted);
-        let watched = trusted.is_some_and(|(best, _)| self.silence.note_send(best.latency, now));
+        let trusted = self.trusted(now);
+        let watched = trusted.is_some_and(|best| self.silence.note_send(best.latency, now));
         let discover = trusted.is_none() && self.discover_at.is_none_or(|at| at <= now);
         Sent { rescheduled: first || watched, discover }
     }
@@ -145,11 +150,9 @@ impl Path {
     /// by more than a peer takes to answer, the peer may not have known us then, and drops what a stranger says: the
     /// next packet begins a new one.
     pub(super) fn look_again(&mut self, now: Instant) {
-        let trusted = self.best(now).is_some_and(|(_, trusted)| trusted);
         let stale = self.last_full_ping.is_some_and(|at| now.duration_since(at) >= STRANGER);
-        if !trusted && stale {
-            self.discover_at = None;
-            self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
+        if self.trusted(now).is_none() && stale {
+            self.forget_round();
         }
     }
 
@@ -225,7 +228,7 @@ impl Path {
     /// The peer has pinged us from an address that nobody had named. The best address, which is to be asked whether it
     /// is still the peer's: behind a hard NAT a peer that moved cannot name its new one.
     pub(super) fn verify(&mut self, now: Instant) -> Option<SocketAddr> {
-        let (best, _) = self.best(now).filter(|(_, trusted)| *trusted)?;
+        let best = self.trusted(now)?;
         let verified = now + silence::pong_limit(best.latency);
         self.trusted_until = self.trusted_until.map(|until| until.min(verified));
         Some(best.addr)
@@ -237,7 +240,7 @@ impl Path {
     /// Even if it was pinged a moment ago: the filter before the peer drops what comes before the peer's own first
     /// datagram to us, and that one is here now. Even if another address is trusted by now: this may be the better one.
     pub(super) fn answer_with_ping(&mut self, from: &SocketAddr, now: Instant) -> bool {
-        let settled = self.best(now).is_some_and(|(best, trusted)| trusted && best.addr == *from);
+        let settled = self.trusted(now).is_some_and(|best| best.addr == *from);
         if settled || !self.is_active(now) {
             return false;
         }
@@ -272,14 +275,13 @@ impl Path {
     pub(super) fn handle_timeout(&mut self, unheard: Option<Instant>, now: Instant) -> News {
         let mut news = News::default();
         while let Some(lost) = self.pings.lost(now) {
-            let trusted = self.trusted_until.is_some_and(|until| now <= until);
-            if self.best.is_some_and(|best| best.addr == lost.to) && !trusted {
+            if self.best(now).is_some_and(|(best, trusted)| best.addr == lost.to && !trusted) {
                 self.forget_best();
                 news.lost = true;
             }
         }
         news.probe = self.probe(now);
-        let trusted = self.best(now).filter(|(_, trusted)| *trusted).map(|(best, _)| best);
+        let trusted = self.trusted(now);
         match self.silence.handle_timeout(trusted.map(|best| best.latency), unheard, now) {
             silence::Step::Wait => {}
             silence::Step::Ask => {
@@ -303,7 +305,7 @@ impl Path {
         if let Some((_, pings)) = self.called.as_mut().filter(|_| again) {
             *pings += 1;
         }
-        if again && self.is_active(now) && self.best(now).is_none_or(|(_, trusted)| !trusted) {
+        if again && self.is_active(now) && self.trusted(now).is_none() {
             probe.ping.extend(self.candidates.keys());
         }
         if self.heartbeat_at.is_none_or(|at| at > now) {
@@ -334,7 +336,7 @@ impl Path {
     /// A firewall that lets some of many datagrams through refuses others all the time, while pongs vouch for the
     /// address in between: so often nobody is asked, called, and sent everything again.
     pub(super) fn handle_refused(&mut self, addr: SocketAddr, relayed: bool, now: Instant) -> Option<Probe> {
-        self.best(now).filter(|(best, trusted)| *trusted && best.addr == addr)?;
+        self.trusted(now).filter(|best| best.addr == addr)?;
         if self.refused_at.is_some_and(|at| now.duration_since(at) < PING_INTERVAL) {
             return None;
         }
@@ -351,13 +353,19 @@ impl Path {
     /// may still be, and is asked first of all.
     pub(super) fn doubt(&mut self) {
         self.trusted_until = None;
-        self.discover_at = None;
+        self.forget_round();
         // Nor does where it saw us before.
-        self.candidates.values_mut().for_each(|candidate| (candidate.last_ping, candidate.sees_us) = (None, None));
+        self.candidates.values_mut().for_each(|candidate| candidate.sees_us = None);
+    }
+
+    /// The next packet begins a round of discovery that leaves no endpoint out.
+    fn forget_round(&mut self) {
+        self.discover_at = None;
+        self.candidates.values_mut().for_each(|candidate| candidate.last_ping = None);
     }
 
     fn wants_discovery(&self, now: Instant) -> bool {
-        let Some((best, true)) = self.best(now) else {
+        let Some(best) = self.trusted(now) else {
             return self.discover_at.is_none_or(|at| at <= now);
         };
         let stale = self.last_full_ping.is_none_or(|at| now.duration_since(at) >= UPGRADE);

@@ -189,8 +189,8 @@ impl WireGuard {
         self.outbox.pop_front()
     }
 
-    /// Since when a handshake has been waiting for its answer, or for any sign of life. One that only replaces an old session does not count:
-    /// the session still tells whether the peer is there.
+    /// Since when a handshake has been waiting for its answer, or for any sign of life. One that only replaces an old
+    /// session does not count: the session still tells whether the peer is there.
     pub(super) fn asking_since(&self, slot: Slot) -> Option<Instant> {
         let place = self.places.get(slot)?;
         let attempt = place.tunnel.as_ref()?.attempt.as_ref()?;

@@ -25,6 +25,16 @@ fn direct(start: Instant) -> Path {
     path
 }
 
+/// A peer with one endpoint, which a first packet has had pinged.
+fn looked_for(start: Instant) -> Path {
+    let mut path = Path::default();
+    path.set_endpoints(&[addr(A)], start);
+    path.note_send(start);
+    path.discover(start);
+    path.note_ping(TxId([1; 12]), addr(A), start);
+    path
+}
+
 #[test]
 fn a_path_is_trusted_until_six_and_a_half_seconds_after_its_pong() {
     let start = Instant::now();
@@ -103,11 +113,7 @@ fn the_best_address_goes_with_its_endpoint() {
 #[test]
 fn a_ping_of_the_peer_is_answered_with_one_of_ours_once_a_round() {
     let start = Instant::now();
-    let mut path = Path::default();
-    path.set_endpoints(&[addr(A)], start);
-    path.note_send(start);
-    path.discover(start);
-    path.note_ping(TxId([1; 12]), addr(A), start);
+    let mut path = looked_for(start);
     path.handle_ping(addr(A), TxId([2; 12]), after(start, 20));
     assert!(path.answer_with_ping(&addr(A), after(start, 20)), "ours came before the peer's filter was open");
     path.handle_ping(addr(A), TxId([3; 12]), after(start, 40));
@@ -169,11 +175,7 @@ fn only_a_path_that_worked_casts_doubt_on_our_nat() {
 #[test]
 fn a_call_that_found_nothing_is_followed_by_pings_the_soonest_after_a_pause() {
     let start = Instant::now();
-    let mut path = Path::default();
-    path.set_endpoints(&[addr(A)], start);
-    path.note_send(start);
-    path.discover(start);
-    path.note_ping(TxId([1; 12]), addr(A), start);
+    let mut path = looked_for(start);
     let pings_after = |called: Instant, path: &mut Path| {
         path.handle_timeout(None, called);
         path.note_call(called);
@@ -241,11 +243,7 @@ fn a_peer_heard_from_a_new_address_must_answer_at_the_old_one_soon() {
 #[test]
 fn a_peer_whose_session_comes_late_is_looked_for_again_at_once() {
     let start = Instant::now();
-    let mut path = Path::default();
-    path.set_endpoints(&[addr(A)], start);
-    path.note_send(start);
-    path.discover(start);
-    path.note_ping(TxId([1; 12]), addr(A), start);
+    let mut path = looked_for(start);
     path.look_again(after(start, 199));
     assert!(!path.note_send(after(start, 199)).discover, "the pong may be on its way");
     path.look_again(after(start, 420));
