@@ -37,6 +37,7 @@ impl World {
         let own = SecretKey::generate(&mut OsRng);
         relay.write_all(&server_key(own.public_key().as_bytes())).await.unwrap();
         assert_eq!(read_frame(&mut relay).await.0, 0x02);
+        assert_eq!(read_frame(&mut relay).await, (0x07, vec![0]));
         let sealer = SalsaBox::new(&PublicKey::from(*node.as_bytes()), &own);
         (Self { relay, packets, events, session }, sealer)
     }
@@ -48,7 +49,6 @@ impl World {
         let sealed = sealer.encrypt(&nonce, limits.as_bytes()).unwrap();
         world.relay.write_all(&frame(0x03, &[nonce.as_slice(), &sealed].concat())).await.unwrap();
         assert!(matches!(world.events.recv().await, Some(Event::Connected)));
-        assert_eq!(read_frame(&mut world.relay).await, (0x07, vec![0]));
         world
     }
 
@@ -75,6 +75,17 @@ async fn read_frame(relay: &mut DuplexStream) -> (u8, Vec<u8>) {
     let mut payload = vec![0; BytesMut::from(&head[1..]).get_u32() as usize];
     relay.read_exact(&mut payload).await.unwrap();
     (head[0], payload)
+}
+
+#[tokio::test(flavor = "local", start_paused = true)]
+async fn what_waits_follows_our_introduction_and_not_the_relays_answer() {
+    let (mut world, _) = World::introduced().await;
+    world.send(2);
+    for _ in 0..2 {
+        let (kind, payload) = read_frame(&mut world.relay).await;
+        assert_eq!((kind, payload.len()), (0x04, 32 + 963));
+    }
+    assert!(world.events.try_recv().is_err(), "connected without the relay's word");
 }
 
 #[tokio::test(flavor = "local", start_paused = true)]
