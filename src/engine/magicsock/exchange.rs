@@ -141,7 +141,7 @@ impl Magicsock {
             };
             let answered = place.path.handle_pong(tx, source, now);
             if answered.better {
-                self.path_up.push_back(*slot);
+                self.path_up.push_back((*slot, answered.latency));
                 self.outputs.push_back(Output::PeerChanged { peer: entry.peer.key });
             }
             if answered.restored {
