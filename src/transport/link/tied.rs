@@ -1,9 +1,10 @@
 //! A TCP stream that knows the network it was made on: it ends when its own address is gone, or would not be chosen any
 //! more on another default route, and is asked for a sign of life when the way may be another all the same.
 //!
-//! TCP by itself would send into nothing for a quarter of an hour. Asking is left to the kernel: keepalives, and a limit
-//! to what may go unacknowledged, for a few seconds. Source: Tailscale, wgengine/magicsock,
-//! `maybeCloseDERPsOnRebind`, which does so for DERP with pings of its own.
+//! TCP by itself would send into nothing for a quarter of an hour, where a NAT or firewall has forgotten the connection:
+//! what is sent must be acknowledged within [`PATIENT`]. Asking is left to the kernel, too: keepalives, and a lower limit
+//! for a few seconds. Source: Tailscale, wgengine/magicsock, `maybeCloseDERPsOnRebind`, which does so for DERP with pings
+//! of its own.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -26,8 +27,8 @@ use super::{News, State};
 const ANSWER: Duration = Duration::from_secs(3);
 /// How long something may go unacknowledged meanwhile, and when the stream is left in peace again.
 const PROMPT: (u32, Duration) = (4_000, Duration::from_secs(8));
-/// The same for a stream that takes no more. The other side may merely be full, which the kernel counts as if it did not
-/// answer; so it has longer than a relay may take nothing.
+/// The same for a stream that takes no more, and the limit at all other times. The other side may merely be full, which
+/// the kernel counts as if it did not answer; so it has longer than a relay may take nothing.
 const PATIENT: (u32, Duration) = (16_000, Duration::from_secs(20));
 
 /// Why a stream ended whose address is gone.
@@ -63,6 +64,8 @@ impl Tied {
         let remote = stream.peer_addr().ok();
         let (moves, routes) = (news.moves, news.routes);
         let news = ReusableBoxFuture::new(wait(news));
+        // Where the kernel cannot, the protocols above find out, later.
+        let _ = set_tcp_user_timeout(&stream, PATIENT.0);
         Self { stream, local, remote, news, moves, routes, probe: None, is_full: false, gone: None }
     }
 
@@ -90,7 +93,7 @@ impl Tied {
             self.probe = None;
             // A stream that does not take them back is only asked more often than needed.
             let _ = set_socket_keepalive(&self.stream, false);
-            let _ = set_tcp_user_timeout(&self.stream, 0);
+            let _ = set_tcp_user_timeout(&self.stream, PATIENT.0);
         }
         Ok(())
     }
@@ -250,13 +253,13 @@ mod tests {
         let asked = |tied: &Tied| (socket_keepalive(&tied.stream).unwrap(), tcp_user_timeout(&tied.stream).unwrap());
         out.send_modify(|state| state.changes = 1);
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
-        assert_eq!(asked(&tied), (false, 0), "a new address moves nothing");
+        assert_eq!(asked(&tied), (false, PATIENT.0), "a new address moves nothing");
         out.send_modify(|state| state.moves = 1);
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
         assert_eq!(asked(&tied), (true, PROMPT.0));
         tied.probe.as_mut().unwrap().until = Box::pin(sleep(Duration::ZERO));
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
-        assert_eq!(asked(&tied), (false, 0));
+        assert_eq!(asked(&tied), (false, PATIENT.0));
         drop(other);
         assert_eq!(tied.read(&mut [0]).await.unwrap(), 0);
     }

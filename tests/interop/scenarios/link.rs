@@ -109,21 +109,43 @@ pub(crate) fn an_interface_that_goes_and_comes_back_stops_no_download(bed: &Bed)
 /// Another gateway, which like any NAT or firewall lets no connection pass that it has not seen begin. The address
 /// stays: only asking finds out that those to control and DERP are dead.
 pub(crate) fn a_gateway_that_knows_no_connection_stops_no_download(bed: &Bed) -> Result<(), Failed> {
-    const FOREIGN: &str = "table inet foreign { chain out { type filter hook output priority 0; \
-                           oifname eth0 ct state invalid drop; }; \
-                           chain in { type filter hook input priority 0; iifname eth0 ct state invalid drop; }; }";
     let host = &bed.hosts.link;
-    // The setting is there once something asks for connection states, and counts from the first packet seen.
-    host.nft(&format!("{FOREIGN}\ndelete table inet foreign"))?;
-    host.set("netfilter/nf_conntrack_tcp_loose", "0")?;
     let sidecar = begin(bed, &[])?;
     let pause = download(&sidecar, || {
-        host.nft(FOREIGN)?;
+        forget_connections(host)?;
         host.ip("route replace default via 10.99.0.253 dev eth0")?;
         back(&sidecar, "the default route moved")
     });
     host.nft("table inet foreign { }\ndelete table inet foreign")?;
     told(&sidecar, "another gateway", pause?)
+}
+
+/// Something between forgets the connections that there are, without a word, and nothing changes here: only that nothing
+/// is acknowledged any more tells that the one to the relay is dead.
+pub(crate) fn a_firewall_that_forgets_connections_stops_no_relayed_download(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = begin(bed, &["--transport", "derp"])?;
+    let connected = || sidecar.process.log().matches(DERP).count();
+    let before = connected();
+    let pause = download(&sidecar, || {
+        let mut command = bed.hosts.link.command("ss");
+        command.args(["-Htn", "state", "established", "dst", "10.99.0.0/24"]);
+        let local = output(command)?;
+        let ports: Vec<&str> =
+            local.lines().filter_map(|line| Some(line.split_whitespace().nth(2)?.rsplit_once(':')?.1)).collect();
+        let ports = ports.join(", ");
+        bed.hosts.wan.nft(&format!(
+            "table inet forgotten {{ chain in {{ type filter hook input priority 0; \
+             ip saddr 10.99.0.25 tcp sport {{ {ports} }} drop; }}; \
+             chain out {{ type filter hook output priority 0; \
+             ip daddr 10.99.0.25 tcp dport {{ {ports} }} drop; }}; }}"
+        ))?;
+        until(BACK_MOST, "DERP to be back", || Ok((connected() > before).then_some(None)))
+    });
+    bed.hosts.wan.nft("table inet forgotten { }\ndelete table inet forgotten")?;
+    match changes(&sidecar).as_slice() {
+        [] => told(&sidecar, "connections forgotten, relayed", pause?),
+        changes => Err(format!("the network changed: {changes:?}").into()),
+    }
 }
 
 /// By another interface, relayed: what comes from the first one's address would be lost there.
@@ -156,6 +178,18 @@ pub(crate) fn a_download_goes_on_after_a_sleep(bed: &Bed) -> Result<(), Failed> 
     })?;
     sidecar.process.says("awake again", Duration::from_secs(10))?;
     told(&sidecar, "a sleep", Paused { longest: pause.longest.saturating_sub(STOPPED), ..pause })
+}
+
+/// From now on only connections pass that are seen to begin.
+fn forget_connections(host: &Namespace) -> Result<(), Failed> {
+    const FOREIGN: &str = "table inet foreign { chain out { type filter hook output priority 0; \
+                           oifname eth0 ct state invalid drop; }; \
+                           chain in { type filter hook input priority 0; iifname eth0 ct state invalid drop; }; }";
+    // The setting is there once something asks for connection states, and counts from the first packet seen.
+    host.nft(&format!("{FOREIGN}\ndelete table inet foreign"))?;
+    host.set("netfilter/nf_conntrack_tcp_loose", "0")?;
+    host.nft(FOREIGN)?;
+    Ok(())
 }
 
 /// A sidecar on a host that is as it was before the first of these scenarios, behind a wire of a known rate.
