@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use tracing::trace;
 
-use crate::transport::udp::{SendError, Udp};
+use crate::transport::udp::{SocketError, Udp};
 
 /// Batches that may wait for a full socket; beyond that they are lost, as in any network.
 const WAITING_MAX: usize = 256;
@@ -31,8 +31,8 @@ pub(super) struct Outbox {
     /// The families that had a socket at first, IPv4 and IPv6, and whether one of them has none any more.
     families: [bool; 2],
     lacking: bool,
-    /// Batches that were lost, by why; at [`SendError::Full`] too many waited.
-    pub(super) lost: BTreeMap<SendError, u64>,
+    /// Batches that were lost, by why; at [`SocketError::Full`] too many waited.
+    pub(super) lost: BTreeMap<SocketError, u64>,
 }
 
 impl Outbox {
@@ -67,7 +67,7 @@ impl Outbox {
         }
         match udp.send(batch.destination, &batch.contents, batch.segment) {
             Ok(()) => Some(batch.contents),
-            Err(SendError::Full) => self.wait(batch),
+            Err(SocketError::Full) => self.wait(batch),
             Err(error) => {
                 trace!(%error, "datagram not sent");
                 self.note(error, batch.destination);
@@ -76,12 +76,12 @@ impl Outbox {
         }
     }
 
-    fn note(&mut self, error: SendError, destination: SocketAddr) {
+    fn note(&mut self, error: SocketError, destination: SocketAddr) {
         *self.lost.entry(error).or_default() += 1;
         match error {
-            SendError::Unreachable => drop(self.unreachable.insert(destination)),
-            SendError::Dead => self.dead = true,
-            SendError::Full | SendError::Crowded | SendError::TooLong => {}
+            SocketError::Unreachable => drop(self.unreachable.insert(destination)),
+            SocketError::Dead => self.dead = true,
+            SocketError::Full | SocketError::Crowded | SocketError::TooLong => {}
         }
     }
 
@@ -121,7 +121,7 @@ impl Outbox {
             self.waiting.push_back(batch);
             return None;
         }
-        self.note(SendError::Full, batch.destination);
+        self.note(SocketError::Full, batch.destination);
         Some(batch.contents)
     }
 

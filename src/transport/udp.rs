@@ -29,7 +29,7 @@ const RECEIVE_BUFFER: usize = 64 << 10;
 
 /// Why datagrams did not leave, by what is to be done about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
-pub enum SendError {
+pub enum SocketError {
     /// Nothing was sent: try again once the socket is writable.
     #[error("the socket is full")]
     Full,
@@ -49,7 +49,7 @@ pub enum SendError {
     Dead,
 }
 
-impl From<io::Error> for SendError {
+impl From<io::Error> for SocketError {
     fn from(error: io::Error) -> Self {
         match Errno::from_io_error(&error) {
             Some(Errno::AGAIN) => Self::Full,
@@ -139,28 +139,28 @@ impl Udp {
     /// Hands every datagram that waits, a batch of each socket at most, to `each`.
     ///
     /// # Errors
-    /// [`SendError::Dead`] when a socket is; what the other had has been handed over.
+    /// [`SocketError::Dead`] when a socket is; what the other had has been handed over.
     pub fn receive(
         &self,
         buffers: &mut ReceiveBuffers,
         mut each: impl FnMut(SocketAddr, &mut [u8]),
-    ) -> Result<(), SendError> {
+    ) -> Result<(), SocketError> {
         let received = [&self.v4, &self.v6].map(|socket| match socket {
             Some(socket) => socket.receive(buffers, &mut each),
             None => Ok(()),
         });
         // Other errors are about a datagram of the past.
-        let dead = |received: io::Result<()>| received.is_err_and(|error| SendError::from(error) == SendError::Dead);
-        if received.into_iter().any(dead) { Err(SendError::Dead) } else { Ok(()) }
+        let dead = |received: io::Result<()>| received.is_err_and(|error| SocketError::from(error) == SocketError::Dead);
+        if received.into_iter().any(dead) { Err(SocketError::Dead) } else { Ok(()) }
     }
 
     /// Sends `contents`, cut into datagrams of `segment` octets (the last may be shorter), in one call.
     ///
     /// # Errors
-    /// [`SendError`]: at [`Full`](SendError::Full) nothing was sent; after others part of it may have been.
-    pub fn send(&self, destination: SocketAddr, contents: &[u8], segment: usize) -> Result<(), SendError> {
+    /// [`SocketError`]: at [`Full`](SocketError::Full) nothing was sent; after others part of it may have been.
+    pub fn send(&self, destination: SocketAddr, contents: &[u8], segment: usize) -> Result<(), SocketError> {
         let socket = if destination.is_ipv4() { &self.v4 } else { &self.v6 };
-        let socket = socket.as_ref().ok_or(SendError::Unreachable)?;
+        let socket = socket.as_ref().ok_or(SocketError::Unreachable)?;
         let segments = contents.len().div_ceil(segment.max(1));
         if segments <= socket.state.max_gso_segments().max(1) {
             match socket.send(destination, contents, segment) {
@@ -176,8 +176,8 @@ impl Udp {
             socket.send(destination, first, segment)?;
         }
         for piece in pieces {
-            match socket.send(destination, piece, segment).map_err(SendError::from) {
-                Err(SendError::Full) => break,
+            match socket.send(destination, piece, segment).map_err(SocketError::from) {
+                Err(SocketError::Full) => break,
                 sent => sent?,
             }
         }
@@ -284,7 +284,7 @@ mod tests {
         // It fails, as the socket is not connected, and shuts it all the same.
         let _ = rustix::net::shutdown(&udp.v4.as_ref().unwrap().io, rustix::net::Shutdown::Both);
         std::future::poll_fn(|cx| udp.poll_readable(cx)).await.unwrap();
-        assert_eq!(udp.receive(&mut buffers, |_, _| ()), Err(SendError::Dead));
+        assert_eq!(udp.receive(&mut buffers, |_, _| ()), Err(SocketError::Dead));
     }
 
     #[tokio::test]
@@ -293,16 +293,16 @@ mod tests {
         let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
         let broadcast = SocketAddr::new(IpAddr::V4(Ipv4Addr::BROADCAST), 9);
         std::future::poll_fn(|cx| udp.poll_writable(loopback, cx)).await.unwrap();
-        assert_eq!(udp.send(broadcast, &[0; 9], 9), Err(SendError::Unreachable));
-        assert_eq!(udp.send(loopback, &[0; 70_000], 70_000), Err(SendError::TooLong));
+        assert_eq!(udp.send(broadcast, &[0; 9], 9), Err(SocketError::Unreachable));
+        assert_eq!(udp.send(loopback, &[0; 70_000], 70_000), Err(SocketError::TooLong));
         assert_eq!(udp.send(loopback, &[0; 9], 9), Ok(()));
         // It fails, as the socket is not connected, and shuts it all the same.
         let _ = rustix::net::shutdown(&udp.v4.as_ref().unwrap().io, rustix::net::Shutdown::Both);
-        assert_eq!(udp.send(loopback, &[0; 9], 9), Err(SendError::Dead));
-        let of = |errno: Errno| SendError::from(io::Error::from(errno));
-        assert_eq!(of(Errno::NOBUFS), SendError::Crowded);
+        assert_eq!(udp.send(loopback, &[0; 9], 9), Err(SocketError::Dead));
+        let of = |errno: Errno| SocketError::from(io::Error::from(errno));
+        assert_eq!(of(Errno::NOBUFS), SocketError::Crowded);
         for errno in [Errno::NETUNREACH, Errno::HOSTUNREACH, Errno::NETDOWN, Errno::ADDRNOTAVAIL, Errno::PERM] {
-            assert_eq!(of(errno), SendError::Unreachable, "{errno}");
+            assert_eq!(of(errno), SocketError::Unreachable, "{errno}");
         }
     }
 }
