@@ -25,7 +25,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
 use super::dial::{self, DialError, RouteError, Target};
-use super::way::{Remote, Road, Way, locate, receive};
+use super::way::{NextHop, Remote, Way, locate, receive};
 use super::{Inner, Node};
 use crate::netmap::Netmap;
 
@@ -131,7 +131,7 @@ struct Mapping {
     /// The targets that it was opened or used for, where it leads outside.
     noted: HashSet<Target>,
     /// What made it; nothing outside the tailnet.
-    road: Option<Road>,
+    next_hop: Option<NextHop>,
     /// When a datagram last went either way.
     used: Instant,
     receiver: AbortOnDropHandle<()>,
@@ -330,21 +330,21 @@ impl Association {
             permit = Arc::clone(&self.budget).try_acquire_owned();
         }
         let permit = permit.map_err(|_| DatagramError::Mappings)?;
-        let road = self.road_to(remote)?;
+        let next_hop = self.next_hop_to(remote)?;
         let way = Way::open(&self.node.core, remote)?;
         let receiver = tokio::task::spawn_local(receive(way.clone(), remote, self.arriving.clone()));
         let receiver = AbortOnDropHandle::new(receiver);
-        let mapping = Mapping { way, road, noted: HashSet::new(), used: Instant::now(), receiver, _permit: permit };
+        let mapping = Mapping { way, next_hop, noted: HashSet::new(), used: Instant::now(), receiver, _permit: permit };
         self.mappings.insert(remote, mapping);
         debug!(mappings = self.mappings.len(), "mapping opened");
         Ok(())
     }
 
     /// What makes a mapping to `remote`, by the newest netmap, in which it has just been located.
-    fn road_to(&self, remote: Remote) -> Result<Option<Road>, DialError> {
+    fn next_hop_to(&self, remote: Remote) -> Result<Option<NextHop>, DialError> {
         let Remote::Tunnel(address) = remote else { return Ok(None) };
-        let road = self.reviewed.as_deref().and_then(|netmap| Road::to(netmap, address.ip()));
-        road.map(Some).ok_or_else(|| RouteError::Withdrawn { address: address.ip() }.into())
+        let next_hop = self.reviewed.as_deref().and_then(|netmap| NextHop::to(netmap, address.ip()));
+        next_hop.map(Some).ok_or_else(|| RouteError::Withdrawn { address: address.ip() }.into())
     }
 
     /// Closes the mapping that was silent for longest.

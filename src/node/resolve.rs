@@ -7,9 +7,9 @@
 mod answer;
 mod cache;
 mod doh;
+mod networks;
 mod plain;
 mod question;
-mod roads;
 mod servers;
 mod transit;
 mod warm;
@@ -25,8 +25,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use self::cache::{Answers, Key, Outcome};
+use self::networks::Networks;
 use self::question::{Concluded, Desk};
-use self::roads::Roads;
 use self::servers::{Candidate, candidates};
 use self::transit::Transits;
 use super::bridge::Tunnel;
@@ -98,7 +98,7 @@ enum Known {
 
 /// What the run knows of names.
 struct Memory {
-    roads: Arc<Roads>,
+    networks: Arc<Networks>,
     /// What the rest goes by.
     settings: Arc<DnsConfig>,
     desk: Arc<Desk>,
@@ -110,10 +110,10 @@ struct Memory {
 }
 
 impl Memory {
-    fn new(roads: Arc<Roads>, settings: Arc<DnsConfig>) -> Self {
-        let desk = Arc::new(Desk::new(roads.clone()));
+    fn new(networks: Arc<Networks>, settings: Arc<DnsConfig>) -> Self {
+        let desk = Arc::new(Desk::new(networks.clone()));
         let (answers, underway, chosen) = Default::default();
-        Self { roads, settings, desk, answers, underway, chosen }
+        Self { networks, settings, desk, answers, underway, chosen }
     }
 
     /// Takes what a question came to.
@@ -129,13 +129,13 @@ impl Memory {
 impl Resolvers {
     /// Starts on the current local runtime. Resolvers are asked from the `control` runtime.
     pub(super) fn start(core: Shared, underlay: Underlay, control: tokio::runtime::Handle, accept_dns: bool) -> Self {
-        let roads = Arc::new(Roads::new(Tunnel::start(core.clone()), underlay));
+        let networks = Arc::new(Networks::new(Tunnel::start(core.clone()), underlay));
         if accept_dns {
             let netmaps = core.borrow().netmap();
             tokio::task::spawn_local(warm::keep_warm(Rc::downgrade(&core), netmaps));
         }
-        let transits = Transits::start(core.clone(), control.clone(), roads.clone());
-        let memory = Rc::new(RefCell::new(Memory::new(roads, Arc::default())));
+        let transits = Transits::start(core.clone(), control.clone(), networks.clone());
+        let memory = Rc::new(RefCell::new(Memory::new(networks, Arc::default())));
         let questions = Arc::new(Semaphore::new(QUESTIONS));
         Self { core, control, accept_dns, memory, questions, transits }
     }
@@ -288,7 +288,7 @@ impl Resolvers {
     fn go_by(&self, settings: &Arc<DnsConfig>) {
         let mut memory = self.memory.borrow_mut();
         if !Arc::ptr_eq(&memory.settings, settings) && *memory.settings != **settings {
-            *memory = Memory::new(memory.roads.clone(), settings.clone());
+            *memory = Memory::new(memory.networks.clone(), settings.clone());
         }
     }
 

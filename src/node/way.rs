@@ -60,7 +60,7 @@ impl Remote {
 
 /// How packets to an address travel: what makes a flow to it the right one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Road {
+pub(super) struct NextHop {
     /// Where they leave from.
     source: IpAddr,
     /// Who gets them.
@@ -69,8 +69,8 @@ pub(super) struct Road {
     kind: RouteKind,
 }
 
-impl Road {
-    /// The road to `ip`; `None` where no route covers it, or where we have no address of its family.
+impl NextHop {
+    /// The next hop to `ip`; `None` where no route covers it, or where we have no address of its family.
     pub(super) fn to(netmap: &Netmap, ip: IpAddr) -> Option<Self> {
         let route = netmap.route(ip)?;
         Some(Self { source: netmap.source_for(ip)?, peer: route.peer.id, kind: route.kind })

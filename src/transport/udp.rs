@@ -150,7 +150,8 @@ impl Udp {
             None => Ok(()),
         });
         // Other errors are about a datagram of the past.
-        let dead = |received: io::Result<()>| received.is_err_and(|error| SocketError::from(error) == SocketError::Dead);
+        let dead =
+            |received: io::Result<()>| received.is_err_and(|error| SocketError::from(error) == SocketError::Dead);
         if received.into_iter().any(dead) { Err(SocketError::Dead) } else { Ok(()) }
     }
 

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::super::dial::{self, Host};
-use super::super::way::{Remote, Road};
+use super::super::way::{NextHop, Remote};
 use super::{Association, Known};
 use crate::netmap::Netmap;
 use crate::netmap::diff::Changes;
@@ -23,7 +23,7 @@ impl Association {
         let Some(netmap) = self.netmap.borrow_and_update().clone() else { return };
         let before = self.reviewed.replace(Arc::clone(&netmap));
         self.mappings.retain(|remote, mapping| match remote {
-            Remote::Tunnel(address) => mapping.road == Road::to(&netmap, address.ip()),
+            Remote::Tunnel(address) => mapping.next_hop == NextHop::to(&netmap, address.ip()),
             Remote::Outside(address) => dial::is_public(&netmap, address.ip()),
         });
         let changes = Changes::between(before.as_deref(), &netmap);
@@ -51,8 +51,8 @@ impl Association {
 }
 
 /// What a netmap says of an address that matters to a dial.
-fn seen(netmap: &Netmap, ip: IpAddr) -> (Option<Road>, bool) {
-    (Road::to(netmap, ip), dial::is_public(netmap, ip.to_canonical()))
+fn seen(netmap: &Netmap, ip: IpAddr) -> (Option<NextHop>, bool) {
+    (NextHop::to(netmap, ip), dial::is_public(netmap, ip.to_canonical()))
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use tokio_rustls::TlsConnector;
 use tower_service::Service;
 
 use super::answer::Failure;
-use super::roads::{Road, Roads};
+use super::networks::{Network, Networks};
 use crate::transport::race::race;
 use crate::transport::underlay::BoxIo;
 
@@ -52,7 +52,7 @@ pub(super) struct Server {
     /// Where it is; at least one.
     pub(super) addresses: Vec<IpAddr>,
     /// Where those are.
-    pub(super) road: Road,
+    pub(super) network: Network,
 }
 
 /// Connections to resolvers, kept.
@@ -65,12 +65,12 @@ type Line = Arc<Client<Connector, Full<Bytes>>>;
 
 impl Lines {
     /// The line to `server`, and whether it was there before.
-    fn line(&self, roads: &Arc<Roads>, server: &Server) -> (Line, bool) {
+    fn line(&self, networks: &Arc<Networks>, server: &Server) -> (Line, bool) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         match kept.get(server) {
             Some(line) => (line.clone(), true),
             None => {
-                let line = new_line(roads, server);
+                let line = new_line(networks, server);
                 kept.insert(server.clone(), line.clone());
                 (line, false)
             }
@@ -79,12 +79,12 @@ impl Lines {
 
     /// A new line to `server` instead of `stale`, whose connections end with the questions on them; the one that another
     /// question has put in its place already, if any.
-    fn renew(&self, roads: &Arc<Roads>, server: &Server, stale: &Line) -> Line {
+    fn renew(&self, networks: &Arc<Networks>, server: &Server, stale: &Line) -> Line {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         match kept.get(server) {
             Some(line) if !Arc::ptr_eq(line, stale) => line.clone(),
             Some(_) | None => {
-                let line = new_line(roads, server);
+                let line = new_line(networks, server);
                 kept.insert(server.clone(), line.clone());
                 line
             }
@@ -92,8 +92,8 @@ impl Lines {
     }
 }
 
-fn new_line(roads: &Arc<Roads>, server: &Server) -> Line {
-    let connector = Connector { roads: roads.clone(), server: Arc::new(server.clone()) };
+fn new_line(networks: &Arc<Networks>, server: &Server) -> Line {
+    let connector = Connector { networks: networks.clone(), server: Arc::new(server.clone()) };
     let client = Client::builder(TokioExecutor::new())
         .pool_timer(TokioTimer::new())
         .pool_idle_timeout(IDLE_LIMIT)
@@ -104,30 +104,30 @@ fn new_line(roads: &Arc<Roads>, server: &Server) -> Line {
 
 /// Puts one question. The caller bounds the time.
 pub(super) async fn ask(
-    roads: &Arc<Roads>,
+    networks: &Arc<Networks>,
     lines: &Lines,
     server: &Server,
     question: &Message,
 ) -> Result<Message, Failure> {
     let question = question.to_vec().map_err(|error| Failure::Unreachable(error.to_string()))?;
-    answer(post(roads, lines, server, DNS_MESSAGE, question.into()).await?).await
+    answer(post(networks, lines, server, DNS_MESSAGE, question.into()).await?).await
 }
 
 /// Posts octets of a media type; a response with success. The caller bounds the time.
 pub(super) async fn post(
-    roads: &Arc<Roads>,
+    networks: &Arc<Networks>,
     lines: &Lines,
     server: &Server,
     media_type: &'static str,
     octets: Bytes,
 ) -> Result<Response<Incoming>, Failure> {
-    let (line, was_there) = lines.line(roads, server);
+    let (line, was_there) = lines.line(networks, server);
     // An attempt fails only where the connection did: another one may serve. What the resolver says counts.
     let (line, tries) = (&line, if was_there { 2 } else { 1 });
     let attempts = (0..tries).map(|index| {
         let request = request(server, media_type, octets.clone());
         async move {
-            let line = if index == 0 { line.clone() } else { lines.renew(roads, server, line) };
+            let line = if index == 0 { line.clone() } else { lines.renew(networks, server, line) };
             line.request(request).await
         }
     });
@@ -184,22 +184,22 @@ async fn answer(response: Response<Incoming>) -> Result<Message, Failure> {
 /// Connects to one resolver, whatever it is asked for.
 #[derive(Clone)]
 struct Connector {
-    roads: Arc<Roads>,
+    networks: Arc<Networks>,
     server: Arc<Server>,
 }
 
 impl Connector {
     async fn connect(self) -> io::Result<TokioIo<Wire>> {
-        let Server { uri, addresses, road } = &*self.server;
+        let Server { uri, addresses, network } = &*self.server;
         let host = uri.host().unwrap_or_default();
         let secure = uri.scheme() == Some(&http::uri::Scheme::HTTPS);
         let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
-        let io = self.roads.connect(*road, host, addresses, port).await?;
+        let io = self.networks.connect(*network, host, addresses, port).await?;
         if !secure {
             return Ok(TokioIo::new(Wire { io, h2: false }));
         }
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned()).map_err(io::Error::other)?;
-        let io = TlsConnector::from(self.roads.tls.clone()).connect(name, io).await?;
+        let io = TlsConnector::from(self.networks.tls.clone()).connect(name, io).await?;
         let h2 = io.get_ref().1.alpn_protocol() == Some(b"h2");
         Ok(TokioIo::new(Wire { io: Box::new(io), h2 }))
     }
@@ -260,14 +260,14 @@ mod tests {
     #[tokio::test(flavor = "local")]
     async fn a_line_that_several_questions_find_stale_is_renewed_once() {
         let node = Node::alone(Config::default());
-        let roads = node.inner.resolvers.memory.borrow().roads.clone();
+        let networks = node.inner.resolvers.memory.borrow().networks.clone();
         let (lines, ip) = (Lines::default(), IpAddr::from([100, 64, 0, 2]));
         let uri = "http://100.64.0.2:1/dns-query".parse().unwrap();
-        let server = Server { uri, addresses: vec![ip], road: Road::Tunnel };
-        let (stale, _) = lines.line(&roads, &server);
-        let renewed = lines.renew(&roads, &server, &stale);
+        let server = Server { uri, addresses: vec![ip], network: Network::Tunnel };
+        let (stale, _) = lines.line(&networks, &server);
+        let renewed = lines.renew(&networks, &server, &stale);
         assert!(!Arc::ptr_eq(&renewed, &stale));
-        assert!(Arc::ptr_eq(&lines.renew(&roads, &server, &stale), &renewed));
-        assert!(!Arc::ptr_eq(&lines.renew(&roads, &server, &renewed), &renewed));
+        assert!(Arc::ptr_eq(&lines.renew(&networks, &server, &stale), &renewed));
+        assert!(!Arc::ptr_eq(&lines.renew(&networks, &server, &renewed), &renewed));
     }
 }

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::answer::Failure;
-use super::roads::{Flow, Road, Roads};
+use super::networks::{Flow, Network, Networks};
 
 /// How long the first datagram waits for its answer before the question is asked again; the next wait twice as long
 /// each, until the name's time is over: five datagrams.
@@ -22,9 +22,9 @@ const UDP_ANSWER_MAX: u16 = 1232;
 
 /// Puts one question. The caller bounds the time.
 pub(super) async fn ask(
-    roads: &Roads,
+    networks: &Networks,
     server: SocketAddr,
-    road: Road,
+    network: Network,
     mut question: Message,
 ) -> Result<Message, Failure> {
     question.metadata.id = rand::random();
@@ -32,22 +32,22 @@ pub(super) async fn ask(
     edns.set_max_payload(UDP_ANSWER_MAX);
     question.set_edns(edns);
     let octets = question.to_vec().map_err(|error| Failure::Unreachable(error.to_string()))?;
-    let answer = by_udp(roads, server, road, &question, &octets).await.map_err(unreachable)?;
+    let answer = by_udp(networks, server, network, &question, &octets).await.map_err(unreachable)?;
     if !answer.metadata.truncation {
         return Ok(answer);
     }
-    let octets = by_tcp(roads, server, road, &octets).await.map_err(unreachable)?;
+    let octets = by_tcp(networks, server, network, &octets).await.map_err(unreachable)?;
     read_answer(&octets, &question).ok_or_else(|| Failure::Answered("nonsense".to_owned()))
 }
 
 async fn by_udp(
-    roads: &Roads,
+    networks: &Networks,
     server: SocketAddr,
-    road: Road,
+    network: Network,
     question: &Message,
     octets: &[u8],
 ) -> io::Result<Message> {
-    let mut flow = roads.open_udp(road, server).await?;
+    let mut flow = networks.open_udp(network, server).await?;
     let mut pause = FIRST_PAUSE;
     loop {
         flow.send(octets).await?;
@@ -67,9 +67,9 @@ async fn next_answer(flow: &mut Flow, question: &Message) -> io::Result<Message>
 }
 
 /// Puts the question on a connection of its own: long answers are rare. Each message has its length in front.
-async fn by_tcp(roads: &Roads, server: SocketAddr, road: Road, octets: &[u8]) -> io::Result<Vec<u8>> {
+async fn by_tcp(networks: &Networks, server: SocketAddr, network: Network, octets: &[u8]) -> io::Result<Vec<u8>> {
     let length = u16::try_from(octets.len()).map_err(io::Error::other)?;
-    let mut stream = roads.connect_server(road, server).await?;
+    let mut stream = networks.connect_server(network, server).await?;
     stream.write_all(&[&length.to_be_bytes(), octets].concat()).await?;
     let mut answer = vec![0; stream.read_u16().await?.into()];
     stream.read_exact(&mut answer).await?;

@@ -11,7 +11,7 @@ use tracing::debug;
 use super::super::error::ResolveError;
 use super::answer::{Answer, Failure, Says, in_both_families, read};
 use super::cache::Outcome;
-use super::roads::Roads;
+use super::networks::Networks;
 use super::servers::{Candidate, Server, head_start};
 use super::{doh, plain};
 use crate::transport::race::race;
@@ -22,7 +22,7 @@ pub(super) const NAME_LIMIT: Duration = Duration::from_secs(10);
 
 /// Those who are asked, with what is kept of the way to each.
 pub(super) struct Desk {
-    roads: Arc<Roads>,
+    networks: Arc<Networks>,
     lines: doh::Lines,
 }
 
@@ -36,8 +36,8 @@ pub(super) struct Concluded {
 }
 
 impl Desk {
-    pub(super) fn new(roads: Arc<Roads>) -> Self {
-        Self { roads, lines: doh::Lines::default() }
+    pub(super) fn new(networks: Arc<Networks>) -> Self {
+        Self { networks, lines: doh::Lines::default() }
     }
 
     /// Asks the candidates for a full name, in their order, each with a head start before the next. What the first one
@@ -69,8 +69,8 @@ impl Desk {
             let question = question(full.clone(), kind);
             Box::pin(async move {
                 let answer = match &candidate.server {
-                    Server::Plain(address, road) => plain::ask(&self.roads, *address, *road, question).await?,
-                    Server::Http(server) => doh::ask(&self.roads, &self.lines, server, &question).await?,
+                    Server::Plain(address, network) => plain::ask(&self.networks, *address, *network, question).await?,
+                    Server::Http(server) => doh::ask(&self.networks, &self.lines, server, &question).await?,
                 };
                 read(&answer)
             })
@@ -129,14 +129,14 @@ fn explain(mut failures: Vec<(usize, Failure)>, name: &str, candidates: &[Candid
 
 #[cfg(test)]
 mod tests {
-    use super::super::roads::Road;
+    use super::super::networks::Network;
     use super::*;
     use crate::dns::ResolverAddr;
 
     fn candidate(addr: &str, label: &str) -> Candidate {
         let resolver =
             ResolverAddr::parse(&crate::wire::tailcfg::dns::Resolver { addr: addr.to_owned(), ..Default::default() });
-        let server = Server::Plain("10.0.0.53:53".parse().unwrap(), Road::Tunnel);
+        let server = Server::Plain("10.0.0.53:53".parse().unwrap(), Network::Tunnel);
         Candidate { resolver, server, label: label.to_owned(), peer: None }
     }
 

@@ -7,7 +7,7 @@ use hyper::Uri;
 use url::{Host, Url};
 
 use super::doh;
-use super::roads::Road;
+use super::networks::Network;
 use crate::dns::ResolverAddr;
 use crate::key::NodePublic;
 use crate::netmap::Netmap;
@@ -21,7 +21,7 @@ const HEAD_START: Duration = Duration::from_millis(200);
 /// A resolver, as it is asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Server {
-    Plain(SocketAddr, Road),
+    Plain(SocketAddr, Network),
     Http(doh::Server),
 }
 
@@ -70,14 +70,14 @@ pub(super) fn candidates(
 /// A resolver as it is asked, and whether control calls the peer offline through which that goes.
 fn candidate(netmap: &Netmap, resolver: &ResolverAddr) -> Result<(bool, Candidate), String> {
     let (server, ip) = match resolver {
-        ResolverAddr::Plain { addr } => (Server::Plain(*addr, road(netmap, addr.ip())?), addr.ip()),
+        ResolverAddr::Plain { addr } => (Server::Plain(*addr, network(netmap, addr.ip())?), addr.ip()),
         ResolverAddr::PeerApi { ip, port, path } => {
-            if road(netmap, *ip)? != Road::Tunnel {
+            if network(netmap, *ip)? != Network::Tunnel {
                 return Err(format!("{ip} is no peer's"));
             }
             let uri = format!("http://{}{path}", SocketAddr::new(*ip, *port));
             let uri: Uri = uri.parse().map_err(|_| format!("{uri} cannot be asked"))?;
-            (Server::Http(doh::Server { uri, addresses: vec![*ip], road: Road::Tunnel }), *ip)
+            (Server::Http(doh::Server { uri, addresses: vec![*ip], network: Network::Tunnel }), *ip)
         }
         ResolverAddr::Https { url, bootstrap } => {
             let server = https(netmap, url, bootstrap)?;
@@ -98,8 +98,8 @@ fn candidate(netmap: &Netmap, resolver: &ResolverAddr) -> Result<(bool, Candidat
     Ok((offline, Candidate { resolver: resolver.clone(), server, label, peer: peer.map(|peer| peer.key) }))
 }
 
-fn road(netmap: &Netmap, ip: IpAddr) -> Result<Road, String> {
-    Road::to(netmap, ip).ok_or_else(|| unroutable(&[ip]))
+fn network(netmap: &Netmap, ip: IpAddr) -> Result<Network, String> {
+    Network::to(netmap, ip).ok_or_else(|| unroutable(&[ip]))
 }
 
 fn unroutable(addresses: &[IpAddr]) -> String {
@@ -119,11 +119,11 @@ fn https(netmap: &Netmap, url: &Url, bootstrap: &[IpAddr]) -> Result<doh::Server
         return Err(format!("the tailnet names {url} without an address of its host"));
     }
     let uri = url.as_str().parse().map_err(|_| format!("{url} cannot be asked"))?;
-    let by = |road| known.iter().copied().filter(|ip| Road::to(netmap, *ip) == Some(road)).collect::<Vec<_>>();
-    let roads = [Road::Tunnel, Road::Underlay];
-    let found = roads.map(|road| (road, by(road))).into_iter().find(|(_, addresses)| !addresses.is_empty());
-    let (road, addresses) = found.ok_or_else(|| unroutable(&known))?;
-    Ok(doh::Server { uri, addresses, road })
+    let by = |network| known.iter().copied().filter(|ip| Network::to(netmap, *ip) == Some(network)).collect::<Vec<_>>();
+    let networks = [Network::Tunnel, Network::Underlay];
+    let found = networks.map(|network| (network, by(network))).into_iter().find(|(_, addresses)| !addresses.is_empty());
+    let (network, addresses) = found.ok_or_else(|| unroutable(&known))?;
+    Ok(doh::Server { uri, addresses, network })
 }
 
 #[cfg(test)]
@@ -200,14 +200,14 @@ mod tests {
             .remove(0)
             .server
         {
-            Server::Http(server) => (server.road, server.addresses),
+            Server::Http(server) => (server.network, server.addresses),
             Server::Plain(..) => panic!("by HTTPS"),
         };
         let ip = |ip: &str| vec![ip.parse::<IpAddr>().unwrap()];
         let url = "https://dns.example/dns-query";
-        assert_eq!(asked(url, &["9.9.9.9", "10.3.0.53", "192.168.1.1"]), (Road::Tunnel, ip("10.3.0.53")));
-        assert_eq!(asked(url, &["192.168.1.1", "9.9.9.9"]), (Road::Underlay, ip("9.9.9.9")));
-        assert_eq!(asked("https://9.9.9.9/dns-query", &[]), (Road::Underlay, ip("9.9.9.9")));
-        assert_eq!(asked("https://[2620:fe::fe]/dns-query", &[]), (Road::Underlay, ip("2620:fe::fe")));
+        assert_eq!(asked(url, &["9.9.9.9", "10.3.0.53", "192.168.1.1"]), (Network::Tunnel, ip("10.3.0.53")));
+        assert_eq!(asked(url, &["192.168.1.1", "9.9.9.9"]), (Network::Underlay, ip("9.9.9.9")));
+        assert_eq!(asked("https://9.9.9.9/dns-query", &[]), (Network::Underlay, ip("9.9.9.9")));
+        assert_eq!(asked("https://[2620:fe::fe]/dns-query", &[]), (Network::Underlay, ip("2620:fe::fe")));
     }
 }

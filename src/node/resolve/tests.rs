@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, UdpSocket};
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 
-use super::roads::Road;
+use super::networks::Network;
 use super::servers::Server;
 use super::*;
 use crate::node::{Config, Node};
@@ -61,7 +61,7 @@ async fn plain(code: ResponseCode, ttl: u32) -> (Candidate, Rc<Cell<usize>>) {
         }
     });
     let resolver = ResolverAddr::Plain { addr: address };
-    let server = Server::Plain(address, Road::Underlay);
+    let server = Server::Plain(address, Network::Underlay);
     (Candidate { resolver, server, label: address.to_string(), peer: None }, asked)
 }
 
@@ -90,7 +90,7 @@ async fn terse() -> Candidate {
             stream.write_all(&answer).await.unwrap();
         }
     });
-    let (resolver, server) = (ResolverAddr::Plain { addr: address }, Server::Plain(address, Road::Underlay));
+    let (resolver, server) = (ResolverAddr::Plain { addr: address }, Server::Plain(address, Network::Underlay));
     Candidate { resolver, server, label: address.to_string(), peer: None }
 }
 
@@ -118,7 +118,7 @@ async fn http(habit: Habit, response: &'static str) -> (Candidate, Rc<Cell<usize
     });
     let resolver = ResolverAddr::PeerApi { ip: address.ip(), port: address.port(), path: "/dns-query".to_owned() };
     let uri = format!("http://{address}/dns-query").parse().unwrap();
-    let server = Server::Http(doh::Server { uri, addresses: vec![address.ip()], road: Road::Underlay });
+    let server = Server::Http(doh::Server { uri, addresses: vec![address.ip()], network: Network::Underlay });
     (Candidate { resolver, server, label: "connector c (http)".to_owned(), peer: None }, connections, heads)
 }
 
@@ -303,7 +303,7 @@ async fn https(protocol: &'static [u8]) -> (Candidate, tempfile::TempDir) {
     });
     let resolver = ResolverAddr::Plain { addr: address };
     let uri = format!("https://dns.example:{}/dns-query", address.port()).parse().unwrap();
-    let server = Server::Http(doh::Server { uri, addresses: vec![address.ip()], road: Road::Underlay });
+    let server = Server::Http(doh::Server { uri, addresses: vec![address.ip()], network: Network::Underlay });
     (Candidate { resolver, server, label: "dns.example".to_owned(), peer: None }, folder)
 }
 

@@ -25,7 +25,7 @@ use super::super::core::Shared;
 use super::super::dial::{RouteError, no_family};
 use super::answer::Failure;
 use super::doh;
-use super::roads::{Road, Roads};
+use super::networks::{Network, Networks};
 use super::servers::CONNECTOR_HEAD_START;
 use crate::dns::connectors;
 use crate::netmap::{Netmap, NodeId};
@@ -53,7 +53,7 @@ pub(super) struct Transits {
 struct Inner {
     core: Shared,
     control: tokio::runtime::Handle,
-    roads: Arc<Roads>,
+    networks: Arc<Networks>,
     lines: Arc<doh::Lines>,
     book: RefCell<Book>,
 }
@@ -69,10 +69,10 @@ struct Connector {
 
 impl Transits {
     /// Starts on the current local runtime. Connectors are asked from the `control` runtime.
-    pub(super) fn start(core: Shared, control: tokio::runtime::Handle, roads: Arc<Roads>) -> Self {
+    pub(super) fn start(core: Shared, control: tokio::runtime::Handle, networks: Arc<Networks>) -> Self {
         let (unknown, unknown_in) = mpsc::channel(QUEUE);
         core.borrow_mut().tell_unknown_transits(unknown);
-        let inner = Rc::new(Inner { core, control, roads, lines: Arc::default(), book: RefCell::default() });
+        let inner = Rc::new(Inner { core, control, networks, lines: Arc::default(), book: RefCell::default() });
         tokio::task::spawn_local(keep(Rc::downgrade(&inner), unknown_in));
         Self { inner }
     }
@@ -131,11 +131,11 @@ impl Inner {
             return Err("no connector that the tailnet shows serves it".to_owned());
         }
         let asked = self.control.spawn({
-            let (roads, lines, connectors) = (self.roads.clone(), self.lines.clone(), connectors.to_vec());
+            let (networks, lines, connectors) = (self.networks.clone(), self.lines.clone(), connectors.to_vec());
             async move {
                 let attempts = connectors.into_iter().map(|connector| {
-                    let (roads, lines, body) = (roads.clone(), lines.clone(), body.clone());
-                    async move { ask(&roads, &lines, connector, body).await }
+                    let (networks, lines, body) = (networks.clone(), lines.clone(), body.clone());
+                    async move { ask(&networks, &lines, connector, body).await }
                 });
                 race(attempts, CONNECTOR_HEAD_START).await
             }
@@ -245,7 +245,7 @@ fn serving(netmap: &Netmap, app: &str) -> Vec<Connector> {
         .filter_map(|peer| {
             let at = netmap.peerapi(peer)?;
             let uri = format!("http://{at}{PATH}").parse().ok()?;
-            let server = doh::Server { uri, addresses: vec![at.ip()], road: Road::Tunnel };
+            let server = doh::Server { uri, addresses: vec![at.ip()], network: Network::Tunnel };
             Some(Connector { id: peer.id, name: peer.name.clone(), online: peer.online != Some(false), server })
         })
         .collect();
@@ -255,13 +255,13 @@ fn serving(netmap: &Netmap, app: &str) -> Vec<Connector> {
 
 /// Asks one connector; its verdicts in the order of the request, or why there are none.
 async fn ask(
-    roads: &Arc<Roads>,
+    networks: &Arc<Networks>,
     lines: &doh::Lines,
     connector: Connector,
     body: Bytes,
 ) -> Result<(Connector, Vec<Verdict>), String> {
     let asked = async {
-        let response = doh::post(roads, lines, &connector.server, JSON, body).await?;
+        let response = doh::post(networks, lines, &connector.server, JSON, body).await?;
         let octets = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
         octets.map(|octets| octets.to_bytes()).map_err(|error| Failure::Unreachable(error.to_string()))
     };

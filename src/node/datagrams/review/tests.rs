@@ -36,8 +36,8 @@ async fn locate(association: &mut Association, target: &Target) {
     }
 }
 
-fn roads(association: &Association) -> Vec<Road> {
-    association.mappings.values().filter_map(|mapping| mapping.road).collect()
+fn next_hops(association: &Association) -> Vec<NextHop> {
+    association.mappings.values().filter_map(|mapping| mapping.next_hop).collect()
 }
 
 fn name(name: &str) -> Target {
@@ -100,7 +100,7 @@ async fn mapping_ends_when_another_peer_serves_its_address() {
     let mut tailnet = Tailnet::new();
     let mut association = routed(&mut tailnet, &["192.0.2.0/24"]).await;
     locate(&mut association, &public(9)).await;
-    let before = roads(&association);
+    let before = next_hops(&association);
     // A connector's own route, and later the wider one alone.
     for connector in [&["192.0.2.1/32"][..], &[]] {
         publish(&association, tailnet.map(connector, &["192.0.2.0/24"], &[]));
@@ -108,7 +108,7 @@ async fn mapping_ends_when_another_peer_serves_its_address() {
         assert_eq!((association.mappings(), association.knows(&public(9))), (0, false));
         locate(&mut association, &public(9)).await;
     }
-    assert_eq!(roads(&association), before);
+    assert_eq!(next_hops(&association), before);
     publish(&association, tailnet.map(&[], &["192.0.2.0/24", "203.0.113.0/24"], &[]));
     association.review();
     assert!(is_at(&association, &public(9)), "a netmap that does not concern it ends nothing");

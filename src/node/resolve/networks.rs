@@ -26,14 +26,14 @@ const DATAGRAM_MAX: usize = 4096;
 
 /// The network on which a resolver is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Road {
+pub(super) enum Network {
     /// The tailnet: a peer routes its address.
     Tunnel,
     /// The public internet: its address is public, and the tailnet names it.
     Underlay,
 }
 
-impl Road {
+impl Network {
     /// The network on which a resolver at `ip` may be asked. A private address that no peer routes belongs to whoever
     /// owns the network that this machine is in: nothing in the tailnet is there, so nobody is asked. Nor is anybody
     /// where an exit node was asked for and is gone: public names are its secret.
@@ -47,14 +47,14 @@ impl Road {
 }
 
 /// Both networks.
-pub(super) struct Roads {
+pub(super) struct Networks {
     pub(super) tunnel: Tunnel,
     underlay: Underlay,
     /// The trusted roots, with HTTP/2 offered.
     pub(super) tls: Arc<ClientConfig>,
 }
 
-impl Roads {
+impl Networks {
     pub(super) fn new(tunnel: Tunnel, underlay: Underlay) -> Self {
         let mut tls = ClientConfig::clone(&underlay.tls.trusted());
         tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
@@ -62,32 +62,38 @@ impl Roads {
     }
 
     /// Opens a flow to `server` alone: what others send does not arrive.
-    pub(super) async fn open_udp(&self, road: Road, server: SocketAddr) -> io::Result<Flow> {
-        match road {
-            Road::Tunnel => self.tunnel.open_udp(server).await.map(Flow::Tunnel),
-            Road::Underlay => connect_udp(server).map(Flow::Underlay),
+    pub(super) async fn open_udp(&self, network: Network, server: SocketAddr) -> io::Result<Flow> {
+        match network {
+            Network::Tunnel => self.tunnel.open_udp(server).await.map(Flow::Tunnel),
+            Network::Underlay => connect_udp(server).map(Flow::Underlay),
         }
     }
 
     /// Connects to a resolver as its datagrams go: on the underlay never by the corporate proxy, which is for HTTPS.
-    pub(super) async fn connect_server(&self, road: Road, server: SocketAddr) -> io::Result<BoxIo> {
-        Ok(match road {
-            Road::Tunnel => Box::new(self.tunnel.connect(server, CONNECT_LIMIT).await?),
-            Road::Underlay => Box::new(timeout(CONNECT_LIMIT, TcpStream::connect(server)).await??),
+    pub(super) async fn connect_server(&self, network: Network, server: SocketAddr) -> io::Result<BoxIo> {
+        Ok(match network {
+            Network::Tunnel => Box::new(self.tunnel.connect(server, CONNECT_LIMIT).await?),
+            Network::Underlay => Box::new(timeout(CONNECT_LIMIT, TcpStream::connect(server)).await??),
         })
     }
 
     /// Connects to a host at one of its addresses, whichever answers first.
-    pub(super) async fn connect(&self, road: Road, host: &str, addresses: &[IpAddr], port: u16) -> io::Result<BoxIo> {
-        match road {
-            Road::Tunnel => {
+    pub(super) async fn connect(
+        &self,
+        network: Network,
+        host: &str,
+        addresses: &[IpAddr],
+        port: u16,
+    ) -> io::Result<BoxIo> {
+        match network {
+            Network::Tunnel => {
                 let attempt = |ip: &IpAddr| self.tunnel.connect(SocketAddr::new(*ip, port), CONNECT_LIMIT);
                 let connected = race(addresses.iter().map(attempt), NEXT_ADDRESS).await;
                 let none = || io::Error::new(io::ErrorKind::NotFound, "no address is known");
                 let io = connected.map_err(|failures| failures.into_iter().next().unwrap_or_else(none))?;
                 Ok(Box::new(io))
             }
-            Road::Underlay => {
+            Network::Underlay => {
                 let connected = timeout(CONNECT_LIMIT, self.underlay.connect_known(host, addresses, port)).await;
                 connected.map_err(|_| io::ErrorKind::TimedOut)?.map_err(io::Error::other)
             }
@@ -140,12 +146,12 @@ mod tests {
         });
         let message = serde_json::from_value(message).unwrap();
         let netmap = Session::new(true).apply(message, Timestamp::UNIX_EPOCH).unwrap().netmap.unwrap();
-        let road = |ip: &str| Road::to(&netmap, ip.parse().unwrap());
+        let network = |ip: &str| Network::to(&netmap, ip.parse().unwrap());
         for ip in ["10.20.0.53", "100.64.0.2", "8.8.8.8", "::ffff:10.20.0.53"] {
-            assert_eq!(road(ip), Some(Road::Tunnel), "{ip}");
+            assert_eq!(network(ip), Some(Network::Tunnel), "{ip}");
         }
         for ip in ["9.9.9.9", "2620:fe::fe", "::ffff:9.9.9.9", "192.0.1.1", "172.32.0.1"] {
-            assert_eq!(road(ip), Some(Road::Underlay), "{ip}");
+            assert_eq!(network(ip), Some(Network::Underlay), "{ip}");
         }
         for ip in [
             "10.21.0.53",
@@ -171,7 +177,7 @@ mod tests {
             "2001:0:1::1",
             "::ffff:10.0.0.1",
         ] {
-            assert_eq!(road(ip), None, "{ip}");
+            assert_eq!(network(ip), None, "{ip}");
         }
     }
 
@@ -190,8 +196,8 @@ mod tests {
         let there = netmap(&[node(2, &["100.64.0.2/32", "0.0.0.0/0", "::/0"])]);
         let gone = netmap(&[]);
         for ip in ["9.9.9.9", "2620:fe::fe"] {
-            let road = |netmap: &Netmap| Road::to(netmap, ip.parse().unwrap());
-            assert_eq!((road(&there), road(&gone)), (Some(Road::Tunnel), None), "{ip}");
+            let network = |netmap: &Netmap| Network::to(netmap, ip.parse().unwrap());
+            assert_eq!((network(&there), network(&gone)), (Some(Network::Tunnel), None), "{ip}");
         }
     }
 }
