@@ -10,9 +10,9 @@ use crate::bed::Bed;
 use crate::contender::{BACKUP, Contender, Run, first_byte};
 use crate::fleet::Fleet;
 use crate::generator::inside;
-use crate::procfs;
 use crate::report::Report;
 use crate::steady::micros;
+use crate::usage;
 
 /// Connections of the crowd.
 const CONNECTIONS: usize = 10_000;
@@ -55,7 +55,7 @@ fn crowd(bed: &Bed, run: &Run<'_>, at_once: usize) -> Result<(f64, f64), Failed>
     let (way, pid) = (run.way, run.pid());
     inside(&bed.client, move || async move {
         let (times, streams) = way.crowd(CONNECTIONS, at_once).await?;
-        let resident = procfs::resident(pid).ok_or("the process is gone")?;
+        let resident = usage::resident(pid).ok_or("the process is gone")?;
         drop(streams);
         Ok((micros(&times, 0.99) / 1000.0, resident))
     })

@@ -12,7 +12,7 @@ use crate::contender::{Contender, alone};
 use crate::headscale::CONTROL;
 use crate::namespace::Namespace;
 use crate::process::Process;
-use crate::procfs;
+use crate::usage;
 
 /// All that were started.
 pub(crate) struct Fleet {
@@ -48,7 +48,7 @@ impl Fleet {
 
     /// What they take together, in MiB: the program's own pages, which they share, once.
     pub(crate) fn memory(&self) -> f64 {
-        self.sidecars.iter().filter_map(|(process, _)| procfs::proportional(process.id())).sum()
+        self.sidecars.iter().filter_map(|(process, _)| usage::proportional(process.id())).sum()
     }
 
     /// Ends them all, and waits until the control server lists none.

@@ -17,8 +17,8 @@ use tokio::task::{JoinSet, LocalSet};
 use tokio::time::{sleep, timeout};
 
 use crate::namespace::Namespace;
-use crate::procfs;
 use crate::server::{CHUNK, CONGESTION, ECHO, SINK, SOURCE};
+use crate::usage;
 
 /// How long one connection may take to be made before the row fails.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -247,10 +247,10 @@ impl Way {
         };
         sleep(load.warm_up).await;
         let (start, before) = (Instant::now(), look()?);
-        let cpu: Vec<_> = load.watched.iter().map(|pid| procfs::cpu(*pid)).collect();
+        let cpu: Vec<_> = load.watched.iter().map(|pid| usage::cpu(*pid)).collect();
         sleep(load.measured).await;
         let (elapsed, bytes) = (start.elapsed(), look()? - before);
-        let cpu = load.watched.iter().zip(cpu).map(|(pid, before)| procfs::cpu(*pid).saturating_sub(before)).collect();
+        let cpu = load.watched.iter().zip(cpu).map(|(pid, before)| usage::cpu(*pid).saturating_sub(before)).collect();
         if let Some(ended) = flows.iter().position(tokio::task::JoinHandle::is_finished) {
             return Err(format!("flow {ended} ended early: {:?}", flows.swap_remove(ended).await).into());
         }

@@ -10,8 +10,8 @@ use crate::bed::Bed;
 use crate::contender::{BACKUP, Contender, Run, first_byte};
 use crate::generator::{Bulk, Direction, Load, inside};
 use crate::pinned::Pinned;
-use crate::procfs;
 use crate::report::Report;
+use crate::usage;
 use crate::{Plan, Row, say};
 
 /// How many connections are idle, and how many are new side by side.
@@ -91,12 +91,12 @@ fn latency(bed: &Bed, plan: &Plan, report: &mut Report, run: &Run<'_>) -> Result
 
 fn idle(bed: &Bed, plan: &Plan, report: &mut Report, run: &Run<'_>) -> Result<(), Failed> {
     let (way, pid) = (run.way, run.pid());
-    let resident = move || procfs::resident(pid).ok_or("the process is gone");
+    let resident = move || usage::resident(pid).ok_or("the process is gone");
     std::thread::sleep(SETTLE);
     report.add("rss-idle", run.contender, resident()?);
-    let before = procfs::cpu(pid);
+    let before = usage::cpu(pid);
     std::thread::sleep(plan.idle);
-    let used = procfs::cpu(pid).saturating_sub(before);
+    let used = usage::cpu(pid).saturating_sub(before);
     report.add("cpu-idle", run.contender, used.as_secs_f64() / plan.idle.as_secs_f64() * 100.0);
     let crowded = inside(&bed.client, move || async move {
         let (_, streams) = way.crowd(IDLE, 20).await?;
@@ -112,9 +112,9 @@ fn idle(bed: &Bed, plan: &Plan, report: &mut Report, run: &Run<'_>) -> Result<()
 fn connections(bed: &Bed, plan: &Plan, report: &mut Report, run: &Run<'_>) -> Result<(), Failed> {
     let way = run.way;
     for _ in 0..plan.rounds {
-        let before = procfs::cpu(run.pid());
+        let before = usage::cpu(run.pid());
         let count = inside(&bed.client, move || way.churn(AT_ONCE, plan.measured))?;
-        let used = procfs::cpu(run.pid()).saturating_sub(before);
+        let used = usage::cpu(run.pid()).saturating_sub(before);
         report.add("churn", run.contender, count as f64 / plan.measured.as_secs_f64());
         report.add("churn-cpu", run.contender, used.as_secs_f64() * 1e6 / count as f64);
     }
@@ -137,7 +137,7 @@ fn bulk(bed: &Bed, plan: &Plan, report: &mut Report, run: &Run<'_>) -> Result<()
             transfer(bed, plan, report, run, (Direction::Down, flows, &down))?;
             transfer(bed, plan, report, run, (Direction::Up, flows, &up))?;
         }
-        report.add(memory, run.contender, procfs::resident(run.pid()).ok_or("the process is gone")?);
+        report.add(memory, run.contender, usage::resident(run.pid()).ok_or("the process is gone")?);
     }
     Ok(())
 }

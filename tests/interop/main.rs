@@ -27,6 +27,8 @@ mod scenarios;
 mod sidecar;
 mod tailscaled;
 mod testcontrol;
+#[expect(dead_code, reason = "shared with the bench, which asks more of it")]
+mod usage;
 mod zone;
 
 use std::collections::BTreeMap;

@@ -74,27 +74,6 @@ impl Process {
         self.child.id()
     }
 
-    /// Kilobytes of memory that it holds. Source: proc(5), status, `VmRSS`.
-    ///
-    /// # Errors
-    /// When it is gone.
-    pub(crate) fn resident(&self) -> Result<u64, Failed> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
-        Ok(line.trim().trim_end_matches(" kB").parse()?)
-    }
-
-    /// Hundredths of a second that it has computed. Source: proc(5), stat, `utime` and `stime`.
-    ///
-    /// # Errors
-    /// When it is gone.
-    pub(crate) fn computed(&self) -> Result<u64, Failed> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.id()))?;
-        let (_, fields) = stat.rsplit_once(')').ok_or("no name in stat")?;
-        let ticks: Vec<u64> = fields.split_whitespace().skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
-        Ok(ticks.iter().sum())
-    }
-
     /// The child itself, for its pipes.
     pub(crate) fn child(&mut self) -> &mut Child {
         &mut self.child

@@ -21,6 +21,7 @@ use crate::client::{self, Response};
 use crate::headscale::CONTROL;
 use crate::namespace::Namespace;
 use crate::process::{Process, tail};
+use crate::usage;
 
 /// How long a join may take on a loaded machine.
 const JOIN: Duration = Duration::from_secs(30);
@@ -259,6 +260,14 @@ impl Sidecar<'_> {
                 Err(format!("ended with {status} and no line\n{}", tail(&self.process.log())).into())
             }
         }
+    }
+
+    /// Resident memory in MiB.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub(crate) fn resident(&self) -> Result<f64, Failed> {
+        Ok(usage::resident(self.process.id()).ok_or("the sidecar is gone")?)
     }
 
     /// The proxy's first listener.

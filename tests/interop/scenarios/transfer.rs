@@ -67,14 +67,14 @@ pub(crate) fn a_reader_that_stops_is_waited_for(bed: &Bed) -> Result<(), Failed>
     const SIZE: u64 = 256 << 20;
     let sidecar = Launch::new(bed).ready()?;
     sidecar.page(LAN, "corp")?;
-    let before = sidecar.process.resident()?;
+    let before = sidecar.resident()?;
     let mut slow = sidecar.dial(LAN, 19)?;
     slow.write_all(format!("{SIZE}\n").as_bytes())?;
     held_up(bed, 19)?;
     sidecar.page(LAN, "corp")?;
-    let grown = sidecar.process.resident()?.saturating_sub(before);
-    if grown > 32 << 10 {
-        return Err(format!("an unread stream made the process grow by {grown} KiB").into());
+    let grown = sidecar.resident()? - before;
+    if grown > 32.0 {
+        return Err(format!("an unread stream made the process grow by {grown:.1} MiB").into());
     }
     let (read, _) = drain(&mut slow)?;
     match read == SIZE {
