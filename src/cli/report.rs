@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use super::args::{LogFormat, OutputFormat};
 use super::files::{self, Files};
@@ -119,6 +120,12 @@ impl Report {
     /// The node is about to leave: nobody should start to use it.
     pub(super) fn leaving(&self) {
         self.files.not_ready();
+    }
+
+    /// Connections that had not ended by themselves `after` the run's end began are cut.
+    pub(super) fn cut(&self, connections: u64, after: Duration) {
+        let after = after.as_millis();
+        self.say("cut", &format!("cut      connections still open after {after} ms: {connections}"));
     }
 
     /// The run is over without a failure.

@@ -53,7 +53,7 @@ enum End {
     Failed(Fault),
 }
 
-/// Connections that are open when the run ends have this long to finish by themselves.
+/// Connections that are open when the run ends have this long to finish by themselves. Then they are cut.
 const DRAIN: Duration = Duration::from_millis(500);
 
 /// How often a wait is said aloud.
@@ -303,8 +303,14 @@ async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> 
     let (reason, code, failed) = said(job, report, end);
     let limit = farewell.limit;
     let goodbye = async {
-        if let Ok(Ok(Err(error))) = timeout(DRAIN, &mut farewell.serving).await {
-            tracing::warn!(%error, "the proxy stopped early");
+        match timeout(DRAIN, &mut farewell.serving).await {
+            Ok(Ok(Err(error))) => tracing::warn!(%error, "the proxy stopped early"),
+            Ok(_) => {}
+            Err(_) => {
+                // Before the logout, so that targets, too, learn that it is over.
+                report.cut(farewell.stats.counters().active, DRAIN);
+                farewell.serving.abort();
+            }
         }
         // The node keeps its own limit; this one only guards against a node that does not.
         timeout(limit + DRAIN, farewell.node.shutdown(limit)).await.unwrap_or(Logout::Unconfirmed)

@@ -4,8 +4,9 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::set_socket_linger;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
@@ -142,6 +143,7 @@ enum Side {
 /// See [`Stream::splice`](super::Stream::splice); a target outside fails or ends like one inside.
 pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
     let (sent, received) = (Cell::new(0), Cell::new(0));
+    set_socket_linger(&client, Some(Duration::ZERO))?;
     let ended = {
         let (mut from_client, mut to_client) = client.split();
         let (mut from_target, mut to_target) = target.split();
@@ -154,9 +156,11 @@ pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: 
         tokio::try_join!(outward, inward)
     };
     let spliced = Spliced { sent: sent.get(), received: received.get(), reset: false };
-    let Err((side, error)) = ended else { return Ok(spliced) };
-    // Whoever still stands learns of it the way we did; the failed side's own socket is beyond caring.
-    let _ = client.set_zero_linger();
+    let Err((side, error)) = ended else {
+        set_socket_linger(&client, None)?;
+        return Ok(spliced);
+    };
+    // A target that still stands learns of it the way we did, as the client does.
     let _ = target.set_zero_linger();
     match side {
         Side::Target => Ok(Spliced { reset: true, ..spliced }),
@@ -191,8 +195,6 @@ async fn carry(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use tokio::net::TcpListener;
     use tokio::time::timeout;
 

@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::set_socket_linger;
 use smoltcp::socket::tcp;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
@@ -87,6 +88,7 @@ impl TunnelStream {
 
     /// See [`Stream::splice`](super::Stream::splice).
     pub(super) async fn splice(self, client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
+        set_socket_linger(&client, Some(Duration::ZERO))?;
         let mut splice =
             Splice { tunnel: &self, client, early, up: Half::Open, down: Half::Open, total: Spliced::default() };
         let ended = poll_fn(|cx| splice.poll(cx)).await;
@@ -95,9 +97,8 @@ impl TunnelStream {
             // The client is gone; what it carried before counts all the same.
             return if total.sent + total.received > 0 { Ok(total) } else { Err(error) };
         }
-        if total.reset {
-            // A reset stays a reset: the client learns that the connection did not end in peace.
-            rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO))?;
+        if !total.reset {
+            set_socket_linger(&client, None)?;
         }
         Ok(total)
     }

@@ -292,6 +292,21 @@ mod tests {
     }
 
     #[test]
+    fn http_1_0_client_learns_of_an_answer_that_broke_off() {
+        bed::run(async {
+            let bed = bed::start(Config::default());
+            let (mut client, mut target) = asked(&bed, "GET http://TARGET/ HTTP/1.0\r\n\r\n").await;
+            read_head(&mut target).await;
+            target.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n").await.unwrap();
+            read_head(&mut client).await;
+            expect_bytes(&mut client, b"half").await;
+            drop(target);
+            let error = client.read(&mut [0]).await.unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        });
+    }
+
+    #[test]
     fn http_1_0_clients_get_their_answer_whole() {
         bed::run(async {
             let bed = bed::start(Config::default());

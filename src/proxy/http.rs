@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header::{CONNECTION, PROXY_AUTHORIZATION};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -48,8 +48,10 @@ pub(super) struct Session {
     idle: RefCell<Option<Upstream>>,
     /// What becomes of the client's socket once the last answer's head is out.
     upgraded: RefCell<Option<(OnUpgrade, Tunnel)>>,
-    /// Whether a target's reset is to be passed on.
+    /// Whether the client has to learn by a reset that its answer broke off.
     reset: Cell<bool>,
+    /// Whether the client speaks HTTP/1.0, which takes the end of the connection for the end of the answer.
+    by_close: Cell<bool>,
     due: Arc<Due>,
 }
 
@@ -103,6 +105,8 @@ async fn exchange(
     audience: Audience,
     refusal: Option<&'static Row>,
 ) -> Option<Opened> {
+    // Whatever ends it in the middle of an answer, the client shall not take the part for the whole.
+    let _ = client.set_zero_linger();
     let client = Arc::new(client);
     let session = Rc::new(Session {
         proxy: Rc::clone(proxy),
@@ -111,6 +115,7 @@ async fn exchange(
         idle: RefCell::new(None),
         upgraded: RefCell::new(None),
         reset: Cell::new(false),
+        by_close: Cell::new(false),
         due: Arc::default(),
     });
     let socket = SharedSocket::new(Arc::clone(&client), Arc::clone(&session.due), head);
@@ -133,7 +138,6 @@ async fn exchange(
     // The HTTP connection is gone, and with it every other share of the socket.
     let client = Arc::into_inner(client)?;
     if session.reset.get() {
-        let _ = client.set_zero_linger();
         return None;
     }
     match ended.err().flatten() {
@@ -191,6 +195,7 @@ async fn take_back(on_upgrade: OnUpgrade, tunnel: Tunnel, client: Arc<TcpStream>
 
 impl Session {
     async fn respond(self: Rc<Self>, request: Request<Incoming>) -> Response<ReplyBody> {
+        self.by_close.set(request.version() < Version::HTTP_11);
         let audience = self.audience.accepting(request.headers());
         let is_connect = request.method() == Method::CONNECT;
         let served = match self.admit(&request) {
@@ -264,7 +269,7 @@ impl Session {
     /// A target's body ended too early: the client's connection will be cut, so that it cannot take the part for the
     /// whole.
     pub(super) fn target_broke_off(&self, target: &Target, reset: bool) {
-        self.reset.set(reset);
+        self.reset.set(reset || self.by_close.get());
         let how = if reset { "reset the connection" } else { "broke off" };
         let fault =
             Fault { row: &fault::UPSTREAM_CLOSED, detail: format!("{target} {how} in the middle of its answer") };

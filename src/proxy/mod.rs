@@ -82,14 +82,16 @@ struct Proxy {
     stats: Arc<Stats>,
     own: RefCell<OwnListeners>,
     drain: CancellationToken,
+    /// Ends what is still open, in whatever state it is.
+    cut: CancellationToken,
     overflow: Arc<Semaphore>,
     /// UDP mappings that may still be opened: as many in all as connections.
     mappings: Arc<Semaphore>,
 }
 
 /// Serves `listeners` on the current local runtime until `drain` is cancelled and the connections open then have ended;
-/// a caller that will not wait for them drops the future's result and goes on. The listeners stay bound, and answer
-/// that the run is ending, until that runtime is dropped.
+/// a caller that will not wait for them drops the future, which cuts them: none is left to look whole that is not. The
+/// listeners stay bound, and answer that the run is ending, until that runtime is dropped.
 ///
 /// # Errors
 /// When the operating system does not let a listener be polled.
@@ -110,7 +112,9 @@ pub async fn serve(
     let overflow = Arc::new(Semaphore::new(OVERFLOW));
     let mappings = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
     let own = RefCell::new(OwnListeners::new(addresses));
-    let proxy = Rc::new(Proxy { node, config, stats, own, drain: drain.clone(), overflow, mappings });
+    let cut = CancellationToken::new();
+    let _cut_at_the_end = cut.clone().drop_guard();
+    let proxy = Rc::new(Proxy { node, config, stats, own, drain: drain.clone(), cut, overflow, mappings });
     let open = TaskTracker::new();
     for listener in bound {
         tokio::task::spawn_local(accept(Rc::clone(&proxy), listener, open.clone()));
@@ -151,7 +155,7 @@ async fn accept(proxy: Rc<Proxy>, listener: TcpListener, open: TaskTracker) {
     }
 }
 
-/// One connection that counts.
+/// One connection that counts, until it ends or is cut.
 async fn counted(proxy: Rc<Proxy>, client: TcpStream, peer: SocketAddr) {
     struct Open(Arc<Stats>);
     impl Drop for Open {
@@ -161,7 +165,11 @@ async fn counted(proxy: Rc<Proxy>, client: TcpStream, peer: SocketAddr) {
     }
     let open = Open(Arc::clone(&proxy.stats));
     open.0.connection_opened();
-    connection(proxy, client, peer, None).await;
+    tokio::select! {
+        biased;
+        () = connection(Rc::clone(&proxy), client, peer, None) => {}
+        () = proxy.cut.cancelled() => tracing::debug!("cut"),
+    }
 }
 
 /// One connection. With a `refusal`, whatever it asks is answered so.

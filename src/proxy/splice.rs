@@ -59,6 +59,8 @@ impl Opened {
 
 /// Closes a connection so that the answer on its way arrives: our end first, then the client's, bounded.
 pub(super) async fn farewell(mut client: TcpStream) {
+    // Until here the connection may have been one to be reset, however it ended.
+    let _ = rustix::net::sockopt::set_socket_linger(&client, None);
     if client.shutdown().await.is_err() {
         return;
     }

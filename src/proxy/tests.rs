@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
-use crate::proxy::bed::{expect_bytes, read_head};
+use crate::proxy::bed::{asked, expect_bytes, read_head};
 
 #[test]
 fn connection_over_the_limit_is_answered_in_its_own_protocol() {
@@ -77,6 +77,43 @@ fn drain_answers_connections_that_wait_for_their_dial() {
 }
 
 #[test]
+fn whatever_is_cut_at_the_end_is_reset() {
+    bed::run(async {
+        let bed = bed::start(Config::default());
+        let echo = bed::echo().await;
+        let mut cut = Vec::new();
+        let mut connect = bed.connect().await;
+        connect.write_all(format!("CONNECT {echo} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
+        read_head(&mut connect).await;
+        let mut socks = bed.connect().await;
+        let port = echo.port().to_be_bytes();
+        socks.write_all(&[5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1, port[0], port[1]]).await.unwrap();
+        socks.read_exact(&mut [0; 12]).await.unwrap();
+        for mut tunnel in [connect, socks] {
+            tunnel.write_all(b"half").await.unwrap();
+            expect_bytes(&mut tunnel, b"half").await;
+            cut.push((tunnel, None));
+        }
+        for (version, framing) in [("1.1", "Transfer-Encoding: chunked\r\n"), ("1.1", ""), ("1.0", "")] {
+            let (mut client, mut target) = asked(&bed, &format!("GET http://TARGET/ HTTP/{version}\r\n\r\n")).await;
+            read_head(&mut target).await;
+            let body = if framing.is_empty() { "half" } else { "4\r\nhalf\r\n" };
+            target.write_all(format!("HTTP/1.1 200 OK\r\n{framing}\r\n{body}").as_bytes()).await.unwrap();
+            read_head(&mut client).await;
+            expect_bytes(&mut client, if version == "1.0" { b"half" } else { b"4\r\nhalf\r\n" }).await;
+            cut.push((client, Some(target)));
+        }
+        bed.drain.cancel();
+        bed::settle().await;
+        assert_eq!(bed.stats.counters().active, 5);
+        bed.served.abort();
+        for (mut client, _target) in cut {
+            assert_eq!(client.read(&mut [0; 9]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        }
+    });
+}
+
+#[test]
 fn little_of_a_connection_stays_in_memory_while_it_carries_bytes() {
     bed::run(async {
         let bed = bed::start(Config::default());
@@ -87,6 +124,7 @@ fn little_of_a_connection_stays_in_memory_while_it_carries_bytes() {
             stats: Arc::clone(&bed.stats),
             own: RefCell::new(OwnListeners::new(Vec::new())),
             drain: CancellationToken::new(),
+            cut: CancellationToken::new(),
             overflow: Arc::new(Semaphore::new(1)),
             mappings: Arc::new(Semaphore::new(1)),
         });

@@ -1,5 +1,7 @@
 //! Leaving: whatever ends the run, the node is gone at once, and no outage can hold the exit up.
 
+use std::io::{self, Read as _, Write as _};
+use std::net::TcpStream;
 use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,6 +36,40 @@ pub(crate) fn signals_log_out(bed: &Bed) -> Result<(), Failed> {
         ends_clean(bed, sidecar, "signal")?;
     }
     Ok(())
+}
+
+/// What is cut at the end is reset, never closed in peace: an answer without a length would look whole. It says how
+/// many connections it cut.
+pub(crate) fn connections_that_are_cut_at_the_end_are_reset(bed: &Bed) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    let endless = |version: &str| -> Result<TcpStream, Failed> {
+        let mut stream = sidecar.connect()?;
+        let head = format!("GET http://web/chunked?n=1000000000000 HTTP/{version}\r\nHost: web\r\n\r\n");
+        stream.write_all(head.as_bytes())?;
+        Ok(stream)
+    };
+    let mut echoing = sidecar.dial("web", 7)?;
+    echoing.write_all(b"x")?;
+    let (answer, mut connected) = sidecar.tunnel("web:19")?;
+    if answer.status != 200 {
+        return Err(format!("CONNECT was answered {}", answer.status).into());
+    }
+    connected.write_all(b"1000000000000\n")?;
+    let mut open = [echoing, connected, endless("1.1")?, endless("1.0")?];
+    for stream in &mut open {
+        stream.read_exact(&mut [0])?;
+    }
+    sidecar.process.signal(Signal::TERM);
+    for (index, stream) in open.iter_mut().enumerate() {
+        let ended = io::copy(stream, &mut io::sink());
+        if !ended.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionReset) {
+            return Err(format!("connection {index} ended with {ended:?}\n{}", tail(&sidecar.process.log())).into());
+        }
+    }
+    if !sidecar.process.log().contains("still open after 500 ms: 4") {
+        return Err(format!("it does not say what it cut\n{}", tail(&sidecar.process.log())).into());
+    }
+    ends_clean(bed, sidecar, "signal")
 }
 
 /// The end of stdin logs out, when asked for.

@@ -159,8 +159,9 @@ const JOIN: [Scenario; 5] = [
     scenario!(join::ten_sidecars_join_with_one_key_at_once),
 ];
 
-const LEAVE: [Scenario; 7] = [
+const LEAVE: [Scenario; 8] = [
     scenario!(leave::signals_log_out),
+    scenario!(leave::connections_that_are_cut_at_the_end_are_reset),
     scenario!(leave::the_end_of_stdin_logs_out_when_asked_for),
     scenario!(leave::exec_passes_the_code_on_and_logs_out),
     scenario!(leave::exec_passes_signals_both_ways),
