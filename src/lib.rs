@@ -11,6 +11,7 @@
 //! | layer | module | what it is |
 //! |---|---|---|
 //! | 0 | [`key`] | who is who: one type a role, secrets redacted and wiped |
+//! | 0 | [`lapse`] | how long something took, as a person reads it |
 //! | 1 | [`wire`] | bytes and JSON to values and back, one file a protocol |
 //! | 2 | [`netmap`] | what the tailnet looks like: peers and routes, one immutable value |
 //! | 3 | [`dns`] | who decides a name |
@@ -44,6 +45,7 @@
 //! child's end or a fatal answer, drains, logs out within its limit, and exits with a code that says what happened.
 
 pub mod key;
+pub mod lapse;
 
 pub mod wire;
 

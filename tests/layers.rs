@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// Modules by layer, low to high. Two of one layer do not know each other.
 const LAYERS: &[&[&str]] = &[
-    &["key"],
+    &["key", "lapse"],
     &["wire"],
     &["netmap"],
     &["dns", "engine", "netstack"],

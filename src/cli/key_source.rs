@@ -13,6 +13,7 @@ use zeroize::Zeroizing;
 
 use super::handed::{Handed, descriptor_path, read_some};
 use crate::fault::{self, Fault};
+use crate::lapse::Lapse;
 
 /// What `--auth-key` or `--id-token` says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,7 +80,7 @@ impl KeySource {
             .spawn(reader)
             .map_err(|error| Fault::new(&fault::OS_REFUSED, format!("no thread to read the {what}: {error}")))?;
         let Ok(Ok(text)) = timeout(limit, receiver).await else {
-            return Err(Fault::new(&fault::KEY_UNREADABLE, format!("{name} gave no {what} within {limit:?}")));
+            return Err(Fault::new(&fault::KEY_UNREADABLE, format!("{name} gave no {what} within {}", Lapse(limit))));
         };
         let text = text?;
         let text = std::str::from_utf8(&text)

@@ -23,6 +23,7 @@ use super::stops::{ENDING, PASSED_ON, Stop, Stops, exit_of, signal_name};
 use super::threads::{self, Control};
 use super::{exec, listen};
 use crate::fault::{self, Fault};
+use crate::lapse::Lapse;
 use crate::node::{JoinStage, Joined, Logout, Node, State};
 use crate::proxy;
 
@@ -220,7 +221,7 @@ async fn until_ready(
             changed = states.changed() => changed.map_err(|_| gone())?,
             _ = say.tick() => report.waiting(stage, started.elapsed().as_secs(), last_error.as_ref()),
             () = deadline => {
-                let detail = format!("joined, but no home DERP was connected within {ready_timeout:?}");
+                let detail = format!("joined, but no home DERP was connected within {}", Lapse(ready_timeout));
                 return Err(Fault::new(&fault::HOME_DERP, detail));
             }
         }
@@ -325,7 +326,7 @@ async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> 
     };
     if logout == Logout::Unconfirmed {
         let row = &fault::LOGOUT_UNCONFIRMED;
-        let fault = Fault::new(row, format!("control did not confirm the logout within {limit:?}"));
+        let fault = Fault::new(row, format!("control did not confirm the logout within {}", Lapse(limit)));
         if farewell.strict && code == 0 {
             report.failed(&fault, row.exit);
             return row.exit;

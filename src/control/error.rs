@@ -3,6 +3,8 @@
 use std::io;
 use std::time::Duration;
 
+use crate::lapse::Lapse;
+
 /// No session with control could be opened, or the open one ended.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ConnectError {
@@ -23,7 +25,7 @@ pub enum ConnectError {
         source: std::sync::Arc<io::Error>,
     },
     /// Control said nothing within its time.
-    #[error("control at {host} did not answer within {limit:?} ({stage})")]
+    #[error("control at {host} did not answer within {} ({stage})", Lapse(*.limit))]
     Silent {
         /// Host and port.
         host: String,
@@ -115,7 +117,7 @@ pub enum RegisterError {
     #[error("the device waits for approval by an administrator")]
     ApprovalPending,
     /// Too many requests.
-    #[error("control limits registrations; it asks to wait {wait:?}")]
+    #[error("control limits registrations; it asks to wait {}", Lapse(*.wait))]
     RateLimited {
         /// How long to wait before another try.
         wait: Duration,

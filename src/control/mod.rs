@@ -29,6 +29,7 @@ use url::Url;
 pub use error::{ConnectError, RegisterError};
 
 use crate::key::{AuthKey, DiscoPublic, MachinePrivate, NodePrivate};
+use crate::lapse::Lapse;
 use crate::netmap::Netmap;
 use crate::transport::backoff::Backoff;
 use crate::transport::underlay::Underlay;
@@ -369,7 +370,7 @@ impl Task {
             }
             Ok(())
         };
-        let silent = |_| ConnectError::Noise { detail: format!("no answer to the logout within {limit:?}") };
+        let silent = |_| ConnectError::Noise { detail: format!("no answer to the logout within {}", Lapse(limit)) };
         timeout(limit, attempt).await.map_err(silent)?
     }
 

@@ -271,7 +271,9 @@ impl Engine {
             handshakes_sent: counters.handshakes_sent,
             last_handshake: counters.last_handshake,
             established: self.wireguard.is_usable(slot, now),
+            asking_since: self.wireguard.asking_since(slot),
             path: self.magicsock.status(slot, entry, now),
+            open: self.magicsock.is_open(slot, entry, now),
             sent_bytes: counters.sent_bytes,
             received_bytes: counters.received_bytes,
         })

@@ -155,8 +155,12 @@ pub struct PeerStatus {
     pub last_handshake: Option<Instant>,
     /// Whether there is a session right now.
     pub established: bool,
+    /// Since then a handshake is unanswered, however old a session there is.
+    pub asking_since: Option<Instant>,
     /// The present path.
     pub path: PathStatus,
+    /// Whether a packet would leave by it.
+    pub open: bool,
     /// Inner bytes sent.
     pub sent_bytes: u64,
     /// Inner bytes received.

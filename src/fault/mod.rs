@@ -11,6 +11,7 @@ pub use table::*;
 
 use crate::control::{ConnectError, RegisterError};
 use crate::key::AuthKeyError;
+use crate::lapse::Lapse;
 use crate::node::dial::{DirectError, Exhausted, RouteError};
 use crate::node::{DialError, JoinStage, NodeError, ResolveError};
 use crate::provision::{CredentialError, MintError};
@@ -221,7 +222,7 @@ impl From<&NodeError> for Fault {
             NodeError::Mint(mint) => return Self::from(mint),
             NodeError::JoinTimeout { last_error: Some(last), limit, .. } => {
                 let fault = Self::from(last.as_ref());
-                return Self::new(fault.row, format!("not joined after {limit:?}: {}", fault.detail));
+                return Self::new(fault.row, format!("not joined after {}: {}", Lapse(*limit), fault.detail));
             }
             NodeError::JoinTimeout { stage, last_error: None, .. } => match stage {
                 JoinStage::Control => &CONTROL_SILENT,

@@ -244,8 +244,8 @@ rows! {
         "check that a connector that the cause names runs and serves this app, and that a grant lets this node use it";
 
     PEER_SILENT: 1601 Peer, exit 69, again YES, SILENT_PEER
-        "the peer never answered a WireGuard handshake"
-        "check that it is running and connected, and that the policy lets the two see each other";
+        "the peer does not answer"
+        "check that it runs and that the policy lets the two see each other; where UDP is blocked, leave --transport at auto";
     PEER_REJECTED: 1602 Peer, exit 78, again NO, PROHIBITED
         "the peer's packet filter rejected the connection"
         "add a grant from this node's tag to the target's address and port";

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use super::NodeError;
 use super::target::Host;
+use crate::lapse::Lapse;
 
 /// Why a target was not reached.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum DialError {
     /// The node has not joined within `hold_timeout`; carries what it waits for.
-    #[error("the node has not joined the tailnet within {limit:?}")]
+    #[error("the node has not joined the tailnet within {}", Lapse(*.limit))]
     NotJoined {
         /// The hold limit.
         limit: Duration,
@@ -30,8 +31,8 @@ pub enum DialError {
     /// The name has addresses, or the address was asked, but no route covers it.
     #[error(transparent)]
     Route(#[from] RouteError),
-    /// The peer that owns the route never answered a handshake.
-    #[error("{peer} did not answer {tries} WireGuard handshakes in {waited:?}")]
+    /// Nothing comes from the peer that owns the route.
+    #[error("{peer} did not answer{} in {}{}", handshakes(*.tries), Lapse(*.waited), .gap.map(Gap::told).unwrap_or_default())]
     PeerSilent {
         /// The peer's name.
         peer: String,
@@ -39,9 +40,11 @@ pub enum DialError {
         tries: u64,
         /// How long.
         waited: Duration,
+        /// Why no packet of ours reaches it, where that is known.
+        gap: Option<Gap>,
     },
     /// The peer is there, but nothing answered the SYN.
-    #[error("the tunnel to {peer} is up, but {address} did not answer in {waited:?}")]
+    #[error("the tunnel to {peer} is up, but {address} did not answer in {}", Lapse(*.waited))]
     Unanswered {
         /// The peer's name.
         peer: String,
@@ -70,6 +73,43 @@ pub enum DialError {
     /// A host that `--direct-allow` names was not reached outside the tailnet.
     #[error(transparent)]
     Direct(#[from] DirectError),
+}
+
+fn handshakes(tries: u64) -> String {
+    match tries {
+        0 => String::new(),
+        1 => " a WireGuard handshake".to_owned(),
+        _ => format!(" {tries} WireGuard handshakes"),
+    }
+}
+
+/// Why no packet leaves for a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gap {
+    /// No direct path works, and relays are not to be used.
+    Direct {
+        /// Whether no STUN server answers either.
+        udp_blocked: bool,
+    },
+    /// The relay is not connected, and direct paths are not to be used.
+    Relay,
+    /// Neither a direct path works, nor is the relay connected.
+    Both,
+}
+
+impl Gap {
+    fn told(self) -> &'static str {
+        match self {
+            Self::Direct { udp_blocked: true } => {
+                "; no UDP comes back from anywhere, and --transport direct allows no relay"
+            }
+            Self::Direct { udp_blocked: false } => {
+                "; no direct path to it works, and --transport direct allows no relay"
+            }
+            Self::Relay => "; the relay to it is not connected, and --transport derp allows no direct path",
+            Self::Both => "; neither a direct path to it works nor is the relay connected",
+        }
+    }
 }
 
 /// What has run out.
@@ -149,7 +189,7 @@ pub enum RouteError {
         address: IpAddr,
     },
     /// An app connector answered for a name, but its route to the answer did not come in time.
-    #[error("{connectors} answered for {name}, but routes none of its addresses ({addresses}) after {waited:?}")]
+    #[error("{connectors} answered for {name}, but routes none of its addresses ({addresses}) after {}", Lapse(*.waited))]
     Connector {
         /// The name.
         name: String,
@@ -218,7 +258,7 @@ pub enum ResolveError {
         rcode: String,
     },
     /// No resolver answered in time.
-    #[error("no answer for {name} from {resolver} within {limit:?}")]
+    #[error("no answer for {name} from {resolver} within {}", Lapse(*.limit))]
     Silent {
         /// The name.
         name: String,

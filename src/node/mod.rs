@@ -46,6 +46,7 @@ use self::relays::{Dialler, Relays};
 use crate::control::{Client, RegisterError};
 use crate::engine::Engine;
 use crate::key::{DiscoPrivate, NodePrivate};
+use crate::lapse::Lapse;
 use crate::netmap::Netmap;
 use crate::netstack::Netstack;
 use crate::provision::{MintError, Minting};
@@ -120,7 +121,7 @@ pub enum NodeError {
     #[error(transparent)]
     Register(#[from] RegisterError),
     /// `join_timeout` passed; carries what was waited for and the last error.
-    #[error("not joined after {limit:?}, still waiting for {stage:?}")]
+    #[error("not joined after {}, still waiting for {stage:?}", Lapse(*.limit))]
     JoinTimeout {
         /// What was waited for.
         stage: JoinStage,

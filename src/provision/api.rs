@@ -19,6 +19,7 @@ use super::credential::{GitHub, IdToken};
 use super::http::{Ask, Http, Trouble};
 use super::{ClientSecret, Identity, MintError, Order, TokenSource};
 use crate::key::AuthKey;
+use crate::lapse::Lapse;
 use crate::transport::backoff::Backoff;
 use crate::transport::underlay::Underlay;
 
@@ -215,7 +216,7 @@ impl Tries<'_> {
             let pause = wait.unwrap_or_default().max(backoff.next_delay());
             let left = self.deadline.saturating_duration_since(Instant::now());
             if pause >= left || (repeat == Repeat::Once && lost > 1) {
-                let asks = wait.map(|wait| format!(", and asks to wait {wait:?}")).unwrap_or_default();
+                let asks = wait.map(|wait| format!(", and asks to wait {}", Lapse(wait))).unwrap_or_default();
                 return Err(MintError::Unreachable { host: http.place(), detail: detail + &asks });
             }
             let error = MintError::Unreachable { host: http.place(), detail };

@@ -12,6 +12,7 @@ use tokio::net::TcpStream;
 
 use super::Config;
 use crate::fault::{self, Fault, Row};
+use crate::lapse::Lapse;
 
 /// Why there is no first head.
 #[derive(Debug)]
@@ -77,7 +78,7 @@ pub(super) fn unreadable(error: &hyper::Error, config: &Config, begun: impl FnOn
 
 /// A head that was not whole within `limit`.
 pub(super) fn late(limit: Duration) -> Fault {
-    Fault { row: &fault::HEAD_TIMEOUT, detail: format!("no whole request head within {limit:?}") }
+    Fault { row: &fault::HEAD_TIMEOUT, detail: format!("no whole request head within {}", Lapse(limit)) }
 }
 
 /// Where the empty line ends that ends a head, if it is there. The first `known` bytes were searched before.

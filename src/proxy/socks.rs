@@ -17,6 +17,7 @@ use super::socket::gone;
 use super::splice::{Opened, Tunnel, farewell};
 use super::{Proxy, associate};
 use crate::fault::{self, Fault, Row};
+use crate::lapse::Lapse;
 use crate::node::{Host, Target};
 
 const VERSION: u8 = 5;
@@ -52,7 +53,7 @@ enum Asked {
 pub(super) async fn serve(proxy: &Proxy, client: TcpStream, refusal: Option<&'static Row>) -> Option<Opened> {
     let mut dialogue = Dialogue { client, unread: Vec::new() };
     let negotiated = timeout(proxy.config.head_timeout, negotiate(proxy, &mut dialogue)).await.unwrap_or_else(|_| {
-        let detail = format!("no whole SOCKS request within {:?}", proxy.config.head_timeout);
+        let detail = format!("no whole SOCKS request within {}", Lapse(proxy.config.head_timeout));
         Err(refused(&fault::HEAD_TIMEOUT, detail))
     });
     let target = match negotiated {

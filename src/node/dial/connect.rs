@@ -11,7 +11,8 @@ use super::super::core::Shared;
 use super::super::tunnel::flow::Unopened;
 use super::super::tunnel::{ConnectFailure, TunnelStream};
 use super::route::{no_family, unrouted};
-use super::{DialError, Exhausted, Inner, RouteError};
+use super::{DialError, Exhausted, Gap, Inner, RouteError};
+use crate::engine::Transport;
 use crate::key::NodePublic;
 use crate::netmap::Netmap;
 use crate::transport::race::race;
@@ -131,14 +132,30 @@ async fn connect(
         ConnectFailure::Refused => DialError::Refused { address },
         ConnectFailure::Rejected(reason) => DialError::Rejected { peer: name, reason: reason.to_string() },
         ConnectFailure::Unanswered if offline => RouteError::Offline { address: address.ip(), router: name }.into(),
-        ConnectFailure::Unanswered if has_session(core, &peer.key) => {
-            DialError::Unanswered { peer: name, address, waited }
-        }
         ConnectFailure::Unanswered => {
             let tries = handshakes(core, &peer.key).saturating_sub(handshakes_before);
-            DialError::PeerSilent { peer: name, tries, waited }
+            match silence(core, &peer.key, node.config.transport) {
+                None => DialError::Unanswered { peer: name, address, waited },
+                Some(gap) => DialError::PeerSilent { peer: name, tries, waited, gap },
+            }
         }
     })
+}
+
+/// Whether it is the peer that is silent, and not the target behind it; where no packet leaves for it, why. A session
+/// alone says little: it outlives its peer and every path by minutes.
+fn silence(core: &Shared, peer: &NodePublic, transport: Transport) -> Option<Option<Gap>> {
+    let mut core = core.borrow_mut();
+    let engine = core.engine();
+    let Some(status) = engine.peer_status(peer, Instant::now()) else { return Some(None) };
+    let udp_blocked = engine.host_state().netinfo.working_udp == Some(false);
+    let gap = (!status.open).then_some(match transport {
+        Transport::Direct => Gap::Direct { udp_blocked },
+        Transport::Derp => Gap::Relay,
+        Transport::Auto => Gap::Both,
+    });
+    let up = status.established && status.open && status.asking_since.is_none();
+    (!up).then_some(gap)
 }
 
 /// The failure for a flow that could not even be opened.
@@ -156,11 +173,6 @@ fn handshakes(core: &Shared, peer: &NodePublic) -> u64 {
     core.borrow_mut().engine().peer_status(peer, Instant::now()).map_or(0, |status| status.handshakes_sent)
 }
 
-/// Whether WireGuard has a session with a peer right now.
-fn has_session(core: &Shared, peer: &NodePublic) -> bool {
-    core.borrow_mut().engine().peer_status(peer, Instant::now()).is_some_and(|status| status.established)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -172,7 +184,7 @@ mod tests {
         let all = [
             DialError::Refused { address },
             DialError::Unanswered { peer: "r".to_owned(), address, waited },
-            DialError::PeerSilent { peer: "r".to_owned(), tries: 1, waited },
+            DialError::PeerSilent { peer: "r".to_owned(), tries: 1, waited, gap: None },
             RouteError::Withdrawn { address: address.ip() }.into(),
         ];
         for skipped in 0..all.len() {
@@ -182,6 +194,10 @@ mod tests {
                 assert_eq!(telling(failures).to_string(), all[skipped].to_string());
             }
         }
+        let silent = |tries, gap| DialError::PeerSilent { peer: "r".to_owned(), tries, waited, gap }.to_string();
+        assert_eq!(silent(2, None), "r did not answer 2 WireGuard handshakes in 1s");
+        let told = "r did not answer in 1s; no UDP comes back from anywhere, and --transport direct allows no relay";
+        assert_eq!(silent(0, Some(Gap::Direct { udp_blocked: true })), told);
         let second = DialError::Rejected { peer: "s".to_owned(), reason: "acl".to_owned() };
         assert!(matches!(telling(vec![(1, second), (0, all[0].clone())]), DialError::Refused { .. }));
     }

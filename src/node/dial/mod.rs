@@ -19,7 +19,7 @@ pub(super) use self::route::{is_public, no_family};
 pub(super) use self::wait::WiderRoutes;
 use self::wait::{Sought, until_routed};
 use super::error::ResolveError;
-pub use super::error::{DialError, DirectError, Exhausted, RouteError};
+pub use super::error::{DialError, DirectError, Exhausted, Gap, RouteError};
 use super::resolve::{Ask, By, Resolved};
 pub use super::target::{DirectRule, Host, Target};
 use super::{Inner, State, Stream, direct};

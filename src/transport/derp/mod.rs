@@ -24,6 +24,7 @@ use self::session::Session;
 use super::tls::Check;
 use super::underlay::{BoxIo, Underlay, UnderlayError};
 use crate::key::{NodePrivate, NodePublic};
+use crate::lapse::Lapse;
 use crate::netmap::RegionId;
 use crate::wire::derp::Gone;
 
@@ -103,7 +104,7 @@ pub enum DerpError {
     #[error(transparent)]
     Underlay(#[from] UnderlayError),
     /// Nothing came within the limit.
-    #[error("relay {host} was silent for {limit:?}")]
+    #[error("relay {host} was silent for {}", Lapse(*.limit))]
     Silent {
         /// The relay.
         host: String,
@@ -135,7 +136,7 @@ pub enum DerpError {
         detail: String,
     },
     /// The relay is about to restart.
-    #[error("relay {host} restarts, to be back in {reconnect_in:?}")]
+    #[error("relay {host} restarts, to be back in {}", Lapse(*.reconnect_in))]
     Restarting {
         /// The relay.
         host: String,
