@@ -6,6 +6,7 @@
 
 mod link;
 mod outputs;
+mod paths;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
-use tracing::{debug, trace};
+use tracing::trace;
 
 use super::outbox::Outbox;
 use super::regions;
@@ -77,6 +78,8 @@ pub(super) struct Core {
     rebound_at: Option<Instant>,
     /// Packets that found no connection to their region, or its queue full.
     derp_dropped: u64,
+    /// What was said of paths to peers.
+    told: paths::Told,
 }
 
 impl Core {
@@ -97,6 +100,7 @@ impl Core {
             link: LinkState::default(),
             rebound_at: None,
             derp_dropped: 0,
+            told: paths::Told::default(),
         }
     }
 
@@ -138,7 +142,8 @@ impl Core {
 
     fn deadline(&self) -> Option<Instant> {
         let engine = self.parts.engine.next_deadline().map(|(at, _)| at);
-        [engine, self.parts.netstack.next_deadline(), self.rebind_at()].into_iter().flatten().min()
+        let (netstack, told) = (self.parts.netstack.next_deadline(), self.told.next_deadline());
+        [engine, netstack, self.rebind_at(), told].into_iter().flatten().min()
     }
 
     /// Takes over a new netmap.
@@ -156,6 +161,7 @@ impl Core {
         };
         self.parts.engine.handle_netmap(netmap, now);
         self.publish();
+        self.forget_paths();
         self.pump(now);
     }
 
@@ -288,6 +294,7 @@ impl Core {
             Event::Connected => {
                 engine.handle_derp_connected(region, now);
                 self.parts.relays.set_admitted(region, true, engine.host_state().home);
+                self.say_paths(now);
             }
             Event::Packets(packets) => {
                 for (peer, mut packet) in packets {
@@ -300,6 +307,7 @@ impl Core {
             Event::Lost(_) => {
                 engine.handle_derp_lost(region, now);
                 self.parts.relays.set_admitted(region, false, engine.host_state().home);
+                self.say_paths(now);
             }
         }
         self.pump(now);
@@ -314,19 +322,12 @@ impl Core {
         self.pump(now);
     }
 
-    /// The run is over: no relay is spoken with any more. Says what was counted.
-    pub(super) fn stop(&mut self) {
-        self.parts.relays.close_all();
-        let (stats, lost, derp_dropped) = (self.parts.engine.stats(), &self.parts.outbox.lost, self.derp_dropped);
-        let link_changes = self.link.changes;
-        debug!(?stats, ?lost, derp_dropped, link_changes, "data plane stopped");
-    }
-
     /// Does what time demands.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
         self.parts.engine.handle_timeout(now);
         self.parts.netstack.handle_timeout(now);
         self.rebind_if_dead(now);
+        self.say_due_paths(now);
         self.pump(now);
     }
 
@@ -365,7 +366,7 @@ impl Core {
                     sent.inspect_err(|error| trace!(%error, "packet without a route")).ok().flatten()
                 });
             }
-            self.execute_outputs();
+            self.execute_outputs(now);
             self.heed_failures(now);
             if !more || self.parts.outbox.blocked().is_some() {
                 break;

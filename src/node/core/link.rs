@@ -40,7 +40,7 @@ impl Core {
                 return;
             }
             unreachable.into_iter().for_each(|destination| self.parts.engine.handle_unreachable(destination, now));
-            self.execute_outputs();
+            self.execute_outputs(now);
         }
     }
 

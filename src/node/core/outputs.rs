@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Instant;
 
-use tracing::{Level, debug, enabled};
+use tracing::debug;
 
 use super::Core;
 use crate::engine::Output;
@@ -17,7 +17,7 @@ use crate::wire::tsmp::Reason;
 
 impl Core {
     /// Does all that the engine has said since the last time.
-    pub(super) fn execute_outputs(&mut self) {
+    pub(super) fn execute_outputs(&mut self, now: Instant) {
         while let Some(output) = self.parts.engine.poll_output() {
             match output {
                 Output::Udp { destination, contents, segment } => {
@@ -54,7 +54,7 @@ impl Core {
                 Output::RoutesChanged => self.publish(),
                 Output::Resend { peer } => self.resend(&peer),
                 Output::PeerChanged { peer } => {
-                    self.say_path(&peer);
+                    self.say_path(&peer, now);
                     self.peer_changed.notify_waiters();
                 }
             }
@@ -68,23 +68,18 @@ impl Core {
         self.parts.netstack.repeat(Again::Everything, by_it);
     }
 
-    /// Logs how packets reach a peer now.
-    fn say_path(&self, key: &NodePublic) {
-        if !enabled!(Level::DEBUG) {
-            return;
-        }
-        let engine = &self.parts.engine;
-        let peer = engine.netmap().and_then(|netmap| netmap.peer_by_key(key));
-        let status = engine.peer_status(key, Instant::now());
-        if let (Some(peer), Some(status)) = (peer, status) {
-            debug!(peer = peer.name, path = %status.path, "peer's path");
-        }
-    }
-
     /// Whether somebody hears that the peer of a transit address does not know it.
     fn is_told(&self, remote: IpAddr) -> bool {
         let unknown = self.unknown_transits.as_ref().filter(|_| self.transits.contains_key(&remote));
         unknown.is_some_and(|unknown| unknown.try_send(remote).is_ok())
+    }
+
+    /// The run is over: no relay is spoken with any more. Says what was counted.
+    pub(in crate::node) fn stop(&mut self) {
+        self.parts.relays.close_all();
+        let (stats, lost, derp_dropped) = (self.parts.engine.stats(), &self.parts.outbox.lost, self.derp_dropped);
+        let link_changes = self.link.changes;
+        debug!(?stats, ?lost, derp_dropped, link_changes, "data plane stopped");
     }
 
     /// Sends what the sockets did not take before.

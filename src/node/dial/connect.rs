@@ -136,7 +136,10 @@ async fn connect(
             let tries = handshakes(core, &peer.key).saturating_sub(handshakes_before);
             match silence(core, &peer.key, node.config.transport) {
                 None => DialError::Unanswered { peer: name, address, waited },
-                Some(gap) => DialError::PeerSilent { peer: name, tries, waited, gap },
+                Some(gap) => {
+                    core.borrow_mut().say_silent(&peer.key, &name, Instant::now());
+                    DialError::PeerSilent { peer: name, tries, waited, gap }
+                }
             }
         }
     })

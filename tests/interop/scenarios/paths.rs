@@ -9,8 +9,12 @@ use libtest_mimic::Failed;
 
 use crate::bed::Bed;
 use crate::leak;
-use crate::process::{output, until};
+use crate::process::{output, tail, until};
 use crate::sidecar::Launch;
+
+/// No UDP leaves the host or reaches it.
+const BLOCKED: &str = "table inet blocked { chain in { type filter hook input priority 0; meta l4proto udp iifname eth0 drop; }\n\
+     chain out { type filter hook output priority 0; meta l4proto udp oifname eth0 drop; }\n }";
 
 /// How much is sent to see where it goes.
 const LOAD: usize = 4 << 20;
@@ -49,10 +53,7 @@ pub(crate) fn on_one_lan_bytes_go_directly(bed: &Bed) -> Result<(), Failed> {
 /// With UDP blocked the page comes by DERP; unblocked, the same connection goes on directly.
 pub(crate) fn a_relayed_connection_becomes_direct_without_breaking(bed: &Bed) -> Result<(), Failed> {
     let client = &bed.hosts.client;
-    client.nft(
-        "table inet blocked { chain in { type filter hook input priority 0; meta l4proto udp iifname eth0 drop; }\n\
-         chain out { type filter hook output priority 0; meta l4proto udp oifname eth0 drop; }\n }",
-    )?;
+    client.nft(BLOCKED)?;
     let relayed = Launch::new(bed).ready().and_then(|sidecar| {
         sidecar.page("web", "web")?;
         sidecar.page("web.corp.test", "corp")?;
@@ -80,16 +81,33 @@ pub(crate) fn a_direct_connection_survives_the_loss_of_udp(bed: &Bed) -> Result<
         let (direct, relayed) = weigh(bed, &mut stream)?;
         Ok((direct > LOAD as u64 && relayed < LOAD as u64 / 20).then_some(()))
     })?;
-    client.nft(
-        "table inet blocked { chain in { type filter hook input priority 0; meta l4proto udp iifname eth0 drop; }\n\
-         chain out { type filter hook output priority 0; meta l4proto udp oifname eth0 drop; }\n }",
-    )?;
+    client.nft(BLOCKED)?;
     let survived = weigh(bed, &mut stream);
+    let said = until(Duration::from_secs(15), "the log to tell both paths", || {
+        let log = sidecar.process.log();
+        let lines = ["INFO tailcar::node::core::paths: peer is reached directly", "peer is reached by a relay"];
+        Ok(lines.iter().all(|line| log.contains(line)).then_some(()))
+    });
     client.nft("delete table inet blocked")?;
     match survived? {
-        (_, relayed) if relayed > LOAD as u64 / 2 => Ok(()),
+        (_, relayed) if relayed > LOAD as u64 / 2 => said,
         (direct, relayed) => Err(format!("{direct} bytes directly, {relayed} by DERP").into()),
     }
+}
+
+/// Without relays, a peer whose direct path has died is said to be out of reach, and why: its session outlives the path.
+pub(crate) fn without_relays_the_end_of_udp_is_told_as_what_it_is(bed: &Bed) -> Result<(), Failed> {
+    let client = &bed.hosts.client;
+    let sidecar = Launch::new(bed).args(&["--transport", "direct", "--dial-timeout", "8s"]).ready()?;
+    sidecar.page("web", "web")?;
+    client.nft(BLOCKED)?;
+    let refused = sidecar.get_absolute("web", "/");
+    client.nft("delete table inet blocked")?;
+    let refused = refused?;
+    refused.expect(504, "TC-1601")?;
+    let (text, log) = (refused.text(), sidecar.process.log());
+    let told = text.contains("--transport direct allows no relay") && log.contains("paths: peer cannot be reached");
+    if told { Ok(()) } else { Err(format!("{text}\n{}", tail(&log)).into()) }
 }
 
 /// `--transport derp` sends nothing to peers; a peer in another region, known by its pin, is reached there.
