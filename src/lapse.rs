@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-/// A duration in messages: `40ms`, `2.5s`, `30s`, `3m`, `3m20s`.
+/// A duration in messages: `40ms`, `2.5s`, `30s`, `3m20s`, `1h`.
 #[derive(Debug, Clone, Copy)]
 pub struct Lapse(pub Duration);
 
@@ -11,12 +11,14 @@ impl fmt::Display for Lapse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ms = self.0.as_nanos().saturating_add(500_000) / 1_000_000;
         let (tenths, seconds) = ((ms + 50) / 100, (ms + 500) / 1_000);
-        match (seconds / 60, seconds % 60) {
+        match (seconds / 3_600, seconds / 60 % 60, seconds % 60) {
             _ if ms < 1_000 => write!(f, "{ms}ms"),
             _ if tenths < 100 && tenths % 10 != 0 => write!(f, "{}.{}s", tenths / 10, tenths % 10),
-            (0 | 1, _) => write!(f, "{seconds}s"),
-            (minutes, 0) => write!(f, "{minutes}m"),
-            (minutes, rest) => write!(f, "{minutes}m{rest}s"),
+            (0, 0 | 1, _) => write!(f, "{seconds}s"),
+            (0, minutes, 0) => write!(f, "{minutes}m"),
+            (0, minutes, rest) => write!(f, "{minutes}m{rest}s"),
+            (hours, 0, _) => write!(f, "{hours}h"),
+            (hours, minutes, _) => write!(f, "{hours}h{minutes}m"),
         }
     }
 }
@@ -40,6 +42,9 @@ mod tests {
             (119_700_000_000, "2m"),
             (180_000_000_000, "3m"),
             (200_000_000_000, "3m20s"),
+            (3_600_000_000_000, "1h"),
+            (86_400_000_000_000, "24h"),
+            (5_400_000_000_000, "1h30m"),
         ] {
             assert_eq!(Lapse(Duration::from_nanos(nanos)).to_string(), text);
         }

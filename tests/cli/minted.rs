@@ -174,8 +174,8 @@ fn what_does_not_pass_is_told() {
     for (answer, words) in [
         (api::bad_gateway as fn(&mut _), "502 Bad Gateway"),
         (api::silent, "did not answer"),
-        (api::limited_for_an_hour, "asks to wait 60m"),
-        (api::limited_for_ever, "asks to wait 86400s"),
+        (api::limited_for_an_hour, "asks to wait 1h"),
+        (api::limited_for_ever, "asks to wait 24h"),
     ] {
         let json = faulty(TOKEN_PATH, usize::MAX, answer).1.refused(75, "TC-1010");
         assert!(json["cause"].as_str().unwrap().contains(words), "{json}");
