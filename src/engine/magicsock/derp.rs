@@ -25,6 +25,8 @@ pub(super) enum Action {
 #[derive(Debug)]
 struct Relay {
     connected: bool,
+    /// Whether it was connected before.
+    lost: bool,
     used: Instant,
 }
 
@@ -44,7 +46,7 @@ impl Relays {
             relay.used = now;
             return;
         }
-        self.regions.insert(region, Relay { connected: false, used: now });
+        self.regions.insert(region, Relay { connected: false, lost: false, used: now });
         self.actions.push_back(Action::Connect(region, self.home == Some(region)));
         self.sweep_at.get_or_insert(now + SWEEP);
     }
@@ -54,10 +56,12 @@ impl Relays {
         self.regions.get(&region).is_some_and(|relay| relay.connected)
     }
 
-    pub(super) fn set_connected(&mut self, region: RegionId, connected: bool) {
-        if let Some(relay) = self.regions.get_mut(&region) {
-            relay.connected = connected;
-        }
+    /// Returns whether a region that was lost is back: what went there meanwhile, or was on its way, may be lost.
+    pub(super) fn set_connected(&mut self, region: RegionId, connected: bool) -> bool {
+        let Some(relay) = self.regions.get_mut(&region) else { return false };
+        relay.lost |= relay.connected && !connected;
+        relay.connected = connected;
+        connected && std::mem::take(&mut relay.lost)
     }
 
     /// We live there now. The old home loses its privilege and is closed when idle.
@@ -71,7 +75,7 @@ impl Relays {
             self.sweep_at.get_or_insert(now + SWEEP);
         }
         if let Some(home) = home {
-            self.regions.entry(home).or_insert(Relay { connected: false, used: now });
+            self.regions.entry(home).or_insert(Relay { connected: false, lost: false, used: now });
             self.actions.push_back(Action::Connect(home, true));
         }
     }

@@ -1,10 +1,10 @@
-//! What an engine does when its own network is another, and after a sleep.
+//! What an engine does when its own network is another, when a relay comes back, and after a sleep.
 
 use std::time::Duration;
 
 use super::SECOND;
 use super::world::{STUN_SERVER, World};
-use crate::engine::{PathStatus, Transport};
+use crate::engine::{Output, PathStatus, Transport};
 
 /// Two nodes with a direct path.
 fn direct() -> World {
@@ -106,4 +106,53 @@ fn what_a_peer_sent_before_a_sleep_does_not_end_the_search_for_a_new_session() {
     world.run(Duration::from_millis(25));
     assert_eq!(world.texts(0), ["from before"]);
     assert!(world.status(0).last_handshake.is_some_and(|at| at > now));
+}
+
+/// How often node 0 has been told since the last time that its peer gets everything again.
+fn resent(world: &mut World) -> usize {
+    let peer = world.nodes[1].key.public();
+    let outputs = std::mem::take(&mut world.nodes[0].outputs);
+    outputs.iter().filter(|output| **output == Output::Resend { peer }).count()
+}
+
+/// Node 0 loses the region that its peer lives in, and gets it back.
+fn lose_relay(world: &mut World) {
+    let (home, now) = (world.nodes[1].host.home.unwrap(), world.now);
+    world.nodes[0].engine.handle_derp_lost(home, now);
+    world.run(SECOND);
+    let now = world.now;
+    world.nodes[0].engine.handle_derp_connected(home, now);
+    world.run(Duration::from_millis(1));
+}
+
+#[test]
+fn what_went_by_a_relay_that_was_lost_is_sent_again_when_it_is_back() {
+    let mut world = World::started(Transport::Derp);
+    world.open_flows();
+    world.send(0, b"hello");
+    world.run(SECOND * 2);
+    assert_eq!(resent(&mut world), 0, "the first connection of a region brings nothing back");
+    lose_relay(&mut world);
+    assert_eq!(resent(&mut world), 1);
+    let mut world = direct();
+    resent(&mut world);
+    lose_relay(&mut world);
+    assert_eq!(resent(&mut world), 0, "nothing went by it");
+}
+
+#[test]
+fn what_a_relay_had_no_receiver_for_is_sent_again_when_it_brings_something_of_the_peer() {
+    let mut world = World::started(Transport::Derp);
+    world.open_flows();
+    world.send(0, b"hello");
+    world.run(SECOND * 2);
+    let (home, peer, now) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public(), world.now);
+    world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
+    world.run(SECOND);
+    assert_eq!(resent(&mut world), 0);
+    for _ in 0..2 {
+        world.send(1, b"back");
+        world.run(Duration::from_millis(50));
+    }
+    assert_eq!(resent(&mut world), 1);
 }
