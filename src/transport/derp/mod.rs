@@ -5,19 +5,22 @@
 //! a router would; what the relay says is told as [`Event`]s at once. The task ends when its mailbox closes.
 //! Source: Tailscale, derp/derphttp/derphttp_client.go and derp/derp_client.go.
 
+mod complaints;
 mod mailbox;
 mod retry;
 mod session;
 mod upgrade;
 
+use std::cell::RefCell;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::time::{Instant, timeout};
-use tracing::{debug, info, warn};
+use tracing::debug;
 
+use self::complaints::Complaints;
 use self::mailbox::{Receiver, Sender, mailbox};
 use self::retry::Retry;
 use self::session::Session;
@@ -162,13 +165,15 @@ pub struct Task {
     key: NodePrivate,
     underlay: Underlay,
     mailbox: Receiver,
+    complaints: RefCell<Complaints>,
 }
 
 impl Region {
     /// The region of `id`, and the task that keeps it connected.
     pub fn new(id: ConnectionId, relays: Vec<Relay>, key: NodePrivate, underlay: Underlay) -> (Self, Task) {
         let (sender, receiver) = mailbox(QUEUE);
-        (Self { mailbox: sender }, Task { id, relays, key, underlay, mailbox: receiver })
+        let complaints = RefCell::new(Complaints::new(id.region));
+        (Self { mailbox: sender }, Task { id, relays, key, underlay, mailbox: receiver, complaints })
     }
 
     /// Queues a packet. When the queue is full its oldest packet is dropped and `false` comes back.
@@ -185,7 +190,7 @@ impl Region {
 impl Task {
     /// Connects, and connects again, until the region is dropped. `tell` may put packets into the mailbox at once.
     pub async fn run(self, mut tell: impl FnMut(ConnectionId, Event)) {
-        let (mut retry, mut told, id) = (Retry::new(), false, self.id);
+        let (mut retry, id) = (Retry::new(), self.id);
         while !self.mailbox.is_closed() {
             // From before the connection, so that the move that ends it is news.
             let mut link = self.underlay.link.news();
@@ -200,27 +205,13 @@ impl Task {
                 Err(_) => (Err(DerpError::Silent { host: self.first_host(), limit: CONNECT_LIMIT }), false),
             };
             let Err(error) = lost else { return };
-            told &= !admitted;
-            self.log_loss(&error, admitted, &mut told);
+            self.complaints.borrow_mut().note_loss(&error, admitted);
             retry.note_loss(&error, begun.elapsed());
             tell(id, Event::Lost(Arc::new(error)));
             tokio::select! {
                 () = retry.pause(&mut link) => {}
                 () = self.mailbox.closed() => return,
             }
-        }
-    }
-
-    /// Says why the connection is lost, and why it could not be made again, once until it could.
-    fn log_loss(&self, error: &DerpError, admitted: bool, told: &mut bool) {
-        let region = self.id.region;
-        // A relay that closes instead of admitting us does not know us: that is no connection that was lost.
-        if admitted && matches!(error, DerpError::Closed { .. } | DerpError::Restarting { .. }) {
-            info!(region, %error, "derp connection lost");
-        } else if std::mem::replace(told, true) {
-            debug!(region, %error, "derp connection lost");
-        } else {
-            warn!(region, %error, "derp region cannot be used");
         }
     }
 

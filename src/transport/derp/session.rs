@@ -17,7 +17,7 @@ use serde::Deserialize;
 use tokio::io::AsyncWrite;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::io::{poll_read_buf, poll_write_buf};
-use tracing::{debug, info, warn};
+use tracing::debug;
 
 use super::{CONNECT_LIMIT, DerpError, Event, Task};
 use crate::key::{DerpPublic, NodePublic};
@@ -42,8 +42,6 @@ const READ_LEAST: usize = 8 << 10;
 const BATCH: usize = 32;
 /// With so many octets unwritten, packets stay in the queue, where the oldest make room, and pings go unanswered.
 const UNWRITTEN_LIMIT: usize = 16 << 10;
-/// Characters of a problem that are told: a relay may send a mebibyte of them.
-const PROBLEM_MAX: usize = 200;
 
 /// What the relay says of its limits, sealed to our key.
 #[derive(Debug, Default, Deserialize)]
@@ -75,8 +73,6 @@ pub(super) struct Session<'t, T> {
     limits: ServerInfo,
     /// When what was sent counts as paid by the relay's limits.
     paid_at: Instant,
-    /// The problem that was told last; empty for none.
-    problem: String,
 }
 
 impl<'t, T: FnMut(Event)> Session<'t, T> {
@@ -96,7 +92,6 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             stuck_at: now,
             limits: ServerInfo::default(),
             paid_at: now,
-            problem: String::new(),
         }
     }
 
@@ -254,11 +249,12 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
                 let Self { limits, .. } = &*self;
                 debug!(region, bytes_per_second = limits.bytes_per_second, "derp connected");
                 self.admitted = true;
+                self.task.complaints.borrow_mut().note_admitted();
                 (self.tell)(Event::Connected);
             }
             ServerFrame::PeerGone { peer, reason } => (self.tell)(Event::PeerGone(peer, reason)),
             ServerFrame::Ping(octets) if self.output.len() < UNWRITTEN_LIMIT => self.queue(&ClientFrame::Pong(octets)),
-            ServerFrame::Health(problem) => self.note_problem(&problem),
+            ServerFrame::Health(problem) => self.task.complaints.borrow_mut().note_problem(&problem),
             ServerFrame::Restarting { reconnect_in, try_for } => {
                 return Err(DerpError::Restarting { host: self.host.clone(), reconnect_in, try_for });
             }
@@ -269,20 +265,6 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             | ServerFrame::Unknown(_) => {}
         }
         Ok(())
-    }
-
-    /// Tells a problem, and its end, once.
-    fn note_problem(&mut self, problem: &str) {
-        let (region, problem) = (self.task.id.region, problem.chars().take(PROBLEM_MAX).collect::<String>());
-        if problem == self.problem {
-            return;
-        }
-        if problem.is_empty() {
-            info!(region, "derp healthy again");
-        } else {
-            warn!(region, problem, "derp reports a problem");
-        }
-        self.problem = problem;
     }
 
     /// Says who we are: the settings, sealed to the relay's key, whose answer comes in the same box.

@@ -30,7 +30,8 @@ impl World {
         let underlay =
             Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
         let id = ConnectionId { region: 1, number: 1 };
-        let task = Task { id, relays: Vec::new(), key, underlay, mailbox };
+        let complaints = RefCell::new(Complaints::new(1));
+        let task = Task { id, relays: Vec::new(), key, underlay, mailbox, complaints };
         let tell = move |event| drop(tell.send(event));
         let session = spawn_local(async move { Session::new(&task, "relay".to_owned(), tell).run(Box::new(io)).await });
 

@@ -1,0 +1,182 @@
+//! What the log says of a region's relays: each complaint and its end once, and of a relay that changes its mind all
+//! the time a few lines, then one a minute.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::DerpError;
+use crate::netmap::RegionId;
+
+/// Complaints that may follow each other at once: a relay that stops and comes back in another shape makes about three.
+const BURST: u32 = 5;
+/// How long until one more may.
+const REFILL: Duration = Duration::from_secs(60);
+/// Characters of a problem that are told: a relay may send a mebibyte of them.
+const PROBLEM_MAX: usize = 200;
+
+/// What was said of one region.
+#[derive(Debug)]
+pub(super) struct Complaints {
+    region: RegionId,
+    /// How many more may be said now, as of when.
+    left: u32,
+    counted_at: Instant,
+    /// Whether it was said that the connection is lost, and that none can be made.
+    lost: bool,
+    unusable: bool,
+    /// The problem of the relay's that was said last; empty for none.
+    problem: String,
+}
+
+impl Complaints {
+    pub(super) fn new(region: RegionId) -> Self {
+        let (counted_at, problem) = (Instant::now(), String::new());
+        Self { region, left: BURST, counted_at, lost: false, unusable: false, problem }
+    }
+
+    /// Says why the connection is lost, and why it could not be made again, once until it could.
+    pub(super) fn note_loss(&mut self, error: &DerpError, admitted: bool) {
+        let region = self.region;
+        self.problem.clear();
+        // A relay that closes instead of admitting us does not know us: that is no connection that was lost.
+        let lost = admitted && matches!(error, DerpError::Closed { .. } | DerpError::Restarting { .. });
+        if (!lost && self.unusable) || !self.may_say() {
+            debug!(region, %error, "derp connection lost");
+        } else if lost {
+            info!(region, %error, "derp connection lost");
+            self.lost = true;
+        } else {
+            warn!(region, %error, "derp region cannot be used");
+            self.unusable = true;
+        }
+    }
+
+    /// A relay has admitted us.
+    pub(super) fn note_admitted(&mut self) {
+        if std::mem::take(&mut self.lost) | std::mem::take(&mut self.unusable) {
+            info!(region = self.region, "derp region can be used again");
+        }
+    }
+
+    /// Says a problem that the relay tells, or that it is over.
+    pub(super) fn note_problem(&mut self, problem: &str) {
+        let (region, problem) = (self.region, problem.chars().take(PROBLEM_MAX).collect::<String>());
+        if problem == self.problem {
+            return;
+        }
+        if problem.is_empty() {
+            info!(region, "derp healthy again");
+        } else if self.may_say() {
+            warn!(region, problem, "derp reports a problem");
+        } else {
+            debug!(region, problem, "derp reports a problem");
+            return;
+        }
+        self.problem = problem;
+    }
+
+    /// Whether one more complaint may be said. The ends of those that were need no permission.
+    fn may_say(&mut self) -> bool {
+        while self.left < BURST && self.counted_at.elapsed() >= REFILL {
+            self.left += 1;
+            self.counted_at += REFILL;
+        }
+        if self.left == BURST {
+            self.counted_at = Instant::now();
+        }
+        let may = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        may
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Write};
+    use std::sync::{Arc, Mutex};
+
+    use tokio::time::advance;
+    use tracing::subscriber::with_default;
+
+    use super::*;
+
+    /// What is logged at info level and above.
+    #[derive(Debug, Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Log {
+        fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(octets)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Log {
+        /// The lines since the last time, each from its level on.
+        fn of(&self, act: impl FnOnce()) -> Vec<String> {
+            let log = self.clone();
+            let subscriber = tracing_subscriber::fmt().without_time().with_target(false).with_ansi(false);
+            with_default(subscriber.with_writer(move || log.clone()).finish(), act);
+            let octets = std::mem::take(&mut *self.0.lock().unwrap());
+            String::from_utf8(octets).unwrap().lines().map(|line| line.trim_start().to_owned()).collect()
+        }
+    }
+
+    fn closed() -> DerpError {
+        DerpError::Closed { host: "relay".to_owned(), detail: "the relay closed it".to_owned() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_relay_that_changes_its_mind_all_the_time_is_told_of_a_few_times_and_then_once_a_minute() {
+        let (mut complaints, log) = (Complaints::new(7), Log::default());
+        let mut hour = async |problems: [&str; 2]| {
+            let mut lines = 0;
+            for second in 0..3600 {
+                lines += log.of(|| complaints.note_problem(problems[second % 2])).len();
+                advance(Duration::from_secs(1)).await;
+            }
+            lines
+        };
+        assert_eq!(hour(["one", "another"]).await, 5 + 59);
+        // The end of what was told is told, of what was not is not.
+        assert_eq!(hour(["one", ""]).await, 2 * 60);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_region_that_is_lost_is_told_of_once_and_so_is_its_return() {
+        let (mut complaints, log) = (Complaints::new(7), Log::default());
+        let again = ["INFO derp region can be used again region=7"];
+        assert!(log.of(|| complaints.note_admitted()).is_empty(), "nobody complained");
+        let lost = log.of(|| {
+            complaints.note_loss(&closed(), true);
+            (0..100).for_each(|_| complaints.note_loss(&DerpError::Empty, false));
+        });
+        let reason = "error=the connection to relay relay ended: the relay closed it";
+        let unusable = "WARN derp region cannot be used region=7 error=the region has no usable relay";
+        assert_eq!(lost, [format!("INFO derp connection lost region=7 {reason}"), unusable.to_owned()]);
+        assert_eq!(log.of(|| complaints.note_admitted()), again);
+        assert!(log.of(|| complaints.note_admitted()).is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_relay_that_admits_us_and_closes_again_and_again_does_not_fill_the_log() {
+        let (mut complaints, log) = (Complaints::new(7), Log::default());
+        let mut lines = 0;
+        for _ in 0..595 {
+            lines += log.of(|| complaints.note_admitted()).len();
+            lines += log.of(|| complaints.note_loss(&closed(), true)).len();
+            advance(Duration::from_secs(6)).await;
+        }
+        assert_eq!(lines, 2 * (5 + 59));
+        // One that stays away then is told of, if later.
+        let told = log.of(|| complaints.note_loss(&DerpError::Empty, false));
+        advance(REFILL).await;
+        let later = log.of(|| complaints.note_loss(&DerpError::Empty, false));
+        assert_eq!((told.len(), later.len()), (0, 1));
+    }
+}
