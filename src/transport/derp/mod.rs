@@ -12,6 +12,7 @@ mod session;
 mod upgrade;
 
 use std::cell::RefCell;
+use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -245,6 +246,11 @@ impl Task {
             other => other,
         }
     }
+}
+
+/// How a connection ended. A relay need not take leave, which TLS would like better; its text names a web page.
+fn ending(error: &io::Error) -> String {
+    if error.kind() == io::ErrorKind::UnexpectedEof { "the relay closed it".to_owned() } else { error.to_string() }
 }
 
 #[cfg(test)]

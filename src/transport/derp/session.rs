@@ -19,7 +19,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::io::{poll_read_buf, poll_write_buf};
 use tracing::debug;
 
-use super::{CONNECT_LIMIT, DerpError, Event, Task};
+use super::{CONNECT_LIMIT, DerpError, Event, Task, ending};
 use crate::key::{DerpPublic, NodePublic};
 use crate::transport::turn;
 use crate::transport::underlay::BoxIo;
@@ -295,11 +295,11 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
     }
 
     fn closed(&self, error: &io::Error) -> DerpError {
-        DerpError::Closed { host: self.host.clone(), detail: error.to_string() }
+        DerpError::Closed { host: self.host.clone(), detail: ending(error) }
     }
 
     fn ended(&self) -> DerpError {
-        DerpError::Closed { host: self.host.clone(), detail: "closed by the relay".to_owned() }
+        self.closed(&io::ErrorKind::UnexpectedEof.into())
     }
 
     fn broken(&self, error: &FrameError) -> DerpError {

@@ -202,3 +202,16 @@ async fn a_problem_that_the_relay_tells_leaves_the_session_alone() {
     assert_eq!(read_frame(&mut world.relay).await, (0x13, b"12345678".to_vec()));
     assert!(!world.session.is_finished());
 }
+
+#[tokio::test(flavor = "local", start_paused = true)]
+async fn a_relay_that_closes_the_connection_is_said_to_in_our_words() {
+    let world = World::admitted("{}").await;
+    drop(world.relay);
+    let (ended, _) = world.session.await.unwrap();
+    let text = "the connection to relay relay ended: the relay closed it";
+    assert_eq!(ended.unwrap_err().to_string(), text);
+    // As rustls has it of one that does not say so by TLS.
+    let unannounced = io::Error::new(io::ErrorKind::UnexpectedEof, "see https://docs.rs/rustls");
+    assert_eq!(ending(&unannounced), "the relay closed it");
+    assert_eq!(ending(&io::Error::other("reset")), "reset");
+}

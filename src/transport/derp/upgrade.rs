@@ -9,7 +9,7 @@ use hyper_util::rt::TokioIo;
 use tokio_tungstenite::tungstenite;
 use tokio_util::io::{CopyToBytes, SinkWriter, StreamReader};
 
-use super::{DerpError, Relay};
+use super::{DerpError, Relay, ending};
 use crate::transport::underlay::{BoxIo, authority};
 
 /// Changes a TLS stream to DERP by an HTTP upgrade. Source: derphttp_client.go, `connect`.
@@ -37,8 +37,10 @@ pub(super) async fn plain(io: BoxIo, relay: &Relay) -> Result<BoxIo, DerpError> 
 pub(super) async fn websocket(io: BoxIo, relay: &Relay) -> Result<BoxIo, DerpError> {
     use tungstenite::client::IntoClientRequest as _;
 
-    let refused =
-        |error: tungstenite::Error| DerpError::Upgrade { host: relay.host.clone(), detail: error.to_string() };
+    let refused = |error: tungstenite::Error| {
+        let detail = if let tungstenite::Error::Io(error) = &error { ending(error) } else { error.to_string() };
+        DerpError::Upgrade { host: relay.host.clone(), detail }
+    };
     let url = format!("wss://{}/derp", authority(&relay.host, relay.port));
     let mut request = url.into_client_request().map_err(refused)?;
     request.headers_mut().insert("Sec-WebSocket-Protocol", header::HeaderValue::from_static("derp"));
@@ -46,6 +48,7 @@ pub(super) async fn websocket(io: BoxIo, relay: &Relay) -> Result<BoxIo, DerpErr
     let (sink, stream) = socket.split();
     let reader = StreamReader::new(stream.map(|message| match message {
         Ok(message) => Ok(message.into_data()),
+        Err(tungstenite::Error::Io(error)) => Err(error),
         Err(error) => Err(std::io::Error::other(error)),
     }));
     let sink =
