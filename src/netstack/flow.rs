@@ -184,6 +184,11 @@ impl Flow {
         self.repeat.note_received(packet);
     }
 
+    /// What waits in a UDP flow to be read: octets, and whether there is anything.
+    pub(super) fn waiting(&mut self) -> Option<(usize, bool)> {
+        self.with_udp(|socket| (socket.recv_queue(), socket.can_recv()))
+    }
+
     /// What is to be sent again when the way has changed.
     pub(super) fn pending(&mut self, what: Again) -> Option<&[u8]> {
         // Few have anything, and to ask a socket takes entering its set.

@@ -72,6 +72,7 @@ pub struct Netstack {
     replies: Vec<Vec<u8>>,
     scratch: Box<[u8; MTU]>,
     removed: VecDeque<FlowKey>,
+    unread: u64,
 }
 
 impl Netstack {
@@ -97,6 +98,7 @@ impl Netstack {
             replies: Vec::new(),
             scratch,
             removed: VecDeque::new(),
+            unread: 0,
         }
     }
 
@@ -220,12 +222,13 @@ impl Netstack {
         if let Some(trip) = flow.window.round_trip().filter(|_| !known) {
             self.budget.note_round_trip(flow.key.remote.ip(), trip);
         }
-        let first = self.replies.len();
+        let (first, waiting) = (self.replies.len(), flow.waiting());
         let replies = &mut self.replies;
         let mut reply = |packet: &mut [u8]| replies.push(packet.to_vec());
         let mut device = Device::new(Some(packet), &mut self.scratch[..], &mut reply);
         let (iface, time) = (&mut self.iface, timestamp(self.epoch, now));
         flow.with_set(|set| iface.poll_ingress_single(time, &mut device, set));
+        self.unread += u64::from(waiting.is_some() && flow.waiting() == waiting);
         self.replies[first..].iter_mut().for_each(|reply| flow.announce(reply, now));
         self.touch(id);
         Some(id)
@@ -322,6 +325,11 @@ impl Netstack {
     /// Whether a flow has something to send that no [`egress`](Self::egress) has seen yet.
     pub fn has_work(&self) -> bool {
         !self.dirty.is_empty() || !self.replies.is_empty()
+    }
+
+    /// Datagrams that a flow did not take: whoever reads there is slow, and its ring was full; or they were damaged.
+    pub fn unread(&self) -> u64 {
+        self.unread
     }
 
     /// The next flow that has ended since the last call: whether it was UDP, its local and its remote address.

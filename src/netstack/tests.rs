@@ -328,6 +328,24 @@ fn any_ip() -> impl Strategy<Value = IpAddr> {
     prop_oneof![v4, v6, mapped, prop::sample::select(special.map(|ip| ip.parse().unwrap()).to_vec())]
 }
 
+#[test]
+fn a_datagram_that_finds_a_full_ring_is_counted() {
+    let mut stack = World::new(0).stack;
+    let id = stack.open_udp(OURS.parse().unwrap(), THEIRS.parse().unwrap()).unwrap();
+    let (local, remote) = stack.addresses_of(id).unwrap();
+    let header = [remote.port(), local.port(), 8 + 100, 0].map(u16::to_be_bytes).concat();
+    let answer = [header, vec![7; 100]].concat();
+    let answer = crate::wire::ip::build(17, remote.ip(), local.ip(), &answer).unwrap();
+    let put = |stack: &mut Netstack| stack.handle_packet(&mut answer.clone(), stack.epoch);
+    let taken = (0..10_000).take_while(|_| put(&mut stack).is_some() && stack.unread() == 0).count();
+    assert!((1..10_000).contains(&taken));
+    stack.with_udp(id, |socket| socket.recv().map(drop)).unwrap().unwrap();
+    put(&mut stack);
+    assert_eq!(stack.unread(), 1, "there was room");
+    put(&mut stack);
+    assert_eq!(stack.unread(), 2);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
     #[test]

@@ -101,7 +101,7 @@ async fn serve(core: Shared, request: Request) {
             }
         }
         Request::Udp(remote, reply) => match TunnelDatagrams::open(&core, remote) {
-            Ok(flow) => carry_datagrams(flow, reply).await,
+            Ok(flow) => carry_datagrams(&core, flow, reply).await,
             Err(failure) => {
                 // Whoever asked may have gone.
                 let _ = reply.send(Err(failure));
@@ -110,7 +110,7 @@ async fn serve(core: Shared, request: Request) {
     }
 }
 
-async fn carry_datagrams(flow: TunnelDatagrams, reply: oneshot::Sender<Result<Datagrams, Unopened>>) {
+async fn carry_datagrams(core: &Shared, flow: TunnelDatagrams, reply: oneshot::Sender<Result<Datagrams, Unopened>>) {
     let (outgoing, mut from_resolver) = mpsc::channel::<Vec<u8>>(DATAGRAMS);
     let (to_resolver, incoming) = mpsc::channel(DATAGRAMS);
     if reply.send(Ok(Datagrams { outgoing, incoming })).is_err() {
@@ -121,7 +121,9 @@ async fn carry_datagrams(flow: TunnelDatagrams, reply: oneshot::Sender<Result<Da
             question = from_resolver.recv() => match question {
                 Some(question) => {
                     // A lost question is asked again, and one that is too long for a datagram comes by TCP.
-                    let _ = flow.send(&question);
+                    if flow.send(&question).is_err() {
+                        core.borrow_mut().note_unasked();
+                    }
                 }
                 None => return,
             },

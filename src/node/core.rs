@@ -18,6 +18,7 @@ use std::time::Instant;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tracing::trace;
 
+use self::outputs::Shed;
 use super::outbox::Outbox;
 use super::regions;
 use super::relays::Relays;
@@ -76,8 +77,7 @@ pub(super) struct Core {
     link: LinkState,
     /// When the UDP sockets were last bound anew.
     rebound_at: Option<Instant>,
-    /// Packets that found no connection to their region, or its queue full.
-    derp_dropped: u64,
+    shed: Shed,
     /// What was said of paths to peers.
     told: paths::Told,
 }
@@ -99,7 +99,7 @@ impl Core {
             armed: None,
             link: LinkState::default(),
             rebound_at: None,
-            derp_dropped: 0,
+            shed: Shed::default(),
             told: paths::Told::default(),
         }
     }
@@ -303,6 +303,7 @@ impl Core {
                     }
                 }
             }
+            Event::Unanswered(pings) => self.shed.pings += pings,
             Event::PeerGone(peer, _) => engine.handle_derp_peer_gone(region, peer, now),
             Event::Lost(_) => {
                 engine.handle_derp_lost(region, now);

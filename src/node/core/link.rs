@@ -74,7 +74,7 @@ impl Core {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::net::{Ipv4Addr, SocketAddr};
     use std::sync::Arc;
 
@@ -93,7 +93,7 @@ mod tests {
     use crate::transport::tls::Tls;
     use crate::transport::underlay::Underlay;
 
-    fn core(now: Instant) -> Core {
+    pub(in crate::node::core) fn core(now: Instant) -> Core {
         let (node_key, disco_key) = (NodePrivate::random(), DiscoPrivate::random());
         let transport = Transport::Direct;
         let underlay =

@@ -15,7 +15,23 @@ use crate::node::regions;
 use crate::transport::derp::Packet;
 use crate::wire::tsmp::Reason;
 
+/// What was dropped beside the engine and the UDP sockets.
+#[derive(Debug, Default)]
+pub(super) struct Shed {
+    /// Packets that found no connection to their region, or its queue full.
+    pub(super) relayed: u64,
+    /// Pings of relays that found too much unwritten.
+    pub(super) pings: u64,
+    /// Questions to resolvers that were too long for a datagram, or found the flow's ring full.
+    pub(super) questions: u64,
+}
+
 impl Core {
+    /// A resolver's question was not sent.
+    pub(in crate::node) fn note_unasked(&mut self) {
+        self.shed.questions += 1;
+    }
+
     /// Does all that the engine has said since the last time.
     pub(super) fn execute_outputs(&mut self, now: Instant) {
         while let Some(output) = self.parts.engine.poll_output() {
@@ -77,9 +93,9 @@ impl Core {
     /// The run is over: no relay is spoken with any more. Says what was counted.
     pub(in crate::node) fn stop(&mut self) {
         self.parts.relays.close_all();
-        let (stats, lost, derp_dropped) = (self.parts.engine.stats(), &self.parts.outbox.lost, self.derp_dropped);
-        let link_changes = self.link.changes;
-        debug!(?stats, ?lost, derp_dropped, link_changes, "data plane stopped");
+        let (stats, lost, shed) = (self.parts.engine.stats(), &self.parts.outbox.lost, &self.shed);
+        let (unread, link_changes) = (self.parts.netstack.unread(), self.link.changes);
+        debug!(?stats, ?lost, ?shed, unread, link_changes, "data plane stopped");
     }
 
     /// Sends what the sockets did not take before.
@@ -90,7 +106,7 @@ impl Core {
 
     fn send_derp(&mut self, region: RegionId, to: NodePublic, packet: Vec<u8>) {
         if !self.parts.relays.send(region, Packet { peer: to, contents: packet }) {
-            self.derp_dropped += 1;
+            self.shed.relayed += 1;
         }
     }
 
@@ -109,5 +125,32 @@ impl Core {
         let Some(relay) = self.relays(region).and_then(|relays| relays.into_iter().next()) else { return };
         let (underlay, probes) = (self.parts.underlay.clone(), self.parts.probes.clone());
         self.parts.control.spawn(regions::probe_https(region, relay, underlay, probes));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    use super::super::link::tests::core;
+    use super::*;
+    use crate::node::bridge::Tunnel;
+    use crate::node::dial::bed::{CONNECTOR, Tailnet};
+
+    #[tokio::test(flavor = "local")]
+    async fn a_question_that_is_not_sent_is_counted() {
+        let now = Instant::now();
+        let core = Rc::new(RefCell::new(core(now)));
+        core.borrow_mut().handle_netmap(Tailnet::new().map(&[], &[], &[]), now);
+        let resolver = (CONNECTOR.parse::<IpAddr>().unwrap(), 53).into();
+        let mut flow = Tunnel::start(core.clone()).open_udp(resolver).await.unwrap();
+        for octets in [100, 2_000, 100] {
+            flow.send(vec![0; octets]).await.unwrap();
+        }
+        while core.borrow().shed.questions == 0 {
+            assert!(tokio::time::timeout(std::time::Duration::from_millis(10), flow.recv()).await.is_err());
+        }
+        assert_eq!(core.borrow().shed.questions, 1);
     }
 }

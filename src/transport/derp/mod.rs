@@ -97,6 +97,8 @@ pub enum Event {
     Packets(Vec<(NodePublic, BytesMut)>),
     /// A peer cannot be reached in this region.
     PeerGone(NodePublic, Gone),
+    /// So many pings of the relay got no answer: it takes too little of what we send.
+    Unanswered(u64),
     /// The connection is lost; the task connects again by itself.
     Lost(Arc<DerpError>),
 }

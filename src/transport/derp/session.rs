@@ -73,6 +73,8 @@ pub(super) struct Session<'t, T> {
     limits: ServerInfo,
     /// When what was sent counts as paid by the relay's limits.
     paid_at: Instant,
+    /// Pings that found too much unwritten.
+    unanswered: u64,
 }
 
 impl<'t, T: FnMut(Event)> Session<'t, T> {
@@ -92,6 +94,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             stuck_at: now,
             limits: ServerInfo::default(),
             paid_at: now,
+            unanswered: 0,
         }
     }
 
@@ -234,6 +237,9 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             self.handle_frame(frame)?;
         }
         self.tell_packets(&mut packets);
+        if self.unanswered > 0 {
+            (self.tell)(Event::Unanswered(std::mem::take(&mut self.unanswered)));
+        }
         Ok(())
     }
 
@@ -258,11 +264,8 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             ServerFrame::Restarting { reconnect_in, try_for } => {
                 return Err(DerpError::Restarting { host: self.host.clone(), reconnect_in, try_for });
             }
-            ServerFrame::Packet { .. }
-            | ServerFrame::Ping(_)
-            | ServerFrame::KeepAlive
-            | ServerFrame::Pong(_)
-            | ServerFrame::Unknown(_) => {}
+            ServerFrame::Ping(_) => self.unanswered += 1,
+            ServerFrame::Packet { .. } | ServerFrame::KeepAlive | ServerFrame::Pong(_) | ServerFrame::Unknown(_) => {}
         }
         Ok(())
     }

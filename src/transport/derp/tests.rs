@@ -158,6 +158,12 @@ async fn a_relay_that_asks_and_takes_nothing_gets_few_answers_and_then_all_again
     assert!(pongs * ping.len() <= (16 << 10) + 4096 + ping.len(), "{pongs} of {PINGS}");
     world.relay.write_all(&ping).await.unwrap();
     assert_eq!(read_frame(&mut world.relay).await, (0x13, b"12345678".to_vec()));
+    let mut unanswered = 0;
+    while let Ok(event) = world.events.try_recv() {
+        let Event::Unanswered(count) = event else { panic!("{event:?}") };
+        unanswered += count;
+    }
+    assert_eq!(unanswered, (PINGS - pongs) as u64);
 }
 
 #[tokio::test(flavor = "local", start_paused = true)]
