@@ -307,7 +307,9 @@ TS_EXTRA_ARGS holds more flags of `run`. Durations are written 500ms, 30s, 3m or
 Exit codes:
   0 done   64-66 usage, key or setting, file   70 a bug   71 the system refused
   73 a file cannot be written   74 lost in mid-run   75 try again   76 something unexpected answers
-  77 refused   80 the logout was not confirmed, with --strict-logout
+  77 refused   78 policy or setting wrong   80 the logout was not confirmed, with --strict-logout
+  130, 143 a second signal, no logout
+  exec: the command's own, 128+n after signal n, 125-127 where it was not started
 Every failure prints its code TC-…, its cause and what to do.";
 
 const EXEC_EXAMPLES: &str = "\

@@ -15,6 +15,7 @@ use crate::lapse::Lapse;
 use crate::node::dial::{DirectError, Exhausted, RouteError};
 use crate::node::{DialError, JoinStage, NodeError, ResolveError};
 use crate::provision::{CredentialError, MintError};
+use crate::transport::tls::RootsError;
 
 /// Where in a run's life a failure belongs; each has a family of codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,7 +238,8 @@ impl From<&NodeError> for Fault {
             NodeError::LockedOut => &LOCKED_OUT,
             NodeError::Deleted => &NODE_DELETED,
             NodeError::NoExitNode { .. } => &NO_EXIT_NODE,
-            NodeError::Roots(_) => &SETTING_FILE,
+            NodeError::Roots(RootsError::Empty { .. } | RootsError::Broken { .. }) => &CA_FILE,
+            NodeError::Roots(RootsError::Read { .. }) => &SETTING_FILE,
             NodeError::Os { .. } => &UNDERLAY_SOCKET,
         };
         Self::new(row, error.to_string())

@@ -219,8 +219,8 @@ rows! {
         "let the policy give this node the connector's use: the same owner or tags, or a grant that covers 0.0.0.0 and :: port 53 there";
 
     ROUTE_NONE: 1501 Route, exit 78, again NO, UNROUTABLE
-        "no peer routes the address"
-        "advertise and approve a subnet route that covers it, and check that --accept-routes is on";
+        "no node of the tailnet has or routes the address"
+        "compare it with the tailnet's list of machines, and check that the policy lets this node see the one that has it";
     ROUTE_WITHDRAWN: 1502 Route, exit 69, again YES, UNROUTABLE
         "the route was withdrawn during this run"
         "check whether its router still advertises it and whether it is still approved";
@@ -274,8 +274,8 @@ rows! {
         "check the port; use https:// where the target speaks TLS";
 
     PUBLIC: 1901 Proxy, exit 78, again NO, DENIED_REPLY
-        "the destination is not in the tailnet, so it would be public"
-        "allow it with --direct-allow if it may be reached outside the tailnet";
+        "the destination is not in the tailnet"
+        "if it should be, let a router advertise it; allow it with --direct-allow if it may be reached outside the tailnet";
     DENIED: 1902 Proxy, exit 78, again NO, DENIED_REPLY
         "a rule denies the destination"
         "change --allow or --deny";
@@ -367,6 +367,9 @@ rows! {
     IDLE: 2016 Run, exit 0, again NO, NOT_JOINED_REPLY
         "no connection was open for as long as --idle-timeout allows"
         "raise --idle-timeout if pauses are longer";
+    CA_FILE: 2017 Run, exit 65, again NO, NOT_JOINED_REPLY
+        "the file of trusted certificates holds none, or something else"
+        "name a PEM file with the authority's own certificate (BEGIN CERTIFICATE) in --ca-file or SSL_CERT_FILE";
 }
 
 #[cfg(test)]

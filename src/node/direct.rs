@@ -15,7 +15,7 @@ use tracing::{debug, info};
 
 use super::Inner;
 use super::dial::{DialError, DirectError, DirectRule, Host, NEXT_ADDRESS, Target, is_public};
-use super::error::ResolveError;
+use super::error::{ResolveError, is_near};
 use super::stream::Spliced;
 use crate::transport::race::race;
 
@@ -122,13 +122,9 @@ fn is_public_now(node: &Inner, address: SocketAddr) -> bool {
 /// metadata) only if a rule allows the address too: whoever writes the suffix's records is not the user.
 fn may_mean(rules: &[DirectRule], name: &str, address: IpAddr) -> bool {
     let address = address.to_canonical();
-    let near = match address {
-        IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local() || ip.is_unspecified(),
-        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local() || ip.is_unspecified(),
-    };
     let (named, given) = (Host::Name(name.to_owned()), Host::Ip(address));
     let exact = |rule: &DirectRule| matches!(rule, DirectRule::Name(_)) && rule.allows(&named);
-    !near || rules.iter().any(|rule| exact(rule) || rule.allows(&given))
+    !is_near(address) || rules.iter().any(|rule| exact(rule) || rule.allows(&given))
 }
 
 /// Bytes read at once. Two such buffers live as long as a direct connection; the kernel backs only what was touched.

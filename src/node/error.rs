@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::NodeError;
 use super::target::Host;
 use crate::lapse::Lapse;
+use crate::netmap::is_internet;
 
 /// Why a target was not reached.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -20,7 +21,7 @@ pub enum DialError {
         cause: Option<Arc<NodeError>>,
     },
     /// No tailnet route or name covers the target, so it would leave by the public internet.
-    #[error("{host} is not in the tailnet; it would be public")]
+    #[error("{host} is not in the tailnet; it would be {}", outside(.host))]
     Public {
         /// The host.
         host: Host,
@@ -73,6 +74,23 @@ pub enum DialError {
     /// A host that `--direct-allow` names was not reached outside the tailnet.
     #[error(transparent)]
     Direct(#[from] DirectError),
+}
+
+/// What a host is where the tailnet does not have it.
+fn outside(host: &Host) -> &'static str {
+    match host {
+        Host::Ip(ip) if is_near(*ip) => "this machine or its link",
+        Host::Ip(ip) if !is_internet(*ip) => "a network around this machine",
+        Host::Ip(_) | Host::Name(_) => "public",
+    }
+}
+
+/// Whether an address means this machine or its link, where clouds keep their metadata.
+pub(super) fn is_near(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local() || ip.is_unspecified(),
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local() || ip.is_unspecified(),
+    }
 }
 
 fn handshakes(tries: u64) -> String {
@@ -155,7 +173,7 @@ pub enum DirectError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RouteError {
     /// No peer serves the address: a tailnet address without a node, or a subnet that nobody (any longer) routes.
-    #[error("no peer routes {address}")]
+    #[error("no node that this one may see has or routes {address}")]
     None {
         /// The address.
         address: IpAddr,

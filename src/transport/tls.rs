@@ -11,13 +11,13 @@ use std::sync::Arc;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime, pem};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 
 /// Why the trusted certificates could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum RootsError {
-    /// The file cannot be read, or is not PEM.
+    /// The file cannot be read.
     #[error("cannot read certificates from {path}: {detail}")]
     Read {
         /// The file.
@@ -30,6 +30,14 @@ pub enum RootsError {
     Empty {
         /// The file.
         path: String,
+    },
+    /// What the file has in it is not a certificate.
+    #[error("{path} holds what is not a certificate: {detail}")]
+    Broken {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        detail: String,
     },
 }
 
@@ -95,8 +103,9 @@ fn builder(provider: &Arc<CryptoProvider>) -> rustls::ConfigBuilder<ClientConfig
 
 fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), RootsError> {
     let named = || path.display().to_string();
-    let broken = |detail: String| RootsError::Read { path: named(), detail };
-    let certificates = CertificateDer::pem_file_iter(path).map_err(|error| broken(error.to_string()))?;
+    let unread = |error: pem::Error| RootsError::Read { path: named(), detail: error.to_string() };
+    let broken = |detail: String| RootsError::Broken { path: named(), detail };
+    let certificates = CertificateDer::pem_file_iter(path).map_err(unread)?;
     let mut added = 0;
     for certificate in certificates {
         let certificate = certificate.map_err(|error| broken(error.to_string()))?;

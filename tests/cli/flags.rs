@@ -86,6 +86,17 @@ fn files_that_cannot_be_written_are_told_before_the_key_is_spent() {
 #[test]
 fn files_that_a_setting_names_must_be_there() {
     keyed("--ca-file /nowhere/ca.pem").run().refused(66, "TC-2012");
+    let folder = tempfile::tempdir().unwrap();
+    for (text, words) in [
+        ("ssh-rsa AAAA", "holds no certificate"),
+        ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "holds what is not a certificate"),
+    ] {
+        let path = folder.path().join("ca.pem");
+        std::fs::write(&path, text).unwrap();
+        let json = keyed(&format!("--ca-file {}", path.display())).run().refused(65, "TC-2017");
+        assert!(json["cause"].as_str().unwrap().contains(words), "{json}");
+        assert!(json["remedy"].as_str().unwrap().contains("PEM"), "{json}");
+    }
     keyed("--proxy-auth file:/nowhere/auth").run().refused(66, "TC-2012");
     keyed("--proxy-auth file:/dev/null").run().refused(65, "TC-2011");
 }
@@ -141,8 +152,8 @@ fn help_version_completions_and_manual_go_to_standard_output() {
 fn help_names_only_exit_codes_that_a_run_has() {
     let help = Program::new("run --help").run().stdout;
     let (_, codes) = help.split_once("Exit codes:").unwrap();
-    assert!(codes.contains("75 try again") && codes.contains("80 "), "{codes}");
-    assert!(!codes.contains("69") && !codes.contains("78"), "{codes}");
+    assert!(["75 try again", "78 policy", "80 ", "125-127"].iter().all(|code| codes.contains(code)), "{codes}");
+    assert!(!codes.contains("68") && !codes.contains("69"), "{codes}");
 }
 
 #[test]

@@ -91,6 +91,23 @@ fn a_public_address_goes_by_the_exit_node_and_a_private_one_never() {
 }
 
 #[test]
+fn whatever_has_no_route_is_called_what_it_is() {
+    let netmap = Tailnet::new().map(&[], &[], &[]);
+    for (ip, words) in [
+        ("203.0.113.80", "is not in the tailnet; it would be public"),
+        ("10.0.0.1", "is not in the tailnet; it would be a network around this machine"),
+        ("fd21::1", "is not in the tailnet; it would be a network around this machine"),
+        ("169.254.169.254", "is not in the tailnet; it would be this machine or its link"),
+        ("::1", "is not in the tailnet; it would be this machine or its link"),
+        ("100.99.9.9", "no node that this one may see has or routes 100.99.9.9"),
+        ("fd7a:115c:a1e0::99", "no node that this one may see has or routes fd7a:115c:a1e0::99"),
+    ] {
+        let why = unrouted(&netmap, ip.parse().unwrap()).to_string();
+        assert!(why.ends_with(words), "{ip}: {why}");
+    }
+}
+
+#[test]
 fn without_its_exit_node_a_public_address_is_withdrawn_and_a_private_one_was_never_there() {
     let mut tailnet = Tailnet::exiting();
     tailnet.map(&[], &[], &["0.0.0.0/0", "::/0"]);
