@@ -2,7 +2,7 @@
 //! more on another default route, and is asked for a sign of life when the way may be another all the same.
 //!
 //! TCP by itself would send into nothing for a quarter of an hour, where a NAT or firewall has forgotten the connection:
-//! what is sent must be acknowledged within [`PATIENT`]. Asking is left to the kernel, too: keepalives, and a lower limit
+//! what is sent must be acknowledged within [`AT_REST_MS`]. Asking is left to the kernel, too: keepalives, and a lower limit
 //! for a few seconds. Source: Tailscale, wgengine/magicsock, `maybeCloseDERPsOnRebind`, which does so for DERP with pings
 //! of its own.
 
@@ -27,9 +27,13 @@ use super::{News, State};
 const ANSWER: Duration = Duration::from_secs(3);
 /// How long something may go unacknowledged meanwhile, and when the stream is left in peace again.
 const PROMPT: (u32, Duration) = (4_000, Duration::from_secs(8));
-/// The same for a stream that takes no more, and the limit at all other times. The other side may merely be full, which
-/// the kernel counts as if it did not answer; so it has longer than a relay may take nothing.
+/// The same for a stream that takes no more. The other side may merely be full, which the kernel counts as if it did not
+/// answer; so it has longer than a relay may take nothing.
 const PATIENT: (u32, Duration) = (16_000, Duration::from_secs(20));
+
+/// How many milliseconds something may go unacknowledged at all other times, unless the stream has ever been full. Whoever
+/// sends to us through a relay repeats 6.2 s after a loss, and then not until 12.6 s.
+const AT_REST_MS: u32 = 5_000;
 
 /// Why a stream ended whose address is gone.
 const GONE: &str = "the address it came from is gone";
@@ -53,6 +57,8 @@ pub(in crate::transport) struct Tied {
     probe: Option<Probe>,
     /// Whether the last write has to wait.
     is_full: bool,
+    /// What may go unacknowledged for how long while nothing is asked.
+    at_rest_ms: u32,
     /// Why it ended.
     gone: Option<&'static str>,
 }
@@ -65,8 +71,19 @@ impl Tied {
         let (moves, routes) = (news.moves, news.routes);
         let news = ReusableBoxFuture::new(wait(news));
         // Where the kernel cannot, the protocols above find out, later.
-        let _ = set_tcp_user_timeout(&stream, PATIENT.0);
-        Self { stream, local, remote, news, moves, routes, probe: None, is_full: false, gone: None }
+        let _ = set_tcp_user_timeout(&stream, AT_REST_MS);
+        Self {
+            stream,
+            local,
+            remote,
+            news,
+            moves,
+            routes,
+            probe: None,
+            is_full: false,
+            at_rest_ms: AT_REST_MS,
+            gone: None,
+        }
     }
 
     /// Looks for news of the network.
@@ -93,7 +110,7 @@ impl Tied {
             self.probe = None;
             // A stream that does not take them back is only asked more often than needed.
             let _ = set_socket_keepalive(&self.stream, false);
-            let _ = set_tcp_user_timeout(&self.stream, PATIENT.0);
+            let _ = set_tcp_user_timeout(&self.stream, self.at_rest_ms);
         }
         Ok(())
     }
@@ -129,6 +146,10 @@ impl Tied {
     /// Gives a stream more time that turns out to be full.
     fn note_write<T>(&mut self, written: Poll<T>) -> Poll<T> {
         self.is_full = written.is_pending();
+        if self.is_full && self.at_rest_ms != PATIENT.0 {
+            self.at_rest_ms = PATIENT.0;
+            let _ = set_tcp_user_timeout(&self.stream, PATIENT.0);
+        }
         if self.is_full && self.probe.as_ref().is_some_and(|probe| !probe.patient) {
             self.ask();
         }
@@ -253,15 +274,29 @@ mod tests {
         let asked = |tied: &Tied| (socket_keepalive(&tied.stream).unwrap(), tcp_user_timeout(&tied.stream).unwrap());
         out.send_modify(|state| state.changes = 1);
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
-        assert_eq!(asked(&tied), (false, PATIENT.0), "a new address moves nothing");
+        assert_eq!(asked(&tied), (false, AT_REST_MS), "a new address moves nothing");
         out.send_modify(|state| state.moves = 1);
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
         assert_eq!(asked(&tied), (true, PROMPT.0));
         tied.probe.as_mut().unwrap().until = Box::pin(sleep(Duration::ZERO));
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
-        assert_eq!(asked(&tied), (false, PATIENT.0));
+        assert_eq!(asked(&tied), (false, AT_REST_MS));
         drop(other);
         assert_eq!(tied.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_has_been_full_is_given_more_time_for_good() {
+        let (mut tied, mut other) = connected(&Link::default()).await;
+        let octets = vec![0; 1 << 20];
+        let mut sent = 0;
+        while let Ok(written) = timeout(Duration::from_millis(50), tied.write(&octets)).await {
+            sent += written.unwrap();
+        }
+        assert_eq!(tcp_user_timeout(&tied.stream).unwrap(), PATIENT.0);
+        other.read_exact(&mut vec![0; sent]).await.unwrap();
+        tied.write_all(b"more").await.unwrap();
+        assert_eq!(tcp_user_timeout(&tied.stream).unwrap(), PATIENT.0);
     }
 
     #[tokio::test]
