@@ -261,7 +261,23 @@ fn tune(socket: &mut tcp::Socket<'_>) {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::tests::World;
     use super::*;
+
+    /// A half-closed download may pause for as long as its server is there; the reader hears of one that is not.
+    #[test]
+    fn a_peer_that_vanishes_while_we_wait_for_its_end_is_noticed() {
+        let mut world = World::new(0);
+        let id = world.connect();
+        world.stack.with_tcp(id, |socket| socket.close());
+        world.stack.touch(id);
+        world.run(std::time::Duration::from_secs(200));
+        let state = |world: &mut World| world.stack.with_tcp(id, |socket| socket.state());
+        assert_eq!(state(&mut world), Some(tcp::State::FinWait2));
+        world.loss = 1;
+        world.run((DEAD_AFTER + KEEP_ALIVE).into());
+        assert_eq!(state(&mut world), Some(tcp::State::Closed));
+    }
 
     proptest! {
         #[test]

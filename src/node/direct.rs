@@ -10,6 +10,7 @@ use rustix::net::sockopt::set_socket_linger;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::sync::Notify;
 use tokio::time::timeout_at;
 use tracing::{debug, info};
 
@@ -17,6 +18,7 @@ use super::Inner;
 use super::dial::{DialError, DirectError, DirectRule, Host, NEXT_ADDRESS, Target, is_public};
 use super::error::{ResolveError, is_near};
 use super::stream::Spliced;
+use crate::transport::probe::vanished;
 use crate::transport::race::race;
 
 /// Dials `addresses`, as [`addresses`] gave them, on the underlay until `deadline`. Only [`dial`](super::dial::dial) may
@@ -138,7 +140,7 @@ enum Side {
 
 /// See [`Stream::splice`](super::Stream::splice); a target outside fails or ends like one inside.
 pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
-    let (sent, received) = (Cell::new(0), Cell::new(0));
+    let (sent, received, answered) = (Cell::new(0), Cell::new(0), Notify::new());
     set_socket_linger(&client, Some(Duration::ZERO))?;
     let ended = {
         let (mut from_client, mut to_client) = client.split();
@@ -146,9 +148,17 @@ pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: 
         let outward = async {
             to_target.write_all(early).await.map_err(|error| (Side::Target, error))?;
             sent.set(early.len() as u64);
-            carry((Side::Client, &mut from_client), (Side::Target, &mut to_target), &sent).await
+            carry((Side::Client, &mut from_client), (Side::Target, &mut to_target), &sent).await?;
+            tokio::select! {
+                () = vanished(from_client.as_ref()) => Err((Side::Client, io::ErrorKind::ConnectionReset.into())),
+                () = answered.notified() => Ok(()),
+            }
         };
-        let inward = carry((Side::Target, &mut from_target), (Side::Client, &mut to_client), &received);
+        let inward = async {
+            carry((Side::Target, &mut from_target), (Side::Client, &mut to_client), &received).await?;
+            answered.notify_one();
+            Ok(())
+        };
         tokio::try_join!(outward, inward)
     };
     let spliced = Spliced { sent: sent.get(), received: received.get(), reset: false };
@@ -256,6 +266,21 @@ mod tests {
         timeout(SOON, client.read_to_string(&mut answer)).await.unwrap().unwrap();
         assert_eq!(answer, "answer");
         assert_eq!(splice.await.unwrap().unwrap(), Spliced { sent: 14, received: 6, reset: false });
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn a_client_that_half_closed_is_waited_for_until_it_is_gone() {
+        let (mut client, mut target, splice) = spliced(b"").await;
+        client.shutdown().await.unwrap();
+        assert_eq!(timeout(SOON, target.read(&mut [0])).await.unwrap().unwrap(), 0);
+        target.write_all(b"slow").await.unwrap();
+        let mut answer = [0; 4];
+        timeout(SOON, client.read_exact(&mut answer)).await.unwrap().unwrap();
+        assert!(!splice.is_finished());
+        client.set_zero_linger().unwrap();
+        drop(client);
+        let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
+        assert_eq!(spliced, Spliced { sent: 0, received: 4, reset: false });
     }
 
     #[tokio::test(flavor = "local")]

@@ -19,6 +19,7 @@ use self::flow::Unopened;
 use super::core::Shared;
 use super::stream::Spliced;
 use crate::netstack::FlowId;
+use crate::transport::probe::vanished;
 use crate::transport::turn;
 use crate::wire::tsmp::Reason;
 
@@ -89,10 +90,20 @@ impl TunnelStream {
     /// See [`Stream::splice`](super::Stream::splice).
     pub(super) async fn splice(self, client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
         set_socket_linger(&client, Some(Duration::ZERO))?;
-        let mut splice =
-            Splice { tunnel: &self, client, early, up: Half::Open, down: Half::Open, total: Spliced::default() };
-        let ended = poll_fn(|cx| splice.poll(cx)).await;
-        let (client, total) = (splice.client, splice.total);
+        let (up, down, total) = (Half::Open, Half::Open, Spliced::default());
+        let mut splice = Splice { tunnel: &self, client: &client, early, up, down, total };
+        // Of a client that has closed its sending side nothing is read, so that somebody else must see its end.
+        // Boxed: most never come there.
+        let mut gone = None;
+        let ended = poll_fn(|cx| match splice.poll(cx) {
+            Poll::Pending if splice.up == Half::Ended => {
+                let gone = gone.get_or_insert_with(|| Box::pin(vanished(&client)));
+                gone.as_mut().poll(cx).map(|()| Err(io::ErrorKind::ConnectionReset.into()))
+            }
+            ended @ (Poll::Pending | Poll::Ready(_)) => ended,
+        });
+        let ended = ended.await;
+        let total = splice.total;
         if let Err(error) = ended {
             // The client is gone; what it carried before counts all the same.
             return if total.sent + total.received > 0 { Ok(total) } else { Err(error) };
@@ -146,7 +157,7 @@ enum Half {
 /// ring, what is written comes from it. A full ring is a closed window, and that is all the back-pressure there is.
 struct Splice<'s> {
     tunnel: &'s TunnelStream,
-    client: TcpStream,
+    client: &'s TcpStream,
     early: &'s [u8],
     up: Half,
     down: Half,
@@ -206,7 +217,7 @@ impl Splice<'_> {
             Poll::Ready(ready) => ready?,
             Poll::Pending => return Ok(None),
         }
-        let client = &self.client;
+        let client = self.client;
         let read = self.tunnel.with(|socket| {
             socket.send(|ring| match read_once(client, ring) {
                 Ok(count) => (count, Ok(count)),
@@ -247,7 +258,7 @@ impl Splice<'_> {
                 Some((false, true, _)) => return Ok(false),
                 Some((false, false, true)) => {
                     self.down = Half::Ended;
-                    rustix::net::shutdown(&self.client, rustix::net::Shutdown::Write)?;
+                    rustix::net::shutdown(self.client, rustix::net::Shutdown::Write)?;
                     return Ok(false);
                 }
                 Some((false, false, false)) | None => {
@@ -259,7 +270,7 @@ impl Splice<'_> {
                 Poll::Ready(ready) => ready?,
                 Poll::Pending => return Ok(false),
             }
-            let client = &self.client;
+            let client = self.client;
             let written = self.tunnel.with(|socket| {
                 socket.recv(|ring| match client.try_write(ring) {
                     Ok(count) => (count, Ok(count)),

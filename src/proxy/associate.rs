@@ -17,7 +17,7 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::Instant;
 
 use super::access::OwnListeners;
-use super::socket::{ended, probe};
+use super::socket::ended;
 use super::socks::{reply, reply_bound};
 use super::splice::farewell;
 use super::stats::{Datagrams, Dropped};
@@ -25,6 +25,7 @@ use super::{Proxy, envelope};
 use crate::fault::{self, Fault};
 use crate::node::datagrams::Event;
 use crate::node::{Association, DatagramError, Lost, Target};
+use crate::transport::probe::probe;
 
 /// The longest datagram that IP carries.
 const LONGEST: usize = 65_535;

@@ -8,17 +8,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
-use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-/// How often a client that has closed its sending side is asked whether it still reads, and how often it may leave that
-/// unanswered. A connection that was closed as a whole looks the same until its kernel forgets it, a minute later on
-/// Linux, and answers with a reset.
-const PROBE: (Duration, u32) = (Duration::from_secs(10), 3);
+use crate::transport::probe::vanished;
 
 /// Ends when `client` has reset its connection, or no longer answers after it closed it. A client that has closed its
 /// sending side alone still waits for its answer, and is waited for.
@@ -28,9 +23,7 @@ pub(super) async fn gone(client: &TcpStream) {
         Ok(ready) if !ready.is_error() => {}
         Ok(_) | Err(_) => return,
     }
-    // A socket that refuses to probe has failed, which the next line sees.
-    let _ = probe(client);
-    let _ = client.ready(Interest::ERROR).await;
+    vanished(client).await;
 }
 
 /// Reads in a row of what nobody wants, before others have their turn.
@@ -50,15 +43,6 @@ pub(super) async fn ended(client: &TcpStream) {
         }
         tokio::task::yield_now().await;
     }
-}
-
-/// Has the kernel ask `client` now and then whether it is still there.
-pub(super) fn probe(client: &TcpStream) -> rustix::io::Result<()> {
-    let (interval, times) = PROBE;
-    sockopt::set_tcp_keepidle(client, interval)?;
-    sockopt::set_tcp_keepintvl(client, interval)?;
-    sockopt::set_tcp_keepcnt(client, times)?;
-    sockopt::set_socket_keepalive(client, true)
 }
 
 /// Whether a client is owed an answer of ours, or an answer is being written.
@@ -170,6 +154,7 @@ impl AsyncWrite for SharedSocket {
 
 #[cfg(test)]
 mod tests {
+    use rustix::net::sockopt;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 

@@ -306,10 +306,11 @@ const CROWD: [Scenario; 3] = [
     scenario!(crowd::ten_thousand_peers_are_no_burden),
 ];
 
-const TRANSFER: [Scenario; 8] = [
+const TRANSFER: [Scenario; 9] = [
     scenario!(transfer::the_end_of_one_side_leaves_the_other_open),
     scenario!(transfer::a_reset_from_afar_is_a_reset_here),
     scenario!(transfer::a_reset_from_here_is_a_reset_there),
+    scenario!(transfer::a_client_that_half_closed_is_waited_for_until_it_is_gone),
     scenario!(transfer::a_closed_port_is_refused_by_its_code),
     scenario!(transfer::a_reader_that_stops_is_waited_for),
     scenario!(transfer::a_thin_line_is_slow_and_whole),

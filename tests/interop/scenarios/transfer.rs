@@ -4,7 +4,7 @@
 //! peer ends and starts connections anew, and turns a reset into an end.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -155,6 +155,26 @@ pub(crate) fn a_reset_from_here_is_a_reset_there(bed: &Bed) -> Result<(), Failed
     rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO))?;
     drop(stream);
     until(Duration::from_secs(5), "the far end's reset", || Ok((established()? == 0).then_some(())))
+}
+
+/// A client that has closed its sending side is waited for, however long its answer takes, and is not once it is gone.
+pub(crate) fn a_client_that_half_closed_is_waited_for_until_it_is_gone(bed: &Bed) -> Result<(), Failed> {
+    const PORT: u16 = 5099;
+    let sidecar = Launch::new(bed).ready()?;
+    let listener = bed.hosts.corp.inside(|| TcpListener::bind((LAN, PORT)))??;
+    let mut client = sidecar.dial(LAN, PORT)?;
+    let mut far = listener.accept()?.0;
+    far.set_read_timeout(Some(Duration::from_secs(5)))?;
+    client.shutdown(Shutdown::Write)?;
+    let mut octet = [0];
+    if far.read(&mut octet)? != 0 {
+        return Err("the far end got something".into());
+    }
+    far.write_all(b"x")?;
+    client.read_exact(&mut octet)?;
+    rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO))?;
+    drop(client);
+    until(Duration::from_secs(5), "the far end's reset", || Ok(far.take_error()?.map(drop)))
 }
 
 /// A closed port refuses at once, by its own code.
