@@ -246,7 +246,8 @@ impl Engine {
     pub fn handle_timeout(&mut self, now: Instant) {
         self.wireguard.handle_timeout(now);
         let wireguard = &self.wireguard;
-        self.magicsock.handle_timeout(&self.roster, |slot| wireguard.unheard_since(slot), now);
+        let (unheard, heard) = (|slot| wireguard.unheard_since(slot), |slot| wireguard.heard(slot));
+        self.magicsock.handle_timeout(&self.roster, unheard, heard, now);
         self.settle(now);
         self.watch_rivals(now);
     }

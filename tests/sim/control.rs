@@ -29,16 +29,20 @@ impl World {
         let message = serde_json::from_value(message).expect("the message is well-formed");
         let applied = Session::new(true).apply(message, jiff::Timestamp::UNIX_EPOCH).expect("it is a whole netmap");
         let netmap = applied.netmap.expect("it is the first");
+        let of_other: Vec<_> = self.nodes[1 - index].host.endpoints.iter().map(|(endpoint, _)| *endpoint).collect();
         let node = &mut self.nodes[index];
         for peer in netmap.peers.values() {
             node.offered.extend(peer.endpoints.iter().copied());
         }
         node.offered.extend(self.regions.keys().map(|id| stun_server(*id)));
+        if let (Some(trusting), true) = (node.trusting.as_mut(), self.control_works) {
+            trusting.set_endpoints(&of_other);
+        }
         node.engine.handle_netmap(netmap, self.now);
     }
 }
 
-fn stun_server(region: RegionId) -> SocketAddr {
+pub(crate) fn stun_server(region: RegionId) -> SocketAddr {
     SocketAddr::from(([198, 51, 100, region as u8], 3478))
 }
 

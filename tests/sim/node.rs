@@ -11,6 +11,8 @@ use tailcar::netmap::RegionId;
 use tailcar::wire::disco::{self, Message};
 use tailcar::wire::ip;
 
+use crate::trusting::Trusting;
+
 /// What a node sent.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Sent {
@@ -43,6 +45,12 @@ pub(crate) struct Node {
     pub(crate) offered: BTreeSet<SocketAddr>,
     /// Each path to the other node, and since when.
     pub(crate) paths: Vec<(Instant, PathStatus)>,
+    /// How often the engine wanted sent again what waits for an acknowledgement.
+    pub(crate) resends: usize,
+    pub(crate) transport: Transport,
+    /// Its paths, if it is Tailscale's client, and when that last asked a STUN server.
+    pub(crate) trusting: Option<Trusting>,
+    pub(crate) looked_at: Option<Instant>,
 }
 
 impl Node {
@@ -70,6 +78,10 @@ impl Node {
             sent: Sent::default(),
             offered: BTreeSet::new(),
             paths: Vec::new(),
+            resends: 0,
+            transport: Transport::Auto,
+            trusting: None,
+            looked_at: None,
         }
     }
 
@@ -81,12 +93,25 @@ impl Node {
             node_key: self.key.clone(),
             disco_key: self.disco.clone(),
             seed: [seed ^ self.life; 32],
-            transport: Transport::Auto,
+            transport: self.transport,
         };
         self.engine = Engine::new(config, now);
         self.regions.clear();
         self.host = HostState::default();
         self.offered.clear();
+        self.looked_at = None;
+        self.trusting = self.trusting.take().map(|_| Trusting::default());
+    }
+
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        let trusting = self.trusting.as_ref().and_then(Trusting::next_deadline);
+        self.engine.next_deadline().map(|(at, _)| at).into_iter().chain(trusting).min()
+    }
+
+    /// Control is told; of Tailscale's client, where it is, by [`look`](crate::world::World::look).
+    pub(crate) fn take_host(&mut self, host: HostState) {
+        let endpoints = if self.trusting.is_some() { self.host.endpoints.clone() } else { host.endpoints };
+        self.host = HostState { endpoints, ..host };
     }
 
     pub(crate) fn public(&self) -> NodePublic {

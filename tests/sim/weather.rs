@@ -21,3 +21,14 @@ pub(crate) struct Weather {
 impl Weather {
     pub(crate) const CALM: Self = Self { lost: 0, doubled: 0, forged: 0, delay: (10, 10) };
 }
+
+/// Something that is lost once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lost {
+    /// A request to a STUN server.
+    Stun,
+    /// A call of node 0.
+    Call,
+    /// A pong of Tailscale's client.
+    Pong,
+}

@@ -14,12 +14,10 @@ use tailcar::wire::stun;
 use crate::control::region_of;
 use crate::nat::{Kind, Nat};
 use crate::node::{Node, number, packet};
-use crate::weather::{FORGER, Weather};
+use crate::weather::{FORGER, Lost, Weather};
 
 /// How long DERP takes from node to node.
-const DERP_DELAY: Duration = Duration::from_millis(30);
-/// What a driver waits before it connects a region again.
-const RECONNECT: Duration = Duration::from_millis(500);
+pub(crate) const DERP_DELAY: Duration = Duration::from_millis(30);
 
 /// Something on its way.
 pub(crate) enum Delivery {
@@ -28,6 +26,8 @@ pub(crate) enum Delivery {
     Connect { node: usize, life: u8, region: RegionId },
     Https { node: usize, life: u8, region: RegionId },
     Netmap { node: usize },
+    Call { node: usize, endpoints: Vec<SocketAddr> },
+    Router { site: usize, kind: Kind },
 }
 
 pub(crate) struct World {
@@ -38,9 +38,13 @@ pub(crate) struct World {
     pub(crate) weather: Weather,
     /// Whether control tells nodes about each other.
     pub(crate) control_works: bool,
+    /// Calls that come together are heeded within so many microseconds, in any order.
+    pub(crate) unordered: u64,
+    /// What is lost the next time that it is sent.
+    pub(crate) lose: Vec<Lost>,
     queue: BTreeMap<(Instant, u64), Delivery>,
     order: u64,
-    rng: StdRng,
+    pub(crate) rng: StdRng,
     seed: u8,
     numbers: u64,
     outside: u8,
@@ -57,6 +61,8 @@ impl World {
             regions: [(1, true), (2, true)].into(),
             weather: Weather::CALM,
             control_works: true,
+            unordered: 0,
+            lose: Vec::new(),
             queue: BTreeMap::new(),
             order: 0,
             rng: StdRng::from_seed([seed; 32]),
@@ -115,6 +121,18 @@ impl World {
         self.sites[self.nodes[node].site].restart(outside);
     }
 
+    /// The node's router forgets its mappings, and nobody tells the node.
+    pub(crate) fn flush_router(&mut self, node: usize) {
+        let site = &mut self.sites[self.nodes[node].site];
+        site.restart(site.outside);
+    }
+
+    /// Whether this is lost now, once.
+    pub(crate) fn loses(&mut self, what: Lost) -> bool {
+        let index = self.lose.iter().position(|lost| *lost == what);
+        index.map(|index| self.lose.remove(index)).is_some()
+    }
+
     /// The process starts anew with the same node key.
     pub(crate) fn restart_node(&mut self, node: usize) {
         self.nodes[node].restart(self.seed, self.now);
@@ -122,14 +140,6 @@ impl World {
         self.tell(node);
         self.tell(1 - node);
         self.open_flows();
-    }
-
-    /// A region's server, with its STUN server, stops or starts.
-    pub(crate) fn set_region(&mut self, region: RegionId, up: bool) {
-        self.regions.insert(region, up);
-        if !up {
-            (0..2).for_each(|node| self.lose_regions(node, |it| it == region));
-        }
     }
 
     pub(crate) fn open_flows(&mut self) {
@@ -172,7 +182,7 @@ impl World {
         loop {
             (0..2).for_each(|node| self.drain(node));
             let arrival = self.queue.first_key_value().map(|((at, _), _)| *at);
-            let deadlines = self.nodes.iter().filter_map(|node| node.engine.next_deadline().map(|(at, _)| at));
+            let deadlines = self.nodes.iter().filter_map(Node::next_deadline);
             let next = arrival.into_iter().chain(deadlines).min();
             let Some(next) = next.filter(|next| *next <= end) else {
                 self.now = end;
@@ -189,6 +199,9 @@ impl World {
 
     fn fire_deadlines(&mut self) {
         for node in &mut self.nodes {
+            if let Some(trusting) = node.trusting.as_mut() {
+                trusting.handle_timeout(self.now);
+            }
             if node.engine.next_deadline().is_some_and(|(at, _)| at <= self.now) {
                 node.engine.handle_timeout(self.now);
                 let after = node.engine.next_deadline();
@@ -206,10 +219,7 @@ impl World {
                     contents.chunks(segment).for_each(|datagram| self.send_udp(index, destination, datagram));
                     self.nodes[index].engine.recycle(contents);
                 }
-                Output::Derp { region, to, packet } => {
-                    self.nodes[index].sent.derp += 1;
-                    self.push(DERP_DELAY, Delivery::Derp { region, from: index, to, packet });
-                }
+                Output::Derp { region, to, packet } => self.send_derp(index, region, to, packet),
                 Output::ConnectDerp { region, .. } => {
                     if let std::collections::btree_map::Entry::Vacant(entry) = self.nodes[index].regions.entry(region) {
                         entry.insert(false);
@@ -220,20 +230,18 @@ impl World {
                     self.nodes[index].regions.remove(&region);
                 }
                 Output::HostChanged(host) => {
-                    self.nodes[index].host = host;
+                    self.nodes[index].take_host(host);
                     self.tell(1 - index);
                 }
                 Output::ProbeHttps { region } => {
                     self.push(DERP_DELAY * 2, Delivery::Https { node: index, life, region });
                 }
                 Output::PeerChanged { .. } => self.note_path(index),
-                Output::ResolveStun { .. }
-                | Output::Rejected { .. }
-                | Output::Pong { .. }
-                | Output::Resend { .. }
-                | Output::RoutesChanged => {}
+                Output::Resend { .. } => self.nodes[index].resends += 1,
+                Output::ResolveStun { .. } | Output::Rejected { .. } | Output::Pong { .. } | Output::RoutesChanged => {}
             }
         }
+        self.speak(index);
         self.note_path(index);
     }
 
@@ -249,7 +257,7 @@ impl World {
         }
     }
 
-    fn send_udp(&mut self, index: usize, to: SocketAddr, datagram: &[u8]) {
+    pub(crate) fn send_udp(&mut self, index: usize, to: SocketAddr, datagram: &[u8]) {
         let node = &mut self.nodes[index];
         let stun = stun::parse_request(datagram).is_ok();
         if stun {
@@ -257,9 +265,12 @@ impl World {
         } else {
             node.sent.udp += 1
         }
-        let offered = node.offered.contains(&to);
+        let offered = node.trusting.is_some() || node.offered.contains(&to);
         assert!(offered, "node {index} sends {} bytes to {to}, which nobody offered", datagram.len());
         let (inside, site) = (node.inside, node.site);
+        if stun && self.loses(Lost::Stun) {
+            return;
+        }
         if self.rng.random_range(0..100) < self.weather.lost {
             return;
         }
@@ -300,6 +311,12 @@ impl World {
                 }
             }
             Delivery::Netmap { node } => self.tell_now(node),
+            Delivery::Router { site, kind } => self.sites[site].kind = kind,
+            Delivery::Call { node, endpoints } => {
+                if let Some(trusting) = self.nodes[node].trusting.as_mut() {
+                    trusting.handle_call(&endpoints, self.now);
+                }
+            }
         }
     }
 
@@ -318,56 +335,20 @@ impl World {
             let enters = |node: &Node| self.sites[node.site].enter(from, to, now) == Some(node.inside);
             self.nodes.iter().position(enters).filter(|_| !is_private(to))
         });
-        let Some(node) = reached.map(|index| &mut self.nodes[index]) else { return };
+        let Some(index) = reached else { return };
+        if self.nodes[index].trusting.is_some() {
+            if !self.hear(index, Some(from), &mut datagram) {
+                self.admit_far(index, 1, datagram);
+            }
+            return;
+        }
+        let node = &mut self.nodes[index];
         let before = node.refused();
         let admitted = node.engine.handle_udp(from, &mut datagram, now).map(|packet| number(packet));
         if node.refused() == before {
             node.offered.insert(from);
         }
         node.received.extend(admitted);
-    }
-
-    fn deliver_derp(&mut self, region: RegionId, from: usize, to: NodePublic, mut packet: Vec<u8>) {
-        let there = |node: &Node| node.regions.get(&region) == Some(&true);
-        if !there(&self.nodes[from]) {
-            return;
-        }
-        let (sender, now) = (self.nodes[from].public(), self.now);
-        let Some(index) = self.nodes.iter().position(|node| node.public() == to && there(node)) else {
-            self.nodes[from].engine.handle_derp_peer_gone(region, to, now);
-            return;
-        };
-        let disco = self.nodes[from].disco.clone();
-        let node = &mut self.nodes[index];
-        node.note_call(&disco, &packet);
-        let admitted = node.engine.handle_derp(region, sender, &mut packet, now).map(|packet| number(packet));
-        node.received.extend(admitted);
-    }
-
-    /// A driver's attempt to connect a region; it goes on until it succeeds or is told to close.
-    fn connect(&mut self, node: usize, life: u8, region: RegionId) {
-        let up = self.regions.get(&region).is_some_and(|up| *up);
-        let it = &mut self.nodes[node];
-        match it.regions.get_mut(&region).filter(|_| it.life == life) {
-            Some(connected) if up => {
-                *connected = true;
-                it.engine.handle_derp_connected(region, self.now);
-            }
-            Some(_) => self.push(RECONNECT, Delivery::Connect { node, life, region }),
-            None => {}
-        }
-    }
-
-    fn lose_regions(&mut self, node: usize, which: impl Fn(RegionId) -> bool) {
-        let it = &mut self.nodes[node];
-        let life = it.life;
-        let lost = it.regions.iter().filter(|(region, connected)| **connected && which(**region));
-        let lost: Vec<RegionId> = lost.map(|(region, _)| *region).collect();
-        for region in lost {
-            self.nodes[node].regions.insert(region, false);
-            self.nodes[node].engine.handle_derp_lost(region, self.now);
-            self.push(RECONNECT, Delivery::Connect { node, life, region });
-        }
     }
 
     pub(crate) fn push(&mut self, delay: Duration, delivery: Delivery) {

@@ -159,6 +159,7 @@ impl Magicsock {
             let (Some(entry), Some(place)) = (roster.entry(slot), self.places[slot].as_mut()) else {
                 continue;
             };
+            place.path.retract(now);
             place.path.doubt();
             if place.path.is_active(now) {
                 self.discover(slot, entry, now);

@@ -83,10 +83,7 @@ pub(super) struct Path {
     refused_at: Option<Instant>,
     /// When what was sent of late was last sent again for that, by the relay too.
     resent_at: Option<Instant>,
-    /// When a pong of the best address last saw us elsewhere than the one before.
-    remapped_at: Option<Instant>,
-    /// Since when the next call is to take back what the ones before told, and where the peer saw us of late.
-    retracted: Option<(Instant, Option<SocketAddr>)>,
+    retraction: retract::Retraction,
     /// The region by which the peer reached us and is answered, while PeerGone has not said otherwise.
     pub(super) replies_by: Option<RegionId>,
     /// The same, for ever.
@@ -289,7 +286,7 @@ impl Path {
                 news.probe.ping.extend(asked);
             }
             silence::Step::Doubt(since) => {
-                self.retracted = Some((now, self.best_candidate().and_then(|best| best.sees_us)));
+                self.retract(now);
                 self.trusted_until = None;
                 news.resend = true;
                 news.probe = Probe { doubt: Some(since), ..self.discover(now) };
@@ -326,8 +323,8 @@ impl Path {
     }
 
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        let deadlines = [self.heartbeat_at, self.again_at(), self.silence.next_deadline(), self.pings.next_deadline()];
-        deadlines.into_iter().flatten().min()
+        let asked = [self.again_at(), self.silence.next_deadline(), self.pings.next_deadline()];
+        asked.into_iter().chain([self.heartbeat_at, self.retraction.next_deadline()]).flatten().min()
     }
 
     /// The machine lets nothing be sent to that address. What to send if that is the trusted one; the next packets go by

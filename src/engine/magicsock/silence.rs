@@ -49,6 +49,11 @@ impl Silence {
         begins
     }
 
+    /// Whether a ping is out because the peer does not answer packets.
+    pub(super) fn is_asking(&self) -> bool {
+        self.asked.is_some()
+    }
+
     /// The best address has answered.
     pub(super) fn note_pong(&mut self) {
         self.explained = self.asked.take().map(|(since, _)| since).or(self.explained);

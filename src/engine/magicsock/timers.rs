@@ -7,11 +7,13 @@ use crate::engine::Output;
 use crate::engine::roster::{Roster, Slot};
 
 impl Magicsock {
-    /// Does what time demands. `unheard` says since when a peer has sent nothing although packets went out to it.
+    /// Does what time demands. `unheard` says since when a peer has sent nothing although packets went out to it, and
+    /// `heard` when it last sent anything.
     pub(in crate::engine) fn handle_timeout(
         &mut self,
         roster: &Roster,
         unheard: impl Fn(Slot) -> Option<Instant>,
+        heard: impl Fn(Slot) -> Option<Instant>,
         now: Instant,
     ) {
         self.relays.handle_timeout(now);
@@ -28,7 +30,10 @@ impl Magicsock {
                 self.active.remove(&slot);
                 continue;
             };
-            let news = place.path.handle_timeout(unheard(slot), now);
+            let mut news = place.path.handle_timeout(unheard(slot), now);
+            if place.path.retracts_again(unheard(slot), heard(slot), now) {
+                (news.resend, news.probe.call) = (true, true);
+            }
             if news.lost {
                 self.outputs.push_back(Output::PeerChanged { peer: entry.peer.key });
             }

@@ -1,13 +1,50 @@
 //! Where the peer sees us, and what it must be told when that is not where we said.
+//!
+//! A Tailscale peer goes on sending to an address of ours from which nothing reaches us until its trust in it ends, 6.5 s
+//! after the last pong. Calls make it leave that address; but it heeds each call beside the others, so that they
+//! overtake one another, and a call may be lost. While nothing is heard of it, it is told again.
+//! Source: Tailscale, wgengine/magicsock, `handleDiscoMessage`, `handleCallMeMaybe`.
 
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{PING_INTERVAL, Path};
 
+/// What of all that was told of us is to be taken back.
+#[derive(Debug, Default)]
+pub(super) struct Retraction {
+    /// When a pong of the best address last saw us elsewhere than the one before.
+    remapped_at: Option<Instant>,
+    pending: Option<Pending>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    since: Instant,
+    /// Where the peer saw us of late.
+    seen: Option<SocketAddr>,
+    /// When that was last taken back.
+    said_at: Option<Instant>,
+    /// When it is taken back again, and after which pause the time after that.
+    again: Option<(Instant, Duration)>,
+}
+
+impl Retraction {
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        Some(self.pending.as_ref()?.again?.0)
+    }
+}
+
 impl Path {
+    /// The next call takes back what the ones before told: the peer may still send to an address of ours from which
+    /// nothing reaches us.
+    pub(in crate::engine::magicsock) fn retract(&mut self, now: Instant) {
+        let seen = self.best_candidate().and_then(|best| best.sees_us);
+        self.retraction.pending = Some(Pending { since: now, seen, said_at: None, again: None });
+    }
+
     /// The peer sees us at `source` from an address, which is the best one or another. Whether that is news to act upon:
-    /// a NAT may map us anew with every datagram, and where no packets go nothing is lost by it.
+    /// a NAT may map us anew with every datagram, and where no packets go, or are answered, nothing is lost by it.
     pub(super) fn note_source(&mut self, addr: SocketAddr, best: bool, source: SocketAddr, now: Instant) -> bool {
         let Some(candidate) = self.candidates.get_mut(&addr) else { return false };
         if !best {
@@ -15,23 +52,61 @@ impl Path {
             return false;
         }
         // The path that was in doubt has answered as it was.
-        self.retracted.take_if(|(_, seen)| *seen == Some(source));
-        let rested = self.remapped_at.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL);
-        let other = candidate.sees_us.filter(|seen| *seen != source);
-        if rested || other.is_none() {
+        self.retraction.pending.take_if(|pending| pending.seen == Some(source));
+        let rested = self.retraction.remapped_at.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL)
+            || self.silence.is_asking();
+        let remapped = rested && candidate.sees_us.is_some_and(|seen| seen != source);
+        if remapped {
+            self.retraction.remapped_at = Some(now);
+            self.retract(now);
+        }
+        if let Some(candidate) = self.candidates.get_mut(&addr).filter(|it| rested || it.sees_us.is_none()) {
             candidate.sees_us = Some(source);
         }
-        if rested && other.is_some() {
-            (self.retracted, self.remapped_at) = (Some((now, other)), Some(now));
-        }
-        rested && other.is_some()
+        remapped
     }
 
-    /// Whether the call that goes out now is to take back what was told before, and where the peer saw us besides: it
-    /// may still send to an address of ours from which nothing reaches us. A call that comes too late takes nothing back:
-    /// by then the peer has found out, and another path works.
-    pub(in crate::engine::magicsock) fn take_retracted(&mut self, now: Instant) -> Option<Option<SocketAddr>> {
-        let (since, seen) = self.retracted.take()?;
-        (now.duration_since(since) < PING_INTERVAL).then_some(seen)
+    /// Whether the call that goes out now is to take back what was told before, and where the peer saw us besides; the
+    /// peer is heard of within `limit`, or told again after it. A call that comes too late takes nothing back: by then
+    /// the peer has found out, and another path works.
+    pub(in crate::engine::magicsock) fn take_back(
+        &mut self,
+        limit: Duration,
+        now: Instant,
+    ) -> Option<Option<SocketAddr>> {
+        let pending = self.retraction.pending.as_mut()?;
+        if now.duration_since(pending.since) >= PING_INTERVAL {
+            self.retraction.pending = None;
+            return None;
+        }
+        let pause = match (pending.said_at, pending.again) {
+            (None, _) => limit,
+            (Some(_), Some((at, pause))) if at <= now => pause,
+            (Some(_), _) => return None,
+        };
+        (pending.said_at, pending.again) = (Some(now), Some((now + pause, pause * 2)));
+        Some(pending.seen)
+    }
+
+    /// Whether to call again now: the peer has said nothing since the last call, although packets went out to it since
+    /// `unheard`, and so has not heeded it. When it was last `heard` tells one that has from one that was not asked.
+    pub(in crate::engine::magicsock) fn retracts_again(
+        &mut self,
+        unheard: Option<Instant>,
+        heard: Option<Instant>,
+        now: Instant,
+    ) -> bool {
+        let Some(pending) = self.retraction.pending.as_mut() else { return false };
+        let (Some(said_at), Some((_, pause))) = (pending.said_at, pending.again.filter(|(at, _)| *at <= now)) else {
+            return false;
+        };
+        if heard.is_some_and(|at| at > said_at) || now.duration_since(pending.since) >= PING_INTERVAL {
+            self.retraction.pending = None;
+            return false;
+        }
+        if unheard.is_none() {
+            pending.again = Some((now + pause, pause));
+        }
+        unheard.is_some()
     }
 }

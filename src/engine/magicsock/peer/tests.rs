@@ -4,6 +4,8 @@ use super::*;
 
 const A: &str = "192.0.2.1:1";
 const B: &str = "192.0.2.2:2";
+/// How long the relay takes to a peer and back, at most.
+const RELAYED: Duration = Duration::from_millis(250);
 /// Where peers see us.
 const US: &str = "203.0.113.1:1";
 
@@ -205,8 +207,63 @@ fn a_peer_that_falls_silent_is_asked_twice_and_then_reached_by_the_relay_as_well
     assert!(asked == 2 && now < after(start, 2_200), "{asked} pings, doubt after {:?}", now - sent);
     assert_eq!((probe.call, probe.doubt), (true, Some(sent)));
     assert!(!path.best(now).unwrap().1);
-    assert_eq!(path.take_retracted(now), Some(Some(addr(US))));
-    assert_eq!(path.take_retracted(now), None);
+    assert_eq!(path.take_back(RELAYED, now), Some(Some(addr(US))));
+    assert_eq!(path.take_back(RELAYED, now), None);
+}
+
+/// A path in doubt since its peer fell silent at the first instant, and when it has been so.
+fn doubted(start: Instant) -> (Path, Instant, Instant) {
+    let mut path = direct(start);
+    let sent = after(start, 1_000);
+    path.note_send(sent);
+    loop {
+        let now = path.next_deadline().unwrap();
+        if path.handle_timeout(Some(sent), now).resend {
+            return (path, sent, now);
+        }
+    }
+}
+
+/// When the peer is called again, in milliseconds after `now`: it is silent since `unheard`, and was heard at `heard`.
+fn called_again(
+    path: &mut Path,
+    now: Instant,
+    unheard: impl Fn(Instant) -> Option<Instant>,
+    heard: Instant,
+) -> Vec<u128> {
+    assert_eq!(path.take_back(RELAYED, now), Some(Some(addr(US))));
+    let mut called = Vec::new();
+    while let Some(at) = path.next_deadline().filter(|at| *at < after(now, 20_000)) {
+        path.handle_timeout(unheard(at), at);
+        if path.retracts_again(unheard(at), Some(heard).filter(|heard| *heard <= at), at) {
+            assert_eq!(path.take_back(RELAYED, at), Some(Some(addr(US))));
+            called.push((at - now).as_millis());
+        }
+    }
+    called
+}
+
+#[test]
+fn what_a_silent_peer_does_not_heed_is_taken_back_again_for_five_seconds() {
+    let start = Instant::now();
+    let (mut path, sent, now) = doubted(start);
+    assert_eq!(called_again(&mut path, now, |_| Some(sent), start), [250, 750, 1_750, 3_750]);
+}
+
+#[test]
+fn what_the_peer_has_heeded_or_could_not_is_not_taken_back_again() {
+    let start = Instant::now();
+    let (mut path, sent, now) = doubted(start);
+    let heard = after(now, 300);
+    assert_eq!(called_again(&mut path, now, |at| Some(if at < heard { sent } else { heard }), heard), [250]);
+    let (mut path, _, now) = doubted(start);
+    assert_eq!(called_again(&mut path, now, |_| None, start), [0; 0]);
+    let (mut path, _, now) = doubted(start);
+    let sent = after(now, 600);
+    assert_eq!(
+        called_again(&mut path, now, |at| Some(sent).filter(|sent| *sent <= at), start),
+        [750, 1_250, 2_250, 4_250]
+    );
 }
 
 #[test]
@@ -218,12 +275,12 @@ fn a_pong_that_sees_us_elsewhere_tells_of_our_nat_now_and_then() {
         path.handle_pong(TxId([2; 12]), addr(source), after(start, millis + 20)).remapped
     };
     assert!(!pong(&mut path, US, 3_000));
-    assert_eq!(path.take_retracted(after(start, 3_020)), None);
+    assert_eq!(path.take_back(RELAYED, after(start, 3_020)), None);
     assert!(pong(&mut path, "203.0.113.1:2", 3_500));
-    assert_eq!(path.take_retracted(after(start, 8_000)), Some(Some(addr(US))));
+    assert_eq!(path.take_back(RELAYED, after(start, 8_000)), Some(Some(addr(US))));
     assert!(!pong(&mut path, "203.0.113.1:3", 6_000), "it has just been told");
     assert!(pong(&mut path, "203.0.113.1:3", 9_000));
-    assert_eq!(path.take_retracted(after(start, 14_020)), None, "nobody was called for so long");
+    assert_eq!(path.take_back(RELAYED, after(start, 14_020)), None, "nobody was called for so long");
 }
 
 #[test]
@@ -296,26 +353,21 @@ fn a_remap_that_another_address_tells_first_is_still_one() {
     let mut path = direct(start);
     pong(&mut path, B, US, (start, 90));
     let answered = pong(&mut path, B, elsewhere, (after(start, 3_000), 90));
-    assert_eq!((answered.remapped, path.take_retracted(after(start, 3_090))), (false, None));
+    assert_eq!((answered.remapped, path.take_back(RELAYED, after(start, 3_090))), (false, None));
     assert!(pong(&mut path, A, elsewhere, (after(start, 3_100), 20)).remapped);
     assert!(!pong(&mut path, A, elsewhere, (after(start, 3_200), 20)).remapped);
-    assert_eq!(path.take_retracted(after(start, 3_220)), Some(Some(addr(US))), "what is new is no reason to keep it");
+    assert_eq!(
+        path.take_back(RELAYED, after(start, 3_220)),
+        Some(Some(addr(US))),
+        "what is new is no reason to keep it"
+    );
 }
 
 #[test]
 fn a_path_that_answers_as_it_was_takes_nothing_back() {
     for (source, retracted) in [(US, None), ("203.0.113.1:2", Some(Some(addr(US))))] {
-        let start = Instant::now();
-        let mut path = direct(start);
-        let sent = after(start, 1_000);
-        path.note_send(sent);
-        let doubted = loop {
-            let now = path.next_deadline().unwrap();
-            if path.handle_timeout(Some(sent), now).resend {
-                break now;
-            }
-        };
+        let (mut path, _, doubted) = doubted(Instant::now());
         pong(&mut path, A, source, (doubted, 30));
-        assert_eq!(path.take_retracted(after(doubted, 40)), retracted, "{source}");
+        assert_eq!(path.take_back(RELAYED, after(doubted, 40)), retracted, "{source}");
     }
 }

@@ -1,0 +1,174 @@
+//! How long what happens interrupts a busy connection to Tailscale's client, whenever it happens and whatever is lost.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+use tailcar::engine::PathStatus;
+
+use crate::nat::Kind;
+use crate::weather::Lost;
+use crate::world::{Delivery, World};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// What happens.
+#[derive(Debug, Clone, Copy)]
+enum Change {
+    /// A router forgets its mappings.
+    Flush(usize),
+    /// And has another address.
+    Renumber(usize),
+    /// Our machine is in another network.
+    Move,
+    /// The peer's process starts anew.
+    Restart,
+    /// A router lets no datagrams through for so many milliseconds.
+    Block(usize, u64),
+}
+
+/// When, and what makes it worse.
+#[derive(Debug, Clone)]
+struct Story {
+    kinds: [Kind; 2],
+    change: Change,
+    /// Milliseconds after some moment of a conversation.
+    after: u64,
+    /// The same happened so many milliseconds before.
+    before: Option<u64>,
+    lose: Vec<Lost>,
+    /// Calls that come together are heeded within so many microseconds, in any order.
+    unordered: u64,
+    seed: u8,
+}
+
+fn happen(world: &mut World, story: &Story) {
+    match story.change {
+        Change::Flush(node) => world.flush_router(node),
+        Change::Renumber(node) => world.restart_router(node),
+        Change::Move => world.move_node(0),
+        Change::Restart => world.restart_node(1),
+        Change::Block(site, time) => {
+            world.push(Duration::from_millis(time), Delivery::Router { site, kind: world.sites[site].kind });
+            world.sites[site].kind = Kind::Blocked;
+        }
+    }
+}
+
+/// The longest pause.
+fn pause(story: &Story) -> Duration {
+    let mut world = World::new(story.kinds, false, story.seed);
+    world.trust();
+    world.unordered = story.unordered;
+    world.start();
+    world.open_flows();
+    world.run(SECOND * 3);
+    world.longest_pause(SECOND * 7);
+    let trusting = world.nodes[1].trusting.as_ref().and_then(|trusting| trusting.best(world.now));
+    let direct = matches!(world.path(0), PathStatus::Direct { .. });
+    assert!(direct && trusting.is_some_and(|(_, trusted)| trusted), "{:?} {:?}", world.path(0), trusting);
+    world.longest_pause(Duration::from_millis(story.after));
+    if let Some(before) = story.before {
+        happen(&mut world, story);
+        world.longest_pause(Duration::from_millis(before));
+    }
+    happen(&mut world, story);
+    world.lose = story.lose.clone();
+    world.longest_pause(SECOND * 15)
+}
+
+fn lose() -> impl Strategy<Value = Vec<Lost>> {
+    prop_oneof![
+        3 => Just(Vec::new()),
+        1 => Just(vec![Lost::Stun]),
+        1 => Just(vec![Lost::Call]),
+        1 => Just(vec![Lost::Call; 3]),
+        1 => Just(vec![Lost::Pong]),
+    ]
+}
+
+/// Those of which Tailscale's client reaches a direct path by itself.
+fn kinds() -> impl Strategy<Value = [Kind; 2]> {
+    use Kind::{Easy, Hard, Open};
+    prop_oneof![
+        Just([Easy, Open]),
+        Just([Easy, Easy]),
+        Just([Hard, Open]),
+        Just([Open, Easy]),
+        Just([Open, Hard]),
+        Just([Open, Open])
+    ]
+}
+
+fn remapped() -> impl Strategy<Value = Change> {
+    prop_oneof![(0..2usize).prop_map(Change::Flush), (0..2usize).prop_map(Change::Renumber)]
+}
+
+fn blocked() -> impl Strategy<Value = Change> {
+    (0..2usize, 100..12_000u64).prop_map(|(site, time)| Change::Block(site, time))
+}
+
+prop_compose! {
+    fn story(change: impl Strategy<Value = Change>)(
+        kinds in kinds(), change in change, after in 0..10_000u64, before in prop::option::of(0..7_000u64),
+        lose in lose(), unordered in prop_oneof![Just(0), Just(200), Just(2_000)], seed in any::<u8>(),
+    ) -> Story {
+        Story { kinds, change, after, before, lose, unordered, seed }
+    }
+}
+
+/// How long: TCP's pauses before it tries again end 1.4 s after the change, and 3 s. Calls that overtake one another
+/// must be repeated, perhaps more than once.
+fn limit(story: &Story, in_order: Duration) -> Duration {
+    if story.unordered == 0 { in_order } else { SECOND * 5 }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn another_mapping_interrupts_for_two_seconds(story in story(remapped())) {
+        let took = pause(&story);
+        prop_assert!(took <= limit(&story, SECOND * 2), "{:?}", took);
+    }
+
+    #[test]
+    fn another_network_interrupts_for_as_long_as_its_relay_takes(story in story(Just(Change::Move))) {
+        let took = pause(&story);
+        prop_assert!(took <= limit(&story, Duration::from_millis(3_500)), "{:?}", took);
+    }
+
+    #[test]
+    fn a_peer_that_is_another_process_is_found_in_two_seconds(story in story(Just(Change::Restart))) {
+        let took = pause(&story);
+        prop_assert!(took <= limit(&story, SECOND * 2), "{:?}", took);
+    }
+
+    #[test]
+    fn datagrams_that_are_dropped_interrupt_for_two_seconds(story in story(blocked())) {
+        let took = pause(&story);
+        prop_assert!(took <= limit(&story, SECOND * 2), "{:?}", took);
+    }
+}
+
+/// The other end heeded the call that named the old address last, and went on sending there.
+#[test]
+fn calls_that_overtake_one_another_are_repeated_in_time() {
+    for seed in 0..8 {
+        let kinds = [Kind::Hard, Kind::Open];
+        let change = Change::Flush(0);
+        let story = Story { kinds, change, after: 0, before: None, lose: Vec::new(), unordered: 2_000, seed };
+        let took = pause(&story);
+        assert!(took <= SECOND * 2, "{took:?}, seed {seed}");
+    }
+}
+
+/// A second change, within five seconds of the first, was not news.
+#[test]
+fn a_router_that_forgets_its_mappings_twice_interrupts_for_two_seconds_each_time() {
+    for before in (0..6_000).step_by(600) {
+        let (kinds, change) = ([Kind::Hard, Kind::Open], Change::Flush(0));
+        let story = Story { kinds, change, after: 0, before: Some(before), lose: Vec::new(), unordered: 0, seed: 1 };
+        let took = pause(&story);
+        assert!(took <= SECOND * 2, "{took:?}, {before} ms before");
+    }
+}
