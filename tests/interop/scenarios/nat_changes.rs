@@ -70,7 +70,7 @@ pub(crate) fn a_nat_that_forgets_its_mappings_interrupts_for_seconds(bed: &Bed) 
         let (clients, peer) = (nat.clients(bed, ours)?, nat.peer(theirs)?);
         let network = network(&nat.internet.clients, ours)?;
         let what = format!("{} NAT flushed, peer {}", ours.name(), theirs.name());
-        let flush = || {
+        interrupted(&what, &clients, peer, || {
             let before = paths_to(&clients, peer)?;
             network.forget()?;
             until(Duration::from_secs(30), "direct paths by the new mappings", || {
@@ -80,11 +80,6 @@ pub(crate) fn a_nat_that_forgets_its_mappings_interrupts_for_seconds(bed: &Bed) 
                 };
                 Ok(now.iter().zip(&before).all(wanted).then_some(()))
             })
-        };
-        // Seen once on a busy machine: the peer went on by the old mapping until its own trust ended.
-        interrupted(&what, &clients, peer, flush).or_else(|once| {
-            say(&format!("         once more: {}", once.message().unwrap_or_default()));
-            interrupted(&what, &clients, peer, flush)
         })?;
     }
     Ok(())
