@@ -1,7 +1,7 @@
 //! The map stream: length-prefixed frames, each a zstd frame or plain JSON, each one MapResponse.
 //! Source: Tailscale, control/controlclient/direct.go, `sendMapRequest` and `decodeMsg`.
 
-use std::io::{BufReader, Read};
+use std::io::Read;
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
@@ -20,8 +20,6 @@ pub(super) const WATCHDOG: Duration = Duration::from_secs(120);
 const FRAME_MAX: usize = 64 << 20;
 /// The most octets that a frame may hold uncompressed.
 const DECODED_MAX: u64 = 256 << 20;
-/// So many octets are unpacked at a time.
-const CHUNK: usize = 64 << 10;
 /// What a zstd frame begins with (RFC 8878, 3.1.1).
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
@@ -90,9 +88,9 @@ fn decode_within(frame: &[u8], most: u64) -> Result<MapResponse, ConnectError> {
         return tailcfg::parse(frame).map_err(|error| garbled(error.to_string()));
     }
     let decoder = StreamingDecoder::new(frame).map_err(|error| garbled(error.to_string()))?;
-    let mut json = BufReader::with_capacity(CHUNK, decoder.take(most + 1));
+    let mut json = decoder.take(most + 1);
     let parsed = tailcfg::parse_from(&mut json);
-    if json.get_ref().limit() == 0 {
+    if json.limit() == 0 {
         return Err(garbled(format!("it exceeds {most} octets")));
     }
     parsed.map_err(|error| garbled(error.to_string()))

@@ -15,7 +15,7 @@ pub mod register;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, BufRead};
+use std::io::{self, BufRead, BufReader, Read};
 use std::marker::PhantomData;
 use std::str::FromStr;
 
@@ -27,6 +27,9 @@ use serde::de::{DeserializeOwned, Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
+/// So many octets of a document are unpacked at a time.
+const CHUNK: usize = 64 << 10;
+
 /// Go's zero time, which on the wire means "unset".
 const ZERO_TIME: &str = "0001-01-01T00:00:00Z";
 
@@ -34,8 +37,8 @@ const ZERO_TIME: &str = "0001-01-01T00:00:00Z";
 ///
 /// # Errors
 /// Those of [`parse_from`].
-pub fn parse<T: DeserializeOwned>(mut document: &[u8]) -> Result<T, serde_json::Error> {
-    parse_from(&mut document)
+pub fn parse<T: DeserializeOwned>(document: &[u8]) -> Result<T, serde_json::Error> {
+    parse_from(document)
 }
 
 /// The same of a document that is still being unpacked: ten million octets need not be held beside what they say.
@@ -43,9 +46,11 @@ pub fn parse<T: DeserializeOwned>(mut document: &[u8]) -> Result<T, serde_json::
 /// # Errors
 /// When reading fails, when the text is no JSON object, or one in which a whole part is of another kind than it must
 /// be. The error may quote the document.
-pub fn parse_from<T: DeserializeOwned>(document: &mut impl BufRead) -> Result<T, serde_json::Error> {
+pub fn parse_from<T: DeserializeOwned>(document: impl Read) -> Result<T, serde_json::Error> {
+    // By value and as this very type: only so an octet costs the parser no call of `read`.
+    let mut document = BufReader::with_capacity(CHUNK, document);
     // Serde would take a list for a struct, and an empty one for an empty answer.
-    if first_octet(document).map_err(serde_json::Error::io)? != Some(b'{') {
+    if first_octet(&mut document).map_err(serde_json::Error::io)? != Some(b'{') {
         return Err(serde_json::Error::custom("not a JSON object"));
     }
     serde_json::from_reader(document)
@@ -222,17 +227,21 @@ fn optional_prefixes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Optio
 
 #[cfg(test)]
 mod tests {
-    use std::io::BufReader;
-
     use super::register::RegisterResponse;
     use super::*;
 
+    struct OctetByOctet(&'static [u8]);
+
+    impl Read for OctetByOctet {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let most = buffer.len().min(1);
+            self.0.read(&mut buffer[..most])
+        }
+    }
+
     #[test]
     fn an_object_is_known_however_little_is_read_at_once() {
-        let parsed = |text: &'static str| {
-            let mut reader = BufReader::with_capacity(1, text.as_bytes());
-            parse_from::<RegisterResponse>(&mut reader)
-        };
+        let parsed = |text: &'static str| parse_from::<RegisterResponse>(OctetByOctet(text.as_bytes()));
         assert_eq!(parsed(" \r\n\t{\"AuthURL\": null} ").unwrap(), RegisterResponse::default());
         for other in [" \n[]", "", "  ", "null"] {
             assert!(parsed(other).unwrap_err().to_string().starts_with("not a JSON object"), "{other:?}");
