@@ -15,7 +15,7 @@ use crate::usage;
 
 /// The most that a sidecar in a tailnet of ten thousand may hold, in MiB. testcontrol sends the whole map again with each
 /// change, and whole maps that follow each other closely are there side by side for a moment.
-const CROWDED: f64 = 80.0;
+const CROWDED: f64 = 64.0;
 
 fn echo(stream: &mut std::net::TcpStream, word: &[u8]) -> Result<(), Failed> {
     stream.write_all(word)?;
