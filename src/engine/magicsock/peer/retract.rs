@@ -23,9 +23,11 @@ struct Pending {
     since: Instant,
     /// Where the peer saw us of late.
     seen: Option<SocketAddr>,
-    /// When that was last taken back.
+    /// Whether the next call takes it back.
+    due: bool,
+    /// When that was last done.
     said_at: Option<Instant>,
-    /// When it is taken back again, and after which pause the time after that.
+    /// When it is due again, and after which pause the time after that.
     again: Option<(Instant, Duration)>,
 }
 
@@ -40,7 +42,7 @@ impl Path {
     /// nothing reaches us.
     pub(in crate::engine::magicsock) fn retract(&mut self, now: Instant) {
         let seen = self.best_candidate().and_then(|best| best.sees_us);
-        self.retraction.pending = Some(Pending { since: now, seen, said_at: None, again: None });
+        self.retraction.pending = Some(Pending { since: now, seen, due: true, said_at: None, again: None });
     }
 
     /// The peer sees us at `source` from an address, which is the best one or another. Whether that is news to act upon:
@@ -79,12 +81,11 @@ impl Path {
             self.retraction.pending = None;
             return None;
         }
-        let pause = match (pending.said_at, pending.again) {
-            (None, _) => limit,
-            (Some(_), Some((at, pause))) if at <= now => pause,
-            (Some(_), _) => return None,
-        };
-        (pending.said_at, pending.again) = (Some(now), Some((now + pause, pause * 2)));
+        if !std::mem::take(&mut pending.due) {
+            return None;
+        }
+        pending.said_at = Some(now);
+        pending.again.get_or_insert((now + limit, limit * 2));
         Some(pending.seen)
     }
 
@@ -104,9 +105,8 @@ impl Path {
             self.retraction.pending = None;
             return false;
         }
-        if unheard.is_none() {
-            pending.again = Some((now + pause, pause));
-        }
-        unheard.is_some()
+        pending.due = unheard.is_some();
+        pending.again = Some((now + pause, if pending.due { pause * 2 } else { pause }));
+        pending.due
     }
 }

@@ -250,6 +250,18 @@ fn what_a_silent_peer_does_not_heed_is_taken_back_again_for_five_seconds() {
     assert_eq!(called_again(&mut path, now, |_| Some(sent), start), [250, 750, 1_750, 3_750]);
 }
 
+/// The relay is gone from the map.
+#[test]
+fn a_call_that_cannot_be_made_is_not_tried_all_the_time() {
+    let start = Instant::now();
+    let (mut path, sent, now) = doubted(start);
+    assert_eq!(path.take_back(RELAYED, now), Some(Some(addr(US))));
+    let at = after(now, 250);
+    path.handle_timeout(Some(sent), at);
+    assert!(path.retracts_again(Some(sent), Some(start), at));
+    assert!(path.next_deadline().is_some_and(|next| next > at));
+}
+
 #[test]
 fn what_the_peer_has_heeded_or_could_not_is_not_taken_back_again() {
     let start = Instant::now();
