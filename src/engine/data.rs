@@ -153,26 +153,23 @@ impl Engine {
         let Some(entry) = self.roster.entry(slot) else {
             return;
         };
-        let initiation = message.first() == Some(&1);
-        let handshake = initiation || message.first() == Some(&2);
-        if initiation {
+        if message.first() == Some(&1) {
             self.stats.handshakes += 1;
             self.magicsock.note_initiation(slot);
         }
         let ways = self.magicsock.ways(slot, entry, now);
-        let opening = if handshake { self.magicsock.opening(slot, now) } else { Vec::new() };
         let copy = |room: &mut [u8]| {
             room[..message.len()].copy_from_slice(message);
             true
         };
-        for to in ways.udp.into_iter().chain(opening.iter().copied()) {
+        if let Some(to) = ways.udp {
             self.egress.udp(to, message.len(), copy);
         }
         if let Some(region) = ways.derp {
             self.egress.derp(region, entry.peer.key, message.len(), copy);
         }
         if ways == Ways::default() {
-            self.stats.drop(Dropped::NoPath, u64::from(opening.is_empty()));
+            self.stats.drop(Dropped::NoPath, 1);
             self.wireguard.note_stuck(slot);
             self.magicsock.look_again(slot, now);
         }
@@ -180,8 +177,8 @@ impl Engine {
 
     /// Drains what the machines below have for each other.
     pub(super) fn settle(&mut self, now: Instant) {
-        while let Some((slot, round_trip)) = self.magicsock.poll_path_up() {
-            self.wireguard.hurry(slot, round_trip, now);
+        while let Some(slot) = self.magicsock.poll_path_up() {
+            self.wireguard.hurry(slot, now);
         }
         while let Some((slot, message)) = self.wireguard.poll_message() {
             self.send_message(slot, &message, now);

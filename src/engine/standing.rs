@@ -215,7 +215,7 @@ impl Engine {
     /// Sends a handshake at once: one that is under way is lost.
     fn insist(&mut self, slot: Slot, key: &NodePublic, now: Instant) {
         self.wireguard.note_stuck(slot);
-        self.wireguard.hurry(slot, Duration::ZERO, now);
+        self.wireguard.hurry(slot, now);
         self.wireguard.renew(slot, key, now);
         self.settle(now);
     }

@@ -145,7 +145,7 @@ impl Magicsock {
             };
             let answered = place.path.handle_pong(tx, source, now);
             if answered.better {
-                self.path_up.push_back((*slot, answered.latency));
+                self.path_up.push_back(*slot);
                 self.outputs.push_back(Output::PeerChanged { peer: entry.peer.key });
             }
             if answered.restored {

@@ -80,7 +80,7 @@ pub(super) struct Magicsock {
     /// Peers to be called as soon as our endpoints are fresh, and since when they wait.
     calls: BTreeSet<Slot>,
     settled_at: Option<Instant>,
-    path_up: VecDeque<(Slot, Duration)>,
+    path_up: VecDeque<Slot>,
     outputs: VecDeque<Output>,
 }
 
@@ -222,12 +222,6 @@ impl Magicsock {
         }
     }
 
-    /// Where a handshake's message goes besides the ways that are known.
-    pub(super) fn opening(&self, slot: Slot, now: Instant) -> Vec<SocketAddr> {
-        let place = self.places.get(slot).and_then(Option::as_ref);
-        place.map(|place| place.path.opening(now)).unwrap_or_default()
-    }
-
     /// A session with the peer has begun, or a handshake has no way to it.
     pub(super) fn look_again(&mut self, slot: Slot, now: Instant) {
         if let Some(place) = self.places.get_mut(slot).and_then(Option::as_mut) {
@@ -328,7 +322,7 @@ impl Magicsock {
     }
 
     /// Peers that can be reached now and could not, or not as well, before.
-    pub(super) fn poll_path_up(&mut self) -> Option<(Slot, Duration)> {
+    pub(super) fn poll_path_up(&mut self) -> Option<Slot> {
         self.path_up.pop_front()
     }
 

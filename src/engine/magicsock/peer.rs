@@ -6,7 +6,6 @@
 //! Source: Tailscale, wgengine/magicsock, endpoint.go.
 
 mod news;
-mod opening;
 mod retract;
 
 use std::collections::BTreeMap;
@@ -144,8 +143,9 @@ impl Path {
         Some(at + *AGAIN.get(pings)?)
     }
 
-    /// A session with the peer has begun, or a handshake has no way to it. A peer takes less to answer than the round of
-    /// discovery is old: it may not have known us then, so that the next packet begins a new one.
+    /// A session with the peer has begun, or a handshake has no way to it. If the round of discovery is older than that
+    /// by more than a peer takes to answer, the peer may not have known us then, and drops what a stranger says: the
+    /// next packet begins a new one.
     pub(super) fn look_again(&mut self, now: Instant) {
         let stale = self.last_full_ping.is_some_and(|at| now.duration_since(at) >= STRANGER);
         if self.trusted(now).is_none() && stale {
@@ -265,7 +265,7 @@ impl Path {
         self.silence.note_pong();
         let distrusted = before.is_none_or(|(_, trusted)| !trusted);
         let resent = self.resent_at.is_some_and(|at| now.duration_since(at) < PING_INTERVAL);
-        Answered { better: distrusted || !same, restored: distrusted && !resent, remapped, latency }
+        Answered { better: distrusted || !same, restored: distrusted && !resent, remapped }
     }
 
     /// Does what time demands. The peer has been silent since `unheard`, although packets went out.

@@ -28,9 +28,6 @@ const JITTER: f64 = 0.2;
 /// by whoever knows our public key, so that many pauses of [`PAUSE_MOST`] are what a forger can cost us.
 const WAITS: u8 = 2;
 
-/// How long a peer may take to answer an initiation that it has.
-const ANSWER: Duration = Duration::from_millis(10);
-
 /// Why a handshake is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
@@ -111,14 +108,6 @@ impl Attempt {
     /// It has a way now, or is lost: as if it began.
     pub(super) fn hurry(&mut self, now: Instant) {
         (self.retry_at, self.pause) = (now, EAGER_PAUSE);
-    }
-
-    /// Whether nothing is on its way to a peer so far away, nor an answer back: there was no way for the newest
-    /// initiation, or it was dropped by a peer that did not know us yet.
-    pub(super) fn is_idle(&self, round_trip: Duration, now: Instant) -> bool {
-        let answered_by = round_trip * 2 + ANSWER;
-        let overdue = self.sent.last().is_none_or(|(_, at)| now.duration_since(*at) >= answered_by);
-        self.stuck || (self.purpose == Purpose::First && overdue)
     }
 
     pub(super) fn is_hopeless(&self, now: Instant) -> bool {

@@ -1,6 +1,6 @@
 //! When handshakes of ours begin, and how their initiations get out.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::WireGuard;
 use super::attempt::{Attempt, Purpose};
@@ -45,11 +45,10 @@ impl WireGuard {
         }
     }
 
-    /// A path to the peer has come up, of this round trip: an initiation that had none need not wait longer, nor one
-    /// that came before the peer knew us. One that may still be on its way is not repeated, since two peers that both
-    /// do so lose each other's answers.
-    pub(in crate::engine) fn hurry(&mut self, slot: Slot, round_trip: Duration, now: Instant) {
-        if let Some(attempt) = self.attempt(slot).filter(|attempt| attempt.is_idle(round_trip, now)) {
+    /// A path to the peer has come up: an initiation that had none need not wait longer. One that is on its way
+    /// already is not repeated, since two peers that both do so lose each other's answers.
+    pub(in crate::engine) fn hurry(&mut self, slot: Slot, now: Instant) {
+        if let Some(attempt) = self.attempt(slot).filter(|attempt| attempt.stuck) {
             attempt.hurry(now);
             self.send_initiation(slot, now);
         }

@@ -1,7 +1,7 @@
 //! What a path tells the machine that holds it.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// What to send because of something that happened.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -34,8 +34,6 @@ pub(in crate::engine::magicsock) struct Answered {
     pub(in crate::engine::magicsock) restored: bool,
     /// The peer sees us elsewhere than before: our NAT maps us anew, and what it sends to where we were is lost.
     pub(in crate::engine::magicsock) remapped: bool,
-    /// The time from its ping.
-    pub(in crate::engine::magicsock) latency: Duration,
 }
 
 /// What a ping of the peer is.
