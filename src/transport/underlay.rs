@@ -92,6 +92,13 @@ pub enum UnderlayError {
     },
 }
 
+/// How long what is sent may go unacknowledged: beyond that the connection is dead, whatever forgot it. As long as whoever
+/// takes nothing is borne with; a short outage does not end it.
+const PATIENCE: Duration = Duration::from_secs(16);
+/// The same for relays, whose connection is soon made anew: TCP of whoever sends to us through one repeats 6.2 s after a
+/// loss, and then not until 12.6 s.
+const RELAYS_PATIENCE: Duration = Duration::from_secs(5);
+
 /// How this run reaches control and DERP.
 #[derive(Clone)]
 pub struct Underlay {
@@ -120,13 +127,24 @@ impl Underlay {
     /// # Errors
     /// [`UnderlayError`]; the caller bounds the time.
     pub async fn connect_known(&self, host: &str, addresses: &[IpAddr], port: u16) -> Result<BoxIo, UnderlayError> {
+        self.connect_within(host, addresses, port, PATIENCE).await
+    }
+
+    /// The same, with a limit to how long what is sent may go unacknowledged.
+    async fn connect_within(
+        &self,
+        host: &str,
+        addresses: &[IpAddr],
+        port: u16,
+        patience: Duration,
+    ) -> Result<BoxIo, UnderlayError> {
         match &self.proxy {
-            Some(proxy) if !self.bypasses(host) => self.connect_by_proxy(proxy, host, port).await,
-            _ => Ok(Box::new(connect_tcp(host, addresses, port, &self.link).await?)),
+            Some(proxy) if !self.bypasses(host) => self.connect_by_proxy(proxy, host, port, patience).await,
+            _ => Ok(Box::new(self.connect_tcp(host, addresses, port, patience).await?)),
         }
     }
 
-    /// Opens a TLS stream to a host, at its known addresses if there are any, checking its certificate for `name` as
+    /// Opens a TLS stream to a relay, at its known addresses if there are any, checking its certificate for `name` as
     /// `config` says.
     ///
     /// # Errors
@@ -138,7 +156,7 @@ impl Underlay {
         name: &str,
         config: Arc<ClientConfig>,
     ) -> Result<BoxIo, UnderlayError> {
-        let tcp = self.connect_known(host, addresses, port).await?;
+        let tcp = self.connect_within(host, addresses, port, RELAYS_PATIENCE).await?;
         let tcp = Box::new(BufReader::with_capacity(READ_AHEAD, tcp));
         start_tls(tcp, host, port, name, config).await
     }
@@ -161,12 +179,18 @@ impl Underlay {
         })
     }
 
-    async fn connect_by_proxy(&self, proxy: &Url, host: &str, port: u16) -> Result<BoxIo, UnderlayError> {
+    async fn connect_by_proxy(
+        &self,
+        proxy: &Url,
+        host: &str,
+        port: u16,
+        patience: Duration,
+    ) -> Result<BoxIo, UnderlayError> {
         let proxy_host = proxy.host_str().unwrap_or_default();
         let proxy_port = proxy.port_or_known_default().unwrap_or(80);
         let failed = |detail: String| UnderlayError::Proxy { proxy: format!("{proxy_host}:{proxy_port}"), detail };
 
-        let tcp = connect_tcp(proxy_host, &[], proxy_port, &self.link).await;
+        let tcp = self.connect_tcp(proxy_host, &[], proxy_port, patience).await;
         let mut io: BoxIo = Box::new(tcp.map_err(|error| failed(error.to_string()))?);
         if proxy.scheme() == "https" {
             io = start_tls(io, proxy_host, proxy_port, proxy_host, self.tls.trusted()).await?;
@@ -187,6 +211,24 @@ impl Underlay {
         }
         let upgraded = hyper::upgrade::on(response).await.map_err(|error| failed(error.to_string()))?;
         Ok(Box::new(TokioIo::new(upgraded)))
+    }
+
+    /// Connects to the first address of `host` that answers; each next one is tried beside the last after a pause. When
+    /// the network moves meanwhile, that begins anew: what was sent before may never be answered.
+    async fn connect_tcp(
+        &self,
+        host: &str,
+        known: &[IpAddr],
+        port: u16,
+        patience: Duration,
+    ) -> Result<Tied, UnderlayError> {
+        let mut news = self.link.news();
+        loop {
+            tokio::select! {
+                connected = connect_once(host, known, port) => return Ok(Tied::new(connected?, news, patience)),
+                () = news.moved() => {}
+            }
+        }
     }
 }
 
@@ -241,18 +283,6 @@ async fn start_tls(
 /// Whether rustls says so, rather than the stream below it, which another try may find well.
 fn is_of_tls(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
-}
-
-/// Connects to the first address of `host` that answers; each next one is tried beside the last after a pause. When the
-/// network moves meanwhile, that begins anew: what was sent before may never be answered.
-async fn connect_tcp(host: &str, known: &[IpAddr], port: u16, link: &Link) -> Result<Tied, UnderlayError> {
-    let mut news = link.news();
-    loop {
-        tokio::select! {
-            connected = connect_once(host, known, port) => return Ok(Tied::new(connected?, news)),
-            () = news.moved() => {}
-        }
-    }
 }
 
 async fn connect_once(host: &str, known: &[IpAddr], port: u16) -> Result<TcpStream, UnderlayError> {
@@ -352,7 +382,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         drop(listener);
-        let error = connect_tcp("127.0.0.1", &[], port, &Link::default()).await.err().unwrap();
+        let error = underlay(&[]).connect("127.0.0.1", port).await.err().unwrap();
         assert!(matches!(error, UnderlayError::Connect { host, .. } if host == format!("127.0.0.1:{port}")));
     }
 }

@@ -2,9 +2,9 @@
 //! more on another default route, and is asked for a sign of life when the way may be another all the same.
 //!
 //! TCP by itself would send into nothing for a quarter of an hour, where a NAT or firewall has forgotten the connection:
-//! what is sent must be acknowledged within [`AT_REST_MS`]. Asking is left to the kernel, too: keepalives, and a lower limit
-//! for a few seconds. Source: Tailscale, wgengine/magicsock, `maybeCloseDERPsOnRebind`, which does so for DERP with pings
-//! of its own.
+//! the kernel is told how long what is sent may go unacknowledged. When the network moves it asks for a few seconds, by
+//! keepalives and a lower limit. Source: Tailscale, wgengine/magicsock, `maybeCloseDERPsOnRebind`, which does so for DERP
+//! with pings of its own.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -31,10 +31,6 @@ const PROMPT: (u32, Duration) = (4_000, Duration::from_secs(8));
 /// answer; so it has longer than a relay may take nothing.
 const PATIENT: (u32, Duration) = (16_000, Duration::from_secs(20));
 
-/// How many milliseconds something may go unacknowledged at all other times, unless the stream has ever been full. Whoever
-/// sends to us through a relay repeats 6.2 s after a loss, and then not until 12.6 s.
-const AT_REST_MS: u32 = 5_000;
-
 /// Why a stream ended whose address is gone.
 const GONE: &str = "the address it came from is gone";
 
@@ -57,33 +53,25 @@ pub(in crate::transport) struct Tied {
     probe: Option<Probe>,
     /// Whether the last write has to wait.
     is_full: bool,
-    /// What may go unacknowledged for how long while nothing is asked.
+    /// How many milliseconds something may go unacknowledged while nothing is asked and the stream is not full.
     at_rest_ms: u32,
     /// Why it ended.
     gone: Option<&'static str>,
 }
 
 impl Tied {
-    /// Of a stream whose connecting began no sooner than the news.
-    pub(in crate::transport) fn new(stream: TcpStream, news: News) -> Self {
+    /// Of a stream whose connecting began no sooner than the news, and to which nothing that is sent goes unacknowledged
+    /// for longer than `at_rest`.
+    pub(in crate::transport) fn new(stream: TcpStream, news: News, at_rest: Duration) -> Self {
         let local = stream.local_addr().ok().map(|local| local.ip());
         let remote = stream.peer_addr().ok();
         let (moves, routes) = (news.moves, news.routes);
         let news = ReusableBoxFuture::new(wait(news));
-        // Where the kernel cannot, the protocols above find out, later.
-        let _ = set_tcp_user_timeout(&stream, AT_REST_MS);
-        Self {
-            stream,
-            local,
-            remote,
-            news,
-            moves,
-            routes,
-            probe: None,
-            is_full: false,
-            at_rest_ms: AT_REST_MS,
-            gone: None,
-        }
+        let at_rest_ms = u32::try_from(at_rest.as_millis()).unwrap_or(u32::MAX);
+        let tied =
+            Self { stream, local, remote, news, moves, routes, probe: None, is_full: false, at_rest_ms, gone: None };
+        tied.rest();
+        tied
     }
 
     /// Looks for news of the network.
@@ -110,7 +98,7 @@ impl Tied {
             self.probe = None;
             // A stream that does not take them back is only asked more often than needed.
             let _ = set_socket_keepalive(&self.stream, false);
-            let _ = set_tcp_user_timeout(&self.stream, self.at_rest_ms);
+            self.rest();
         }
         Ok(())
     }
@@ -143,15 +131,19 @@ impl Tied {
         }
     }
 
-    /// Gives a stream more time that turns out to be full.
+    /// Sets the limit for when nothing is asked. Where the kernel refuses, the protocols above find out, later.
+    fn rest(&self) {
+        let limit_ms = if self.is_full { self.at_rest_ms.max(PATIENT.0) } else { self.at_rest_ms };
+        let _ = set_tcp_user_timeout(&self.stream, limit_ms);
+    }
+
+    /// Gives a stream more time while it is full.
     fn note_write<T>(&mut self, written: Poll<T>) -> Poll<T> {
-        self.is_full = written.is_pending();
-        if self.is_full && self.at_rest_ms != PATIENT.0 {
-            self.at_rest_ms = PATIENT.0;
-            let _ = set_tcp_user_timeout(&self.stream, PATIENT.0);
-        }
-        if self.is_full && self.probe.as_ref().is_some_and(|probe| !probe.patient) {
-            self.ask();
+        let was_full = std::mem::replace(&mut self.is_full, written.is_pending());
+        match &self.probe {
+            None if was_full != self.is_full => self.rest(),
+            Some(probe) if self.is_full && !probe.patient => self.ask(),
+            _ => {}
         }
         written
     }
@@ -220,10 +212,12 @@ mod tests {
     use super::*;
     use crate::transport::link::Link;
 
+    const AT_REST: (Duration, u32) = (Duration::from_secs(5), 5_000);
+
     async fn connected(link: &Link) -> (Tied, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        (Tied::new(stream, link.news()), listener.accept().await.unwrap().0)
+        (Tied::new(stream, link.news(), AT_REST.0), listener.accept().await.unwrap().0)
     }
 
     #[tokio::test]
@@ -262,7 +256,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         out.send_modify(|state| state.moves = 1);
-        let mut tied = Tied::new(stream, news);
+        let mut tied = Tied::new(stream, news, AT_REST.0);
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
         assert!(tied.probe.is_some());
     }
@@ -274,20 +268,21 @@ mod tests {
         let asked = |tied: &Tied| (socket_keepalive(&tied.stream).unwrap(), tcp_user_timeout(&tied.stream).unwrap());
         out.send_modify(|state| state.changes = 1);
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
-        assert_eq!(asked(&tied), (false, AT_REST_MS), "a new address moves nothing");
+        assert_eq!(asked(&tied), (false, AT_REST.1), "a new address moves nothing");
         out.send_modify(|state| state.moves = 1);
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
         assert_eq!(asked(&tied), (true, PROMPT.0));
         tied.probe.as_mut().unwrap().until = Box::pin(sleep(Duration::ZERO));
         assert!(timeout(Duration::from_millis(20), tied.read(&mut [0])).await.is_err());
-        assert_eq!(asked(&tied), (false, AT_REST_MS));
+        assert_eq!(asked(&tied), (false, AT_REST.1));
         drop(other);
         assert_eq!(tied.read(&mut [0]).await.unwrap(), 0);
     }
 
     #[tokio::test]
-    async fn a_stream_that_has_been_full_is_given_more_time_for_good() {
+    async fn a_stream_is_given_more_time_while_it_is_full() {
         let (mut tied, mut other) = connected(&Link::default()).await;
+        assert_eq!(tcp_user_timeout(&tied.stream).unwrap(), AT_REST.1);
         let octets = vec![0; 1 << 20];
         let mut sent = 0;
         while let Ok(written) = timeout(Duration::from_millis(50), tied.write(&octets)).await {
@@ -296,7 +291,7 @@ mod tests {
         assert_eq!(tcp_user_timeout(&tied.stream).unwrap(), PATIENT.0);
         other.read_exact(&mut vec![0; sent]).await.unwrap();
         tied.write_all(b"more").await.unwrap();
-        assert_eq!(tcp_user_timeout(&tied.stream).unwrap(), PATIENT.0);
+        assert_eq!(tcp_user_timeout(&tied.stream).unwrap(), AT_REST.1);
     }
 
     #[tokio::test]
