@@ -158,16 +158,21 @@ impl Engine {
         if let Some(entry) = self.roster.entry(slot) {
             self.magicsock.note_derp(slot, entry, region, now);
         }
-        let length = self.handle_packet(Via::Derp(region, from), packet, now)?;
-        Some(&mut self.scratch[..length])
+        let length = self.handle_packet(Via::Derp(region, from), packet, now);
+        // Only what the peer itself has sealed, and now, says that it is there.
+        if let Some(entry) = self.roster.entry(slot).filter(|_| self.wireguard.heard(slot) == Some(now)) {
+            self.magicsock.note_back(slot, entry, now);
+        }
+        Some(&mut self.scratch[..length?])
     }
 
     /// A region says that the peer is not there (any more).
     pub fn handle_derp_peer_gone(&mut self, region: RegionId, peer: NodePublic, now: Instant) {
-        if let Some(slot) = self.roster.slot(&peer) {
-            self.magicsock.handle_derp_peer_gone(region, slot);
-            self.note_peer_gone(slot, region, now);
+        let Some(slot) = self.roster.slot(&peer) else { return };
+        if let Some(entry) = self.roster.entry(slot) {
+            self.magicsock.handle_derp_peer_gone(region, slot, entry, now);
         }
+        self.note_peer_gone(slot, region, now);
     }
 
     /// A region is connected: its server has said so.

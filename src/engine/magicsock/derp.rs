@@ -12,6 +12,8 @@ use crate::netmap::RegionId;
 const IDLE: Duration = Duration::from_secs(60);
 /// How often that is looked at. Source: Tailscale, `derpCleanStaleInterval`.
 const SWEEP: Duration = Duration::from_secs(15);
+/// A region that is lost and comes back again and again brings nothing back more often.
+const BACK: Duration = Duration::from_secs(5);
 
 /// What the driver is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,9 +27,17 @@ pub(super) enum Action {
 #[derive(Debug)]
 struct Relay {
     connected: bool,
-    /// Whether it was connected before.
+    /// Whether it was lost, or could not be connected, since it last was.
     lost: bool,
+    /// When it was last back.
+    back_at: Option<Instant>,
     used: Instant,
+}
+
+impl Relay {
+    fn new(now: Instant) -> Self {
+        Self { connected: false, lost: false, back_at: None, used: now }
+    }
 }
 
 /// The regions in use.
@@ -46,7 +56,7 @@ impl Relays {
             relay.used = now;
             return;
         }
-        self.regions.insert(region, Relay { connected: false, lost: false, used: now });
+        self.regions.insert(region, Relay::new(now));
         self.actions.push_back(Action::Connect(region, self.home == Some(region)));
         self.sweep_at.get_or_insert(now + SWEEP);
     }
@@ -56,12 +66,18 @@ impl Relays {
         self.regions.get(&region).is_some_and(|relay| relay.connected)
     }
 
-    /// Returns whether a region that was lost is back: what went there meanwhile, or was on its way, may be lost.
-    pub(super) fn set_connected(&mut self, region: RegionId, connected: bool) -> bool {
+    /// Returns whether a region that was lost, or did not admit us, is back: what went there meanwhile, or was on its
+    /// way, may be lost.
+    pub(super) fn set_connected(&mut self, region: RegionId, connected: bool, now: Instant) -> bool {
         let Some(relay) = self.regions.get_mut(&region) else { return false };
-        relay.lost |= relay.connected && !connected;
         relay.connected = connected;
-        connected && std::mem::take(&mut relay.lost)
+        relay.lost |= !connected;
+        let rested = relay.back_at.is_none_or(|at| now.duration_since(at) >= BACK);
+        let back = connected && rested && std::mem::take(&mut relay.lost);
+        if back {
+            relay.back_at = Some(now);
+        }
+        back
     }
 
     /// We live there now. The old home loses its privilege and is closed when idle.
@@ -75,7 +91,7 @@ impl Relays {
             self.sweep_at.get_or_insert(now + SWEEP);
         }
         if let Some(home) = home {
-            self.regions.entry(home).or_insert(Relay { connected: false, lost: false, used: now });
+            self.regions.entry(home).or_insert(Relay::new(now));
             self.actions.push_back(Action::Connect(home, true));
         }
     }
@@ -151,5 +167,19 @@ mod tests {
             actions(&mut relays),
             [Action::Connect(1, true), Action::Connect(1, false), Action::Connect(2, true)]
         );
+    }
+
+    #[test]
+    fn a_region_is_back_when_it_was_lost_or_could_not_be_connected_at_first() {
+        let now = Instant::now();
+        let mut relays = Relays::default();
+        for region in [1, 2] {
+            relays.touch(region, now);
+        }
+        assert!(!relays.set_connected(1, true, now), "nothing went there before");
+        assert!(!relays.set_connected(2, false, now));
+        assert!(relays.set_connected(2, true, now));
+        assert!(!relays.set_connected(1, false, now));
+        assert!(relays.set_connected(1, true, now) && !relays.set_connected(1, true, now));
     }
 }

@@ -11,6 +11,7 @@ mod home;
 mod netcheck;
 mod peer;
 mod rank;
+mod relayed;
 mod round;
 mod silence;
 mod timers;
@@ -58,8 +59,10 @@ struct Place {
     shared: Option<(DiscoPublic, SalsaBox)>,
     /// Which of the endpoints of a peer without disco is tried.
     rotation: usize,
-    /// Whether a region has said PeerGone since one last brought something.
+    /// Whether its region has said PeerGone since it last brought something of the peer's, and when what was sent
+    /// before was last sent again for that.
     gone: bool,
+    resent_at: Option<Instant>,
 }
 
 /// All paths.
@@ -229,54 +232,6 @@ impl Magicsock {
         }
     }
 
-    /// A packet of the peer came by this region.
-    pub(super) fn note_derp(&mut self, slot: Slot, entry: &Entry, region: RegionId, now: Instant) {
-        self.relays.touch(region, now);
-        // Two that each answer by the region that the other used last would swap regions with every packet: the first
-        // stays while it works, or until the peer comes by its home, where it listens for certain. Tailscale's client
-        // takes the last, and so follows us.
-        let used = self.places.get(slot).and_then(Option::as_ref).and_then(|place| place.path.replies_by);
-        let works = used.is_some_and(|used| self.relays.is_connected(used));
-        let at_home = entry.peer.home_derp == Some(region);
-        let place = self.place(slot, entry, now);
-        if !works || at_home {
-            place.path.replies_by = Some(region);
-        }
-        place.path.heard_by = Some(region);
-        if std::mem::take(&mut place.gone) {
-            self.outputs.push_back(Output::Resend { peer: entry.peer.key });
-        }
-    }
-
-    pub(super) fn handle_derp_peer_gone(&mut self, region: RegionId, slot: Slot) {
-        let Some(place) = self.places.get_mut(slot).and_then(Option::as_mut) else {
-            return;
-        };
-        place.path.replies_by.take_if(|by| *by == region);
-        place.gone = true;
-    }
-
-    pub(super) fn handle_derp_connected(&mut self, region: RegionId, connected: bool, roster: &Roster, now: Instant) {
-        if self.relays.set_connected(region, connected) {
-            self.resend_by(region, roster, now);
-        }
-        if connected {
-            self.netcheck.note_admitted(region);
-        } else {
-            self.netcheck.recheck(now);
-        }
-        self.follow_netcheck(roster, now);
-    }
-
-    /// What goes by this region is to be sent again.
-    fn resend_by(&mut self, region: RegionId, roster: &Roster, now: Instant) {
-        let used = (0..self.places.len()).filter(|slot| self.places[*slot].is_some());
-        let entries = used.filter_map(|slot| Some((slot, roster.entry(slot)?)));
-        let by_it = entries.filter(|(slot, entry)| self.status(*slot, entry, now) == PathStatus::Derp { region });
-        let resent: Vec<Output> = by_it.map(|(_, entry)| Output::Resend { peer: entry.peer.key }).collect();
-        self.outputs.extend(resent);
-    }
-
     pub(super) fn handle_stun(
         &mut self,
         transaction: &stun::TransactionId,
@@ -373,7 +328,7 @@ impl Magicsock {
         self.places[slot].get_or_insert_with(|| {
             let mut path = Path::default();
             path.set_endpoints(&entry.peer.endpoints, now);
-            Box::new(Place { path, shared: None, rotation: 0, gone: false })
+            Box::new(Place { path, shared: None, rotation: 0, gone: false, resent_at: None })
         })
     }
 

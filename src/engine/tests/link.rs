@@ -156,3 +156,72 @@ fn what_a_relay_had_no_receiver_for_is_sent_again_when_it_brings_something_of_th
     }
     assert_eq!(resent(&mut world), 1);
 }
+
+#[test]
+fn a_relay_that_loses_the_peer_all_the_time_has_everything_repeated_once_in_five_seconds() {
+    let mut world = World::started(Transport::Derp);
+    world.open_flows();
+    world.send(0, b"hello");
+    world.run(SECOND * 2);
+    let (home, peer) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public());
+    for _ in 0..40 {
+        let now = world.now;
+        world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
+        world.send(1, b"back");
+        world.run(Duration::from_millis(100));
+    }
+    assert_eq!(resent(&mut world), 1);
+    world.run(SECOND);
+    world.send(1, b"still here");
+    world.run(Duration::from_millis(100));
+    assert_eq!(resent(&mut world), 1, "of what was lost since");
+}
+
+#[test]
+fn a_relays_word_alone_brings_nothing_back() {
+    let mut world = World::started(Transport::Derp);
+    world.open_flows();
+    world.send(0, b"hello");
+    world.run(SECOND * 2);
+    let (home, peer, now) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public(), world.now);
+    world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
+    for packet in [&mut [7; 1][..], &mut [4; 64]] {
+        assert!(world.nodes[0].engine.handle_derp(home, peer, packet, now).is_none());
+    }
+    world.run(Duration::from_millis(1));
+    assert_eq!(resent(&mut world), 0);
+    world.send(1, b"back");
+    world.run(Duration::from_millis(100));
+    assert_eq!(resent(&mut world), 1);
+}
+
+#[test]
+fn what_a_relay_says_of_a_peer_that_is_reached_without_it_brings_nothing_back() {
+    let mut world = direct();
+    resent(&mut world);
+    let (home, peer, now) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public(), world.now);
+    world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
+    let ours = world.nodes[0].underlay;
+    world.nodes[1].engine.handle_unreachable(ours, now);
+    world.udp_works = false;
+    world.send(1, b"relayed");
+    world.run(Duration::from_millis(100));
+    assert_eq!(world.texts(0), ["relayed"]);
+    assert!(world.is_direct(0));
+    assert_eq!(resent(&mut world), 0);
+}
+
+#[test]
+fn a_relay_that_is_lost_all_the_time_has_everything_repeated_once_in_five_seconds() {
+    let mut world = World::started(Transport::Derp);
+    world.open_flows();
+    world.send(0, b"hello");
+    world.run(SECOND * 2);
+    for _ in 0..4 {
+        lose_relay(&mut world);
+    }
+    assert_eq!(resent(&mut world), 1);
+    lose_relay(&mut world);
+    lose_relay(&mut world);
+    assert_eq!(resent(&mut world), 1);
+}
