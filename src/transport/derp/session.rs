@@ -71,6 +71,8 @@ pub(super) struct Session<'t, T> {
     /// When it has taken nothing for too long, while something waits for it.
     stuck_at: Instant,
     limits: ServerInfo,
+    /// Packets sent before the relay admitted us, and their octets: not yet charged, and lost if it does not.
+    early: (usize, usize),
     /// When what was sent counts as paid by the relay's limits.
     paid_at: Instant,
     /// Pings that found too much unwritten.
@@ -93,6 +95,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             silent_at: now + CONNECT_LIMIT,
             stuck_at: now,
             limits: ServerInfo::default(),
+            early: (0, 0),
             paid_at: now,
             unanswered: 0,
         }
@@ -183,7 +186,8 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
     }
 
     /// Makes frames of what waits in the mailbox, as soon as we have said who we are: the relay takes in order what
-    /// comes, and its own info, a round trip later, changes nothing but how fast we may go on.
+    /// comes, and its own info, a round trip later, tells how fast we may go on. No more than one batch is sent before:
+    /// a relay that does not admit us has thrown it away.
     /// Source: Tailscale, derp_client.go, `newClient`, which returns as soon as `sendClientKey` does.
     fn take_packets(&mut self) {
         if self.sealer.is_none() {
@@ -200,12 +204,24 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
         if self.sends_at(now) > now {
             return;
         }
-        let before = self.output.len();
-        for packet in std::iter::from_fn(|| self.task.mailbox.pop()).take(BATCH) {
+        let (before, most) = (self.output.len(), if self.admitted { BATCH } else { BATCH - self.early.0 });
+        let mut count = 0;
+        for packet in std::iter::from_fn(|| self.task.mailbox.pop()).take(most) {
             self.queue(&ClientFrame::SendPacket { to: packet.peer, packet: &packet.contents });
+            count += 1;
         }
+        let octets = self.output.len() - before;
+        if self.admitted {
+            self.charge(octets, now);
+        } else {
+            self.early = (self.early.0 + count, self.early.1 + octets);
+        }
+    }
+
+    /// So much was sent under the relay's limits.
+    fn charge(&mut self, octets: usize, now: Instant) {
         if self.limits.bytes_per_second > 0 {
-            let seconds = (self.output.len() - before) as f64 / self.limits.bytes_per_second as f64;
+            let seconds = octets as f64 / self.limits.bytes_per_second as f64;
             self.paid_at = self.paid_at.max(now) + Duration::from_secs_f64(seconds);
         }
     }
@@ -255,6 +271,8 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
                 let Self { limits, .. } = &*self;
                 debug!(region, bytes_per_second = limits.bytes_per_second, "derp connected");
                 self.admitted = true;
+                let (_, octets) = std::mem::take(&mut self.early);
+                self.charge(octets, Instant::now());
                 self.task.complaints.borrow_mut().note_admitted();
                 (self.tell)(Event::Connected);
             }
