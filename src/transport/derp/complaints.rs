@@ -1,5 +1,5 @@
 //! What the log says of a region's relays: each complaint and its end once, and of a relay that changes its mind all
-//! the time a few lines, then one a minute.
+//! the time a few lines of each kind, then one a minute. A problem ends with the connection too, which says so.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use tracing::{debug, info, warn};
 use super::DerpError;
 use crate::netmap::RegionId;
 
-/// Complaints that may follow each other at once: a relay that stops and comes back in another shape makes about three.
+/// Complaints of a kind that may follow each other at once.
 const BURST: u32 = 5;
 /// How long until one more may.
 const REFILL: Duration = Duration::from_secs(60);
@@ -20,9 +20,10 @@ const PROBLEM_MAX: usize = 200;
 #[derive(Debug)]
 pub(super) struct Complaints {
     region: RegionId,
-    /// How many more may be said now, as of when.
-    left: u32,
-    counted_at: Instant,
+    /// Each by itself: that connections are lost shall not keep it from being said that none can be made.
+    losses: Allowance,
+    outages: Allowance,
+    problems: Allowance,
     /// Whether it was said that the connection is lost, and that none can be made.
     lost: bool,
     unusable: bool,
@@ -32,8 +33,8 @@ pub(super) struct Complaints {
 
 impl Complaints {
     pub(super) fn new(region: RegionId) -> Self {
-        let (counted_at, problem) = (Instant::now(), String::new());
-        Self { region, left: BURST, counted_at, lost: false, unusable: false, problem }
+        let [losses, outages, problems] = [(); 3].map(|()| Allowance { left: BURST, counted_at: Instant::now() });
+        Self { region, losses, outages, problems, lost: false, unusable: false, problem: String::new() }
     }
 
     /// Says why the connection is lost, and why it could not be made again, once until it could.
@@ -42,14 +43,14 @@ impl Complaints {
         self.problem.clear();
         // A relay that closes instead of admitting us does not know us: that is no connection that was lost.
         let lost = admitted && matches!(error, DerpError::Closed { .. } | DerpError::Restarting { .. });
-        if (!lost && self.unusable) || !self.may_say() {
-            debug!(region, %error, "derp connection lost");
-        } else if lost {
+        if lost && self.losses.take() {
             info!(region, %error, "derp connection lost");
             self.lost = true;
-        } else {
+        } else if !lost && !self.unusable && self.outages.take() {
             warn!(region, %error, "derp region cannot be used");
             self.unusable = true;
+        } else {
+            debug!(region, %error, "derp connection lost");
         }
     }
 
@@ -68,7 +69,7 @@ impl Complaints {
         }
         if problem.is_empty() {
             info!(region, "derp healthy again");
-        } else if self.may_say() {
+        } else if self.problems.take() {
             warn!(region, problem, "derp reports a problem");
         } else {
             debug!(region, problem, "derp reports a problem");
@@ -76,9 +77,18 @@ impl Complaints {
         }
         self.problem = problem;
     }
+}
 
-    /// Whether one more complaint may be said. The ends of those that were need no permission.
-    fn may_say(&mut self) -> bool {
+/// How many more complaints of a kind may be said now, as of when.
+#[derive(Debug)]
+struct Allowance {
+    left: u32,
+    counted_at: Instant,
+}
+
+impl Allowance {
+    /// Whether one more may be said. The ends of those that were need no permission.
+    fn take(&mut self) -> bool {
         while self.left < BURST && self.counted_at.elapsed() >= REFILL {
             self.left += 1;
             self.counted_at += REFILL;
@@ -128,7 +138,7 @@ mod tests {
     }
 
     fn closed() -> DerpError {
-        DerpError::Closed { host: "relay".to_owned(), detail: "the relay closed it".to_owned() }
+        DerpError::Closed { host: "relay".to_owned(), detail: "closed by the other side".to_owned() }
     }
 
     #[tokio::test(start_paused = true)]
@@ -156,7 +166,7 @@ mod tests {
             complaints.note_loss(&closed(), true);
             (0..100).for_each(|_| complaints.note_loss(&DerpError::Empty, false));
         });
-        let reason = "error=the connection to relay relay ended: the relay closed it";
+        let reason = "error=the connection to relay relay ended: closed by the other side";
         let unusable = "WARN derp region cannot be used region=7 error=the region has no usable relay";
         assert_eq!(lost, [format!("INFO derp connection lost region=7 {reason}"), unusable.to_owned()]);
         assert_eq!(log.of(|| complaints.note_admitted()), again);
@@ -173,10 +183,7 @@ mod tests {
             advance(Duration::from_secs(6)).await;
         }
         assert_eq!(lines, 2 * (5 + 59));
-        // One that stays away then is told of, if later.
-        let told = log.of(|| complaints.note_loss(&DerpError::Empty, false));
-        advance(REFILL).await;
-        let later = log.of(|| complaints.note_loss(&DerpError::Empty, false));
-        assert_eq!((told.len(), later.len()), (0, 1));
+        // One that stays away then is told of at once.
+        assert_eq!(log.of(|| complaints.note_loss(&DerpError::Empty, false)).len(), 1);
     }
 }

@@ -250,9 +250,12 @@ impl Task {
     }
 }
 
+/// What is said of a connection that was closed: by the relay, or by a proxy or another machine before it.
+const CLOSED: &str = "closed by the other side";
+
 /// How a connection ended. A relay need not take leave, which TLS would like better; its text names a web page.
 fn ending(error: &io::Error) -> String {
-    if error.kind() == io::ErrorKind::UnexpectedEof { "the relay closed it".to_owned() } else { error.to_string() }
+    if error.kind() == io::ErrorKind::UnexpectedEof { CLOSED.to_owned() } else { error.to_string() }
 }
 
 #[cfg(test)]

@@ -46,11 +46,15 @@ impl World {
     /// A session that the relay has admitted with these limits.
     async fn admitted(limits: &str) -> Self {
         let (mut world, sealer) = Self::introduced().await;
+        world.admit(&sealer, limits).await;
+        world
+    }
+
+    async fn admit(&mut self, sealer: &SalsaBox, limits: &str) {
         let nonce = SalsaBox::generate_nonce(&mut OsRng);
         let sealed = sealer.encrypt(&nonce, limits.as_bytes()).unwrap();
-        world.relay.write_all(&frame(0x03, &[nonce.as_slice(), &sealed].concat())).await.unwrap();
-        assert!(matches!(world.events.recv().await, Some(Event::Connected)));
-        world
+        self.relay.write_all(&frame(0x03, &[nonce.as_slice(), &sealed].concat())).await.unwrap();
+        assert!(matches!(self.events.recv().await, Some(Event::Connected)));
     }
 
     fn send(&self, count: usize) {
@@ -87,6 +91,26 @@ async fn what_waits_follows_our_introduction_and_not_the_relays_answer() {
         assert_eq!((kind, payload.len()), (0x04, 32 + 963));
     }
     assert!(world.events.try_recv().is_err(), "connected without the relay's word");
+}
+
+#[tokio::test(flavor = "local", start_paused = true)]
+async fn one_batch_goes_before_the_relay_admits_us_and_is_paid_then() {
+    let (mut world, sealer) = World::introduced().await;
+    // Not all at once: it is the sum that counts.
+    for count in [1, 99] {
+        world.send(count);
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..32 {
+        assert_eq!(read_frame(&mut world.relay).await.0, 0x04);
+    }
+    assert!(timeout(Duration::from_secs(1), read_frame(&mut world.relay)).await.is_err(), "more than a batch");
+    world.admit(&sealer, r#"{"TokenBucketBytesPerSecond":10000,"TokenBucketBytesBurst":10000}"#).await;
+    let start = Instant::now();
+    assert_eq!(read_frame(&mut world.relay).await.0, 0x04);
+    // 32 frames of 1,000 octets, less the burst.
+    let took = start.elapsed().as_secs_f64();
+    assert!((2.1..2.4).contains(&took), "{took}");
 }
 
 #[tokio::test(flavor = "local", start_paused = true)]
@@ -214,10 +238,10 @@ async fn a_relay_that_closes_the_connection_is_said_to_in_our_words() {
     let world = World::admitted("{}").await;
     drop(world.relay);
     let (ended, _) = world.session.await.unwrap();
-    let text = "the connection to relay relay ended: the relay closed it";
+    let text = "the connection to relay relay ended: closed by the other side";
     assert_eq!(ended.unwrap_err().to_string(), text);
     // As rustls has it of one that does not say so by TLS.
     let unannounced = io::Error::new(io::ErrorKind::UnexpectedEof, "see https://docs.rs/rustls");
-    assert_eq!(ending(&unannounced), "the relay closed it");
+    assert_eq!(ending(&unannounced), CLOSED);
     assert_eq!(ending(&io::Error::other("reset")), "reset");
 }
