@@ -327,7 +327,8 @@ impl Netstack {
         !self.dirty.is_empty() || !self.replies.is_empty()
     }
 
-    /// Datagrams that a flow did not take: whoever reads there is slow, and its ring was full; or they were damaged.
+    /// Datagrams that a flow did not take: whoever reads there is slow, and its ring was full; or they were damaged. An
+    /// empty one that came while others waited counts as well: a ring tells of its octets alone.
     pub fn unread(&self) -> u64 {
         self.unread
     }
