@@ -4,9 +4,8 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rustix::net::sockopt::set_socket_linger;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
@@ -15,10 +14,10 @@ use tokio::time::timeout_at;
 use tracing::{debug, info};
 
 use super::Inner;
+use super::client::{end_by_reset, end_in_peace, has_reset, vanished};
 use super::dial::{DialError, DirectError, DirectRule, Host, NEXT_ADDRESS, Target, is_public};
 use super::error::{ResolveError, is_near};
 use super::stream::Spliced;
-use crate::transport::probe::vanished;
 use crate::transport::race::race;
 
 /// Dials `addresses`, as [`addresses`] gave them, on the underlay until `deadline`. Only [`dial`](super::dial::dial) may
@@ -141,21 +140,23 @@ enum Side {
 /// See [`Stream::splice`](super::Stream::splice); a target outside fails or ends like one inside.
 pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
     let (sent, received, answered) = (Cell::new(0), Cell::new(0), Notify::new());
-    set_socket_linger(&client, Some(Duration::ZERO))?;
+    let sent_all = Cell::new(false);
+    end_by_reset(&client);
     let ended = {
         let (mut from_client, mut to_client) = client.split();
         let (mut from_target, mut to_target) = target.split();
         let outward = async {
-            to_target.write_all(early).await.map_err(|error| (Side::Target, error))?;
+            write_for(from_client.as_ref(), &mut to_target, early).await?;
             sent.set(early.len() as u64);
-            carry((Side::Client, &mut from_client), (Side::Target, &mut to_target), &sent).await?;
+            carry(Side::Client, &mut from_client, &mut to_target, &sent).await?;
+            sent_all.set(true);
             tokio::select! {
                 () = vanished(from_client.as_ref()) => Err((Side::Client, io::ErrorKind::ConnectionReset.into())),
                 () = answered.notified() => Ok(()),
             }
         };
         let inward = async {
-            carry((Side::Target, &mut from_target), (Side::Client, &mut to_client), &received).await?;
+            carry(Side::Target, &mut from_target, &mut to_client, &received).await?;
             answered.notify_one();
             Ok(())
         };
@@ -163,11 +164,14 @@ pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: 
     };
     let spliced = Spliced { sent: sent.get(), received: received.get(), reset: false };
     let Err((side, error)) = ended else {
-        set_socket_linger(&client, None)?;
+        end_in_peace(&client);
         return Ok(spliced);
     };
-    // A target that still stands learns of it the way we did, as the client does.
-    let _ = target.set_zero_linger();
+    // A target that still stands learns of it the way we did, as the client does; but what a client sent to its end
+    // still arrives, whether or not it waited for the answer.
+    if !sent_all.get() {
+        end_by_reset(&target);
+    }
     match side {
         Side::Target => Ok(Spliced { reset: true, ..spliced }),
         Side::Client if received.get() > 0 || sent.get() > 0 => Ok(spliced),
@@ -175,10 +179,11 @@ pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: 
     }
 }
 
-/// One direction, until the reading side has ended; its end is passed on.
+/// One direction, from that side until it has ended; its end is passed on.
 async fn carry(
-    (reading, from): (Side, &mut ReadHalf<'_>),
-    (writing, to): (Side, &mut WriteHalf<'_>),
+    reading: Side,
+    from: &mut ReadHalf<'_>,
+    to: &mut WriteHalf<'_>,
     carried: &Cell<u64>,
 ) -> Result<(), (Side, io::Error)> {
     let mut buffer = vec![0; CHUNK];
@@ -192,16 +197,31 @@ async fn carry(
             let _ = to.shutdown().await;
             return Ok(());
         }
-        if let Err(error) = to.write_all(&buffer[..length]).await {
-            return Err((writing, error));
+        match reading {
+            Side::Client => write_for(from.as_ref(), to, &buffer[..length]).await?,
+            Side::Target => to.write_all(&buffer[..length]).await.map_err(|error| (Side::Client, error))?,
         }
         carried.set(carried.get() + length as u64);
     }
 }
 
+/// Writes to the target, unless the client resets its connection meanwhile: while the target takes nothing, nobody reads
+/// what the client sends.
+async fn write_for(client: &TcpStream, target: &mut WriteHalf<'_>, octets: &[u8]) -> Result<(), (Side, io::Error)> {
+    tokio::select! {
+        biased;
+        written = target.write_all(octets) => written.map_err(|error| (Side::Target, error)),
+        () = has_reset(client) => Err((Side::Client, io::ErrorKind::ConnectionReset.into())),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
+    use std::os::fd::AsFd;
+    use std::time::Duration;
+
+    use rustix::net::sockopt;
+    use tokio::net::{TcpListener, TcpSocket};
     use tokio::time::timeout;
 
     use super::*;
@@ -211,6 +231,21 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         (dialled, listener.accept().await.unwrap().0)
+    }
+
+    /// What a socket of [`slow_pair`] takes at once, though its other end does not.
+    const MUCH: usize = 128 << 10;
+
+    /// Two connected sockets: the first takes little before it is read, the second holds much for it.
+    async fn slow_pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dialling = TcpSocket::new_v4().unwrap();
+        dialling.set_recv_buffer_size(4 << 10).unwrap();
+        let slow = dialling.connect(listener.local_addr().unwrap()).await.unwrap();
+        let holder = listener.accept().await.unwrap().0;
+        // Together with what the kernel counts besides the octets.
+        sockopt::set_socket_send_buffer_size(&holder, 3 * MUCH).unwrap();
+        (slow, holder)
     }
 
     /// A client and a target with a splice between them.
@@ -281,6 +316,56 @@ mod tests {
         drop(client);
         let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
         assert_eq!(spliced, Spliced { sent: 0, received: 4, reset: false });
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn an_answer_that_is_still_on_its_way_at_the_end_arrives_whole() {
+        let ((mut client, near), (far, mut target)) = (slow_pair().await, pair().await);
+        let splice = tokio::task::spawn_local(splice(far, near, b""));
+        client.shutdown().await.unwrap();
+        target.write_all(&vec![7; MUCH]).await.unwrap();
+        drop(target);
+        let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
+        assert_eq!(spliced.received, MUCH as u64);
+        let mut answer = Vec::new();
+        timeout(SOON, client.read_to_end(&mut answer)).await.unwrap().unwrap();
+        assert_eq!(answer.len(), MUCH);
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn what_a_client_sent_to_its_end_arrives_although_the_client_is_gone() {
+        let ((mut client, near), (mut target, far)) = (pair().await, slow_pair().await);
+        let watched = near.as_fd().try_clone_to_owned().unwrap();
+        let splice = tokio::task::spawn_local(splice(far, near, b""));
+        client.write_all(&vec![7; MUCH]).await.unwrap();
+        client.shutdown().await.unwrap();
+        let heard = async {
+            while !sockopt::socket_keepalive(&watched).unwrap() {
+                tokio::task::yield_now().await
+            }
+        };
+        timeout(SOON, heard).await.unwrap();
+        client.set_zero_linger().unwrap();
+        drop(client);
+        let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
+        assert_eq!(spliced.sent, MUCH as u64);
+        let mut question = Vec::new();
+        timeout(SOON, target.read_to_end(&mut question)).await.unwrap().unwrap();
+        assert_eq!(question.len(), MUCH);
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn reset_of_the_client_is_seen_while_the_target_takes_nothing() {
+        let (mut client, mut target, splice) = spliced(b"").await;
+        let more = vec![7; MUCH];
+        while timeout(Duration::from_millis(200), client.write(&more)).await.is_ok() {}
+        assert!(!splice.is_finished());
+        client.set_zero_linger().unwrap();
+        drop(client);
+        let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
+        assert!(spliced.sent > 0 && !spliced.reset);
+        let error = timeout(SOON, target.read_to_end(&mut Vec::new())).await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     }
 
     #[tokio::test(flavor = "local")]

@@ -3,7 +3,10 @@
 //! [`Node::start`] makes the keys, binds the UDP sockets, logs in on the control thread and drives the data plane on
 //! the data thread's local runtime. Whoever holds a [`Node`] dials through it, sees how far it has come, and ends it.
 
+#[cfg(test)]
+mod bed;
 mod bridge;
+pub mod client;
 pub mod config;
 mod core;
 pub mod datagrams;

@@ -9,17 +9,16 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt::set_socket_linger;
 use smoltcp::socket::tcp;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use self::flow::Unopened;
+use super::client::{end_by_reset, end_in_peace, has_reset, keep_asking};
 use super::core::Shared;
 use super::stream::Spliced;
 use crate::netstack::FlowId;
-use crate::transport::probe::vanished;
 use crate::transport::turn;
 use crate::wire::tsmp::Reason;
 
@@ -89,16 +88,16 @@ impl TunnelStream {
 
     /// See [`Stream::splice`](super::Stream::splice).
     pub(super) async fn splice(self, client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
-        set_socket_linger(&client, Some(Duration::ZERO))?;
+        end_by_reset(&client);
         let (up, down, total) = (Half::Open, Half::Open, Spliced::default());
-        let mut splice = Splice { tunnel: &self, client: &client, early, up, down, total };
-        // Of a client that has closed its sending side nothing is read, so that somebody else must see its end.
-        // Boxed: most never come there.
-        let mut gone = None;
+        let mut splice = Splice { tunnel: &self, client: &client, early, up, full: false, down, total };
+        // Of a client that has closed its sending side, or whose target takes nothing now, nothing is read, so that
+        // somebody else must see its end. Boxed: most never come there.
+        let mut reset = None;
         let ended = poll_fn(|cx| match splice.poll(cx) {
-            Poll::Pending if splice.up == Half::Ended => {
-                let gone = gone.get_or_insert_with(|| Box::pin(vanished(&client)));
-                gone.as_mut().poll(cx).map(|()| Err(io::ErrorKind::ConnectionReset.into()))
+            Poll::Pending if splice.full || splice.up == Half::Ended => {
+                let reset = reset.get_or_insert_with(|| Box::pin(has_reset(&client)));
+                reset.as_mut().poll(cx).map(|()| Err(io::ErrorKind::ConnectionReset.into()))
             }
             ended @ (Poll::Pending | Poll::Ready(_)) => ended,
         });
@@ -109,7 +108,7 @@ impl TunnelStream {
             return if total.sent + total.received > 0 { Ok(total) } else { Err(error) };
         }
         if !total.reset {
-            set_socket_linger(&client, None)?;
+            end_in_peace(&client);
         }
         Ok(total)
     }
@@ -160,6 +159,8 @@ struct Splice<'s> {
     client: &'s TcpStream,
     early: &'s [u8],
     up: Half,
+    /// Whether the ring had no room when there was last something to do.
+    full: bool,
     down: Half,
     total: Spliced,
 }
@@ -181,6 +182,7 @@ impl Splice<'_> {
     /// From the client into the tunnel. Returns whether more could be carried at once.
     fn poll_up(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
         let mut carried = 0;
+        self.full = false;
         while self.up == Half::Open {
             if carried >= TURN {
                 return Ok(true);
@@ -192,10 +194,13 @@ impl Splice<'_> {
             });
             match room {
                 Some((true, true)) => {}
-                Some((true, false)) => return Ok(false),
+                Some((true, false)) => {
+                    self.full = true;
+                    return Ok(false);
+                }
                 // Why it closed shows on the way down, once everything that came has been read.
                 Some((false, _)) | None => {
-                    self.up = Half::Ended;
+                    self.end_up();
                     return Ok(false);
                 }
             }
@@ -203,6 +208,12 @@ impl Splice<'_> {
             carried += count;
         }
         Ok(false)
+    }
+
+    /// Nothing more is read of the client, so that only its kernel can tell whether it is still there.
+    fn end_up(&mut self) {
+        self.up = Half::Ended;
+        keep_asking(self.client);
     }
 
     /// Fills the ring once: `None` when the client has nothing now, 0 when it has ended.
@@ -227,7 +238,7 @@ impl Splice<'_> {
         match read {
             Some(Ok(Ok(0))) => {
                 self.tunnel.with(|socket| socket.close());
-                self.up = Half::Ended;
+                self.end_up();
                 Ok(Some(0))
             }
             Some(Ok(Ok(count))) => {
@@ -356,3 +367,6 @@ impl AsyncWrite for TunnelStream {
         Poll::Ready(Ok(()))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,9 +23,9 @@ use super::splice::farewell;
 use super::stats::{Datagrams, Dropped};
 use super::{Proxy, envelope};
 use crate::fault::{self, Fault};
+use crate::node::client::keep_asking;
 use crate::node::datagrams::Event;
 use crate::node::{Association, DatagramError, Lost, Target};
-use crate::transport::probe::probe;
 
 /// The longest datagram that IP carries.
 const LONGEST: usize = 65_535;
@@ -73,7 +73,7 @@ pub(super) async fn serve(proxy: &Proxy, mut client: TcpStream, announced: u16) 
 /// their port.
 async fn bind(client: &TcpStream) -> io::Result<(UdpSocket, SocketAddr, SocketAddr)> {
     // A client that is no longer there is noticed, since nothing else ends its association.
-    probe(client)?;
+    keep_asking(client);
     let (mut local, mut peer) = (client.local_addr()?, client.peer_addr()?);
     // Of `::ffff:127.0.0.1` and its like, at a socket for both families.
     local.set_ip(local.ip().to_canonical());

@@ -34,6 +34,7 @@ use super::splice::{Opened, Tunnel, farewell};
 use super::stats::Stats;
 use super::upstream::Upstream;
 use crate::fault::{self, Fault, Row};
+use crate::node::client::end_by_reset;
 use crate::node::{Stream, Target};
 
 /// Most bytes that the HTTP library reads ahead from a client.
@@ -106,7 +107,7 @@ async fn exchange(
     refusal: Option<&'static Row>,
 ) -> Option<Opened> {
     // Whatever ends it in the middle of an answer, the client shall not take the part for the whole.
-    let _ = client.set_zero_linger();
+    end_by_reset(&client);
     let client = Arc::new(client);
     let session = Rc::new(Session {
         proxy: Rc::clone(proxy),

@@ -13,7 +13,7 @@ use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::transport::probe::vanished;
+use crate::node::client::vanished;
 
 /// Ends when `client` has reset its connection, or no longer answers after it closed it. A client that has closed its
 /// sending side alone still waits for its answer, and is waited for.

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 
 use super::stats::Stats;
 use crate::fault::{self, Fault};
+use crate::node::client::end_in_peace;
 use crate::node::{Stream, Target};
 
 /// How long a client that we have answered may take to close. Closing with unread bytes in our socket would make the
@@ -60,11 +61,42 @@ impl Opened {
 /// Closes a connection so that the answer on its way arrives: our end first, then the client's, bounded.
 pub(super) async fn farewell(mut client: TcpStream) {
     // Until here the connection may have been one to be reset, however it ended.
-    let _ = rustix::net::sockopt::set_socket_linger(&client, None);
+    end_in_peace(&client);
     if client.shutdown().await.is_err() {
         return;
     }
     // On the heap: in the future it would be in every connection's memory for as long as it is open.
     let mut scrap = vec![0; 4096];
     let _ = timeout(FAREWELL, async { while matches!(client.read(&mut scrap).await, Ok(1..)) {} }).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::sockopt;
+    use tokio::net::{TcpListener, TcpSocket};
+
+    use super::*;
+    use crate::node::client::end_by_reset;
+    use crate::proxy::bed;
+
+    #[test]
+    fn what_is_on_its_way_at_the_farewell_arrives() {
+        const MUCH: usize = 128 << 10;
+        bed::run(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let dialling = TcpSocket::new_v4().unwrap();
+            // So that most of it is still with us at the end.
+            dialling.set_recv_buffer_size(4 << 10).unwrap();
+            let mut client = dialling.connect(listener.local_addr().unwrap()).await.unwrap();
+            let mut near = listener.accept().await.unwrap().0;
+            sockopt::set_socket_send_buffer_size(&near, 3 * MUCH).unwrap();
+            end_by_reset(&near);
+            near.write_all(&vec![7; MUCH]).await.unwrap();
+            client.shutdown().await.unwrap();
+            farewell(near).await;
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).await.unwrap();
+            assert_eq!(answer.len(), MUCH);
+        });
+    }
 }

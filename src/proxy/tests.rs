@@ -114,6 +114,22 @@ fn whatever_is_cut_at_the_end_is_reset() {
 }
 
 #[test]
+fn a_connection_that_waits_for_a_request_at_the_end_is_not_reset() {
+    bed::run(async {
+        let bed = bed::start(Config::default());
+        let (mut client, mut target) = asked(&bed, "GET http://TARGET/ HTTP/1.1\r\n\r\n").await;
+        read_head(&mut target).await;
+        target.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwhole").await.unwrap();
+        read_head(&mut client).await;
+        expect_bytes(&mut client, b"whole").await;
+        bed.drain.cancel();
+        assert_eq!(client.read(&mut [0; 9]).await.unwrap(), 0);
+        drop(client);
+        bed.served.await.unwrap().unwrap();
+    });
+}
+
+#[test]
 fn little_of_a_connection_stays_in_memory_while_it_carries_bytes() {
     bed::run(async {
         let bed = bed::start(Config::default());

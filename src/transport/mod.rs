@@ -4,7 +4,6 @@ pub mod backoff;
 pub mod derp;
 pub mod interfaces;
 pub mod link;
-pub mod probe;
 pub mod race;
 pub mod tls;
 pub mod turn;

@@ -74,42 +74,16 @@ impl Core {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use std::net::{Ipv4Addr, SocketAddr};
-    use std::sync::Arc;
 
     use serde_json::json;
-    use tokio::sync::{mpsc, watch};
 
-    use super::super::Parts;
     use super::*;
-    use crate::engine::{Config, Engine, Transport};
-    use crate::key::{DiscoPrivate, NodePrivate};
+    use crate::key::NodePrivate;
     use crate::netmap::session::Session;
-    use crate::netstack::Netstack;
-    use crate::node::outbox::{Batch, Outbox};
-    use crate::node::relays::{Dialler, Relays};
-    use crate::transport::link::Link;
-    use crate::transport::tls::Tls;
-    use crate::transport::underlay::Underlay;
-
-    pub(in crate::node::core) fn core(now: Instant) -> Core {
-        let (node_key, disco_key) = (NodePrivate::random(), DiscoPrivate::random());
-        let transport = Transport::Direct;
-        let underlay =
-            Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: Arc::default(), link: Link::default() };
-        let dialler = Dialler { key: node_key.clone(), underlay: underlay.clone(), tasks: mpsc::unbounded_channel().0 };
-        Core::new(Parts {
-            engine: Engine::new(Config { node_key, disco_key, seed: [1; 32], transport }, now),
-            netstack: Netstack::new(1, now),
-            outbox: Outbox::new(Some(Rc::new(Udp::bind().unwrap()))),
-            relays: Relays::new(dialler),
-            underlay,
-            control: tokio::runtime::Handle::current(),
-            probes: mpsc::channel(1).0,
-            report: watch::Sender::default(),
-        })
-    }
+    use crate::node::bed::core;
+    use crate::node::outbox::Batch;
 
     #[tokio::test]
     async fn a_socket_that_dies_again_too_soon_is_not_waited_on_and_others_are_bound_in_time() {

@@ -1,0 +1,67 @@
+//! A splice whose target is us: what it sends is put into the netstack as if it had come through the tunnel.
+
+use std::cell::RefCell;
+use std::net::IpAddr;
+use std::rc::Rc;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::netstack::Netstack;
+use crate::node::bed::{self, SEED};
+use crate::node::dial::bed::{CONNECTOR, Tailnet};
+use crate::wire::ip;
+
+const SOON: Duration = Duration::from_secs(5);
+/// What the target takes before it closes its window.
+const WINDOW: u16 = 1_000;
+
+/// The SYN's answer.
+fn syn_ack(syn: &[u8]) -> Vec<u8> {
+    let (source, destination) = (IpAddr::from([syn[12], syn[13], syn[14], syn[15]]), CONNECTOR.parse().unwrap());
+    let tcp = &syn[20..];
+    let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]).wrapping_add(1);
+    let mut answer = [&tcp[2..4], &tcp[..2], &[0, 0, 0, 9], &sequence.to_be_bytes(), &[0x50, 0x12]].concat();
+    answer.extend(WINDOW.to_be_bytes());
+    answer.extend([0; 4]);
+    ip::build(6, destination, source, &answer).unwrap()
+}
+
+/// A connection to a target that takes so much and no more.
+async fn connected(core: &Shared) -> TunnelStream {
+    let now = Instant::now();
+    let (target, netmap) = ((CONNECTOR.parse::<IpAddr>().unwrap(), 80).into(), Tailnet::new().map(&[], &[], &[]));
+    let (own, seed) = (netmap.self_node.addresses.clone(), SEED);
+    core.borrow_mut().handle_netmap(netmap, now);
+    // The SYN waits for a session; another stack of the same seed sends the same.
+    let (mut twin, mut syn) = (Netstack::new(seed, now), Vec::new());
+    twin.set_addresses(&own);
+    twin.connect(*own.iter().find(|address| address.is_ipv4()).unwrap(), target).unwrap();
+    twin.egress(now, &mut |packet| {
+        syn = packet.to_vec();
+        None
+    });
+    let answered = async {
+        tokio::task::yield_now().await;
+        core.borrow_mut().netstack().handle_packet(&mut syn_ack(&syn), now).expect("it belongs to the flow");
+    };
+    tokio::join!(TunnelStream::connect(core, target, SOON), answered).0.unwrap()
+}
+
+#[tokio::test(flavor = "local")]
+async fn reset_of_the_client_is_seen_while_the_target_takes_nothing() {
+    let core = Rc::new(RefCell::new(bed::core(Instant::now())));
+    let stream = connected(&core).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let near = listener.accept().await.unwrap().0;
+    let splice = tokio::task::spawn_local(stream.splice(near, b""));
+    let more = vec![7; 1 << 20];
+    while timeout(Duration::from_millis(200), client.write(&more)).await.is_ok() {}
+    assert!(!splice.is_finished());
+    client.set_zero_linger().unwrap();
+    drop(client);
+    let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
+    assert!(spliced.sent > u64::from(WINDOW) && !spliced.reset);
+}
