@@ -247,10 +247,13 @@ impl Way {
         };
         sleep(load.warm_up).await;
         let (start, before) = (Instant::now(), look()?);
-        let cpu: Vec<_> = load.watched.iter().map(|pid| usage::cpu(*pid)).collect();
+        let used = || -> Result<Vec<Duration>, _> {
+            load.watched.iter().map(|pid| usage::cpu(*pid).ok_or("a watched process is gone")).collect()
+        };
+        let cpu = used()?;
         sleep(load.measured).await;
         let (elapsed, bytes) = (start.elapsed(), look()? - before);
-        let cpu = load.watched.iter().zip(cpu).map(|(pid, before)| usage::cpu(*pid).saturating_sub(before)).collect();
+        let cpu = used()?.into_iter().zip(cpu).map(|(after, before)| after - before).collect();
         if let Some(ended) = flows.iter().position(tokio::task::JoinHandle::is_finished) {
             return Err(format!("flow {ended} ended early: {:?}", flows.swap_remove(ended).await).into());
         }

@@ -30,7 +30,7 @@ mod steady;
 #[expect(dead_code, reason = "shared with the interop tests, which ask more of it")]
 #[path = "../../tests/interop/tailscaled.rs"]
 mod tailscaled;
-#[expect(dead_code, reason = "shared with the interop tests, which ask more of it")]
+#[cfg_attr(not(test), expect(dead_code, reason = "shared with the interop tests, which ask more of it"))]
 #[path = "../../tests/interop/usage.rs"]
 mod usage;
 mod wan;

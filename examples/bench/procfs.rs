@@ -1,4 +1,4 @@
-//! What the kernel knows of a process besides what it uses: where it listens, what it runs.
+//! What the kernel says of a contender besides what it uses: whether anybody listens at its address, what it runs.
 
 use std::net::SocketAddrV4;
 use std::path::PathBuf;

@@ -94,9 +94,10 @@ fn idle(bed: &Bed, plan: &Plan, report: &mut Report, run: &Run<'_>) -> Result<()
     let resident = move || usage::resident(pid).ok_or("the process is gone");
     std::thread::sleep(SETTLE);
     report.add("rss-idle", run.contender, resident()?);
-    let before = usage::cpu(pid);
+    let used = || usage::cpu(pid).ok_or("the process is gone");
+    let before = used()?;
     std::thread::sleep(plan.idle);
-    let used = usage::cpu(pid).saturating_sub(before);
+    let used = used()? - before;
     report.add("cpu-idle", run.contender, used.as_secs_f64() / plan.idle.as_secs_f64() * 100.0);
     let crowded = inside(&bed.client, move || async move {
         let (_, streams) = way.crowd(IDLE, 20).await?;
@@ -111,12 +112,13 @@ fn idle(bed: &Bed, plan: &Plan, report: &mut Report, run: &Run<'_>) -> Result<()
 
 fn connections(bed: &Bed, plan: &Plan, report: &mut Report, run: &Run<'_>) -> Result<(), Failed> {
     let way = run.way;
+    let used = || usage::cpu(run.pid()).ok_or("the process is gone");
     for _ in 0..plan.rounds {
-        let before = usage::cpu(run.pid());
+        let before = used()?;
         let count = inside(&bed.client, move || way.churn(AT_ONCE, plan.measured))?;
-        let used = usage::cpu(run.pid()).saturating_sub(before);
+        let computed = used()? - before;
         report.add("churn", run.contender, count as f64 / plan.measured.as_secs_f64());
-        report.add("churn-cpu", run.contender, used.as_secs_f64() * 1e6 / count as f64);
+        report.add("churn-cpu", run.contender, computed.as_secs_f64() * 1e6 / count as f64);
     }
     Ok(())
 }

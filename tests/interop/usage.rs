@@ -3,15 +3,15 @@
 use std::fs;
 use std::time::Duration;
 
-/// User and system time that the process has used, of threads that have ended too; zero when it is gone.
+/// User and system time that the process has used, of threads that have ended too; `None` when it is gone.
 ///
 /// In steps of 10 ms. Source: proc_pid_stat(5), fields 14 and 15, in ticks of which Linux has 100 a second.
-pub(crate) fn cpu(pid: u32) -> Duration {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
-    // The rest begins with the third field.
-    let ticks: u64 = fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
-    Duration::from_millis(ticks * 10)
+pub(crate) fn cpu(pid: u32) -> Option<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // What follows the name begins with the third field.
+    let mut fields = stat.rsplit_once(") ")?.1.split(' ').skip(11).map(str::parse);
+    let (user, system): (u64, u64) = (fields.next()?.ok()?, fields.next()?.ok()?);
+    Some(Duration::from_millis((user + system) * 10))
 }
 
 /// Resident memory in MiB.
@@ -43,10 +43,27 @@ mod tests {
         use super::*;
         let me = std::process::id();
         let start = std::time::Instant::now();
-        while cpu(me) < Duration::from_millis(20) {
+        while cpu(me).unwrap() < Duration::from_millis(20) {
             assert!(start.elapsed() < Duration::from_secs(20), "no time passes for a process that spins");
         }
         assert!(proportional(me).unwrap() > 0.1);
         assert!(resident(me).unwrap() > proportional(me).unwrap());
+    }
+
+    #[test]
+    fn what_was_resident_once_stays_in_the_peak() {
+        use super::*;
+        let me = std::process::id();
+        drop(std::hint::black_box(vec![7_u8; 64 << 20]));
+        // The kernel counts in batches of some pages a thread.
+        assert!(peak(me).unwrap() > resident(me).unwrap() + 60.0);
+    }
+
+    #[test]
+    fn a_process_that_is_gone_has_used_nothing_that_could_be_told() {
+        use super::*;
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        assert_eq!((cpu(child.id()), peak(child.id())), (None, None));
     }
 }

@@ -154,13 +154,14 @@ pub(crate) fn constant_resets_do_not_make_a_busy_loop(bed: &Bed) -> Result<(), F
     let mut control = TestControl::start(bed)?;
     let _peer = control.peer(bed, PEER)?;
     let sidecar = control.launch(bed).ready()?;
-    let (since, before) = (control.now()?, usage::cpu(sidecar.process.id()));
+    let used = || usage::cpu(sidecar.process.id()).ok_or("the sidecar is gone");
+    let (since, before) = (control.now()?, used()?);
     control.arm(json!({ "kind": "close", "node": sidecar.hostname, "delay_ms": 100, "times": 0 }))?;
     control.cut(&sidecar.hostname)?;
     let watched = Duration::from_secs(8);
     thread::sleep(watched);
     let opened = control.recorded(&streams(since))?.len();
-    let computed = usage::cpu(sidecar.process.id()).saturating_sub(before);
+    let computed = used()? - before;
     control.ask("clear_faults", json!({}))?;
     if !(2..=60).contains(&opened) {
         return Err(format!("{opened} streams in {watched:?}").into());

@@ -92,7 +92,7 @@ pub(crate) fn ten_thousand_peers_are_no_burden(bed: &Bed) -> Result<(), Failed> 
     let _peer = control.peer(bed, "web")?;
     let start = Instant::now();
     let sidecar = control.launch(bed).args(&["--dial-timeout", "1s"]).ready()?;
-    let (crowded, computed) = (start.elapsed(), usage::cpu(sidecar.process.id()));
+    let (crowded, computed) = (start.elapsed(), usage::cpu(sidecar.process.id()).ok_or("the sidecar is gone")?);
     let first = sidecar.resident()?;
     sidecar.page("web.tb.example", "web")?;
     // Known, and nobody there.
