@@ -4,9 +4,12 @@
 //! an `await`. Whoever changes something calls [`Core::pump`], which sends what is to be sent at once: handing it to
 //! another task first would cost a scheduler pass for every message.
 
+mod budget;
+mod flows;
 mod link;
 mod outputs;
 mod paths;
+mod told;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -79,7 +82,7 @@ pub(super) struct Core {
     rebound_at: Option<Instant>,
     shed: Shed,
     /// What was said of paths to peers.
-    told: paths::Told,
+    told: told::Told,
 }
 
 impl Core {
@@ -100,7 +103,7 @@ impl Core {
             link: LinkState::default(),
             rebound_at: None,
             shed: Shed::default(),
-            told: paths::Told::default(),
+            told: told::Told::default(),
         }
     }
 
@@ -161,7 +164,6 @@ impl Core {
         };
         self.parts.engine.handle_netmap(netmap, now);
         self.publish();
-        self.forget_paths();
         self.pump(now);
     }
 
@@ -200,6 +202,7 @@ impl Core {
     fn publish(&mut self) {
         let Some(netmap) = self.parts.engine.netmap().cloned() else { return };
         let before = self.netmap.send_replace(Some(netmap.clone()));
+        self.told.follow(&netmap, self.by_flow.keys().map(|flow| flow.remote.ip()));
         if let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &netmap)) {
             let router = |netmap: &Netmap, ip| netmap.route(ip).map(|route| route.peer.key);
             self.parts.netstack.repeat(Again::Syns, |remote| {
@@ -242,14 +245,6 @@ impl Core {
         let id = self.parts.netstack.open_udp(local, remote)?;
         self.open_flow(id, Protocol::Udp);
         Ok(Some(id))
-    }
-
-    fn open_flow(&mut self, id: FlowId, protocol: Protocol) {
-        if let Some((local, remote)) = self.parts.netstack.addresses_of(id) {
-            let flow = Flow { protocol, local, remote };
-            self.parts.engine.open_flow(flow);
-            self.by_flow.insert(flow, id);
-        }
     }
 
     /// Lets go of a flow.
@@ -383,16 +378,6 @@ impl Core {
         // A full socket is waited for; asking it again and again would keep the runtime from hearing that it is not.
         if nearer || newly || self.must_rebind(now) || (!blocked && self.parts.netstack.has_work()) {
             self.wake.notify_one();
-        }
-    }
-
-    fn forget_removed(&mut self) {
-        while let Some((udp, local, remote)) = self.parts.netstack.poll_removed() {
-            let flow = Flow { protocol: if udp { Protocol::Udp } else { Protocol::Tcp }, local, remote };
-            self.parts.engine.close_flow(&flow);
-            if let Some(id) = self.by_flow.remove(&flow) {
-                self.rejected.remove(&id);
-            }
         }
     }
 }

@@ -113,7 +113,10 @@ async fn connect(
     let failure = loop {
         tokio::select! {
             connected = &mut connecting => match connected {
-                Ok(stream) => return Ok(stream),
+                Ok(stream) => {
+                    core.borrow_mut().note_answer(&peer.key, Instant::now());
+                    return Ok(stream);
+                }
                 Err(failure) => break failure,
             },
             Ok(()) = newest.changed() => {
