@@ -15,6 +15,8 @@ use super::{PING_INTERVAL, Path};
 pub(super) struct Retraction {
     /// When a pong of the best address last saw us elsewhere than the one before.
     remapped_at: Option<Instant>,
+    /// The same, of pongs that a silent peer was asked for although the time before was not long ago.
+    silenced_at: Option<Instant>,
     pending: Option<Pending>,
 }
 
@@ -46,7 +48,9 @@ impl Path {
     }
 
     /// The peer sees us at `source` from an address, which is the best one or another. Whether that is news to act upon:
-    /// a NAT may map us anew with every datagram, and where no packets go, or are answered, nothing is lost by it.
+    /// a NAT may map us anew with every datagram, and where no packets go, or are answered, nothing is lost by it. Where
+    /// they are not, a second time is news too; but servers may think for longer than a silence takes, so that it is no
+    /// more often.
     pub(super) fn note_source(&mut self, addr: SocketAddr, best: bool, source: SocketAddr, now: Instant) -> bool {
         let Some(candidate) = self.candidates.get_mut(&addr) else { return false };
         if !best {
@@ -55,14 +59,17 @@ impl Path {
         }
         // The path that was in doubt has answered as it was.
         self.retraction.pending.take_if(|pending| pending.seen == Some(source));
-        let rested = self.retraction.remapped_at.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL)
-            || self.silence.is_asking();
-        let remapped = rested && candidate.sees_us.is_some_and(|seen| seen != source);
+        let long_ago = |at: Option<Instant>| at.is_none_or(|at| now.duration_since(at) >= PING_INTERVAL);
+        let rested = long_ago(self.retraction.remapped_at);
+        let silenced = !rested && self.silence.is_asking() && long_ago(self.retraction.silenced_at);
+        let heeded = rested || silenced;
+        let remapped = heeded && candidate.sees_us.is_some_and(|seen| seen != source);
         if remapped {
             self.retraction.remapped_at = Some(now);
+            self.retraction.silenced_at = if silenced { Some(now) } else { self.retraction.silenced_at };
             self.retract(now);
         }
-        if let Some(candidate) = self.candidates.get_mut(&addr).filter(|it| rested || it.sees_us.is_none()) {
+        if let Some(candidate) = self.candidates.get_mut(&addr).filter(|it| heeded || it.sees_us.is_none()) {
             candidate.sees_us = Some(source);
         }
         remapped
@@ -110,3 +117,6 @@ impl Path {
         pending.due
     }
 }
+
+#[cfg(test)]
+mod tests;

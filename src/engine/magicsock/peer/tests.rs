@@ -2,22 +2,22 @@
 
 use super::*;
 
-const A: &str = "192.0.2.1:1";
+pub(super) const A: &str = "192.0.2.1:1";
 const B: &str = "192.0.2.2:2";
 /// How long the relay takes to a peer and back, at most.
 const RELAYED: Duration = Duration::from_millis(250);
 /// Where peers see us.
 const US: &str = "203.0.113.1:1";
 
-fn addr(text: &str) -> SocketAddr {
+pub(super) fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
-fn after(start: Instant, millis: u64) -> Instant {
+pub(super) fn after(start: Instant, millis: u64) -> Instant {
     start + Duration::from_millis(millis)
 }
 
-fn direct(start: Instant) -> Path {
+pub(super) fn direct(start: Instant) -> Path {
     let mut path = Path::default();
     path.set_endpoints(&[addr(A), addr(B)], start);
     path.note_send(start);
@@ -321,7 +321,7 @@ fn a_peer_whose_session_comes_late_is_looked_for_again_at_once() {
 }
 
 /// A ping to an address at some time, and its pong `rtt` later.
-fn pong(path: &mut Path, to: &str, source: &str, (sent, rtt): (Instant, u64)) -> Answered {
+pub(super) fn pong(path: &mut Path, to: &str, source: &str, (sent, rtt): (Instant, u64)) -> Answered {
     path.note_ping(TxId([7; 12]), addr(to), sent);
     path.handle_pong(TxId([7; 12]), addr(source), after(sent, rtt))
 }
