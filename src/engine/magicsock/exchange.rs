@@ -6,7 +6,6 @@ use std::time::Instant;
 use crypto_box::SalsaBox;
 use rand::Rng;
 
-use super::netcheck::Netcheck;
 use super::peer::{Heard, Probe};
 use super::{Magicsock, Via, silence};
 use crate::engine::roster::{Entry, Roster, Slot};
@@ -99,14 +98,13 @@ impl Magicsock {
         let Some(region) = self.relay(slot, entry) else {
             return;
         };
-        let endpoints = |netcheck: &Netcheck| netcheck.host().endpoints.iter().map(|(endpoint, _)| *endpoint).collect();
         // Two ways to a relay and back: ours and the peer's.
         let limit = silence::pong_limit(self.netcheck.region_latency(region, now).unwrap_or_default());
         if let Some(seen) = self.place(slot, entry, now).path.take_back(limit, now) {
             // What one call names and the next does not is deleted, and with it the path that the peer trusts: it
             // answers by the relay until we are reached anew. That does not wait until we know where we are now.
-            let told: Vec<SocketAddr> = endpoints(&self.netcheck);
-            for endpoints in [told.into_iter().chain(seen).collect(), Vec::new()] {
+            let told = self.netcheck.addresses().into_iter().chain(seen).collect();
+            for endpoints in [told, Vec::new()] {
                 self.send_derp(slot, entry, &Message::CallMeMaybe { endpoints }, region, now);
             }
             self.reschedule(slot);
@@ -115,7 +113,7 @@ impl Magicsock {
             self.calls.insert(slot);
             return;
         }
-        let endpoints: Vec<SocketAddr> = endpoints(&self.netcheck);
+        let endpoints = self.netcheck.addresses();
         if !endpoints.is_empty() {
             self.send_derp(slot, entry, &Message::CallMeMaybe { endpoints }, region, now);
             self.place(slot, entry, now).path.note_call(now);

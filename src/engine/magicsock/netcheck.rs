@@ -132,6 +132,11 @@ impl Netcheck {
         &self.host
     }
 
+    /// Where we are, for peers to be told.
+    pub(super) fn addresses(&self) -> Vec<SocketAddr> {
+        self.host.endpoints.iter().map(|(endpoint, _)| *endpoint).collect()
+    }
+
     /// Whether datagrams of that family can be sent.
     pub(super) fn has_family(&self, v6: bool) -> bool {
         self.endpoints.has_family(v6)
