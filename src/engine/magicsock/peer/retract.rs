@@ -8,7 +8,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{PING_INTERVAL, Path};
+use super::{PING_INTERVAL, Path, TRUST};
 
 /// What of all that was told of us is to be taken back.
 #[derive(Debug, Default)]
@@ -48,9 +48,8 @@ impl Path {
     }
 
     /// The peer sees us at `source` from an address, which is the best one or another. Whether that is news to act upon:
-    /// a NAT may map us anew with every datagram, and where no packets go, or are answered, nothing is lost by it. Where
-    /// they are not, a second time is news too; but servers may think for longer than a silence takes, so that it is no
-    /// more often.
+    /// a NAT may map us anew with every datagram, and where no packets go, or are answered, nothing is lost by it.
+    /// Where they are not, a second time is news too; but not more: a server may think for longer than a silence takes.
     pub(super) fn note_source(&mut self, addr: SocketAddr, best: bool, source: SocketAddr, now: Instant) -> bool {
         let Some(candidate) = self.candidates.get_mut(&addr) else { return false };
         if !best {
@@ -77,14 +76,14 @@ impl Path {
 
     /// Whether the call that goes out now is to take back what was told before, and where the peer saw us besides; the
     /// peer is heard of within `limit`, or told again after it. A call that comes too late takes nothing back: by then
-    /// the peer has found out, and another path works.
+    /// the peer's trust has ended too.
     pub(in crate::engine::magicsock) fn take_back(
         &mut self,
         limit: Duration,
         now: Instant,
     ) -> Option<Option<SocketAddr>> {
         let pending = self.retraction.pending.as_mut()?;
-        if now.duration_since(pending.since) >= PING_INTERVAL {
+        if now.duration_since(pending.since) >= TRUST {
             self.retraction.pending = None;
             return None;
         }
@@ -108,7 +107,7 @@ impl Path {
         let (Some(said_at), Some((_, pause))) = (pending.said_at, pending.again.filter(|(at, _)| *at <= now)) else {
             return false;
         };
-        if heard.is_some_and(|at| at > said_at) || now.duration_since(pending.since) >= PING_INTERVAL {
+        if heard.is_some_and(|at| at > said_at) || now.duration_since(pending.since) >= TRUST {
             self.retraction.pending = None;
             return false;
         }

@@ -1,6 +1,6 @@
 //! How often a peer is told that we are elsewhere.
 
-use super::super::tests::{A, addr, after, direct, pong};
+use super::super::tests::{A, US, addr, after, direct, pong};
 use super::*;
 
 /// Each request makes the peer think for longer than a silence takes.
@@ -24,4 +24,16 @@ fn a_nat_that_maps_each_datagram_anew_is_news_twice_in_five_seconds() {
     assert!(news.len() >= 6, "{news:?}");
     let often = news.windows(3).find(|times| times[2].duration_since(times[0]) < PING_INTERVAL);
     assert_eq!(often, None, "a third time");
+}
+
+/// It may have had a pong of ours a moment before.
+#[test]
+fn what_was_true_is_taken_back_for_as_long_as_the_peer_may_trust_it() {
+    for (millis, taken_back) in [(6_499, Some(Some(addr(US)))), (6_500, None)] {
+        let moved = after(Instant::now(), 1_000);
+        let mut path = direct(moved);
+        path.retract(moved);
+        path.doubt();
+        assert_eq!(path.take_back(PING_INTERVAL, after(moved, millis)), taken_back);
+    }
 }
