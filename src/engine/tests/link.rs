@@ -108,6 +108,30 @@ fn what_a_peer_sent_before_a_sleep_does_not_end_the_search_for_a_new_session() {
     assert!(world.status(0).last_handshake.is_some_and(|at| at > now));
 }
 
+/// How often node 0 calls its peer, which does not answer, in the four seconds after it moved.
+fn calls_after_a_move(world: &mut World) -> usize {
+    world.send(0, b"before");
+    world.run(SECOND);
+    world.nodes[0].calls = 0;
+    world.derp_works = false;
+    move_away(world);
+    world.send(0, b"after");
+    world.run(SECOND * 4);
+    world.nodes[0].calls
+}
+
+#[test]
+fn only_a_peer_that_was_reached_directly_is_told_again_and_again_that_we_moved() {
+    let mut world = direct();
+    world.udp_works = false;
+    assert!(calls_after_a_move(&mut world) > 3);
+    let mut world = World::new(Transport::Auto);
+    world.udp_works = false;
+    world.start();
+    world.open_flows();
+    assert_eq!(calls_after_a_move(&mut world), 1);
+}
+
 /// How often node 0 has been told since the last time that its peer gets everything again.
 fn resent(world: &mut World) -> usize {
     let peer = world.nodes[1].key.public();

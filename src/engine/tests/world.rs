@@ -33,6 +33,8 @@ pub(super) struct Node {
     pub(super) received: Vec<Vec<u8>>,
     /// WireGuard segments sent by UDP, and packets sent by DERP.
     pub(super) sent: (usize, usize),
+    /// Disco packets sent by DERP.
+    pub(super) calls: usize,
     pub(super) outputs: Vec<Output>,
     pub(super) host: HostState,
 }
@@ -82,6 +84,7 @@ impl World {
                 regions: Vec::new(),
                 received: Vec::new(),
                 sent: (0, 0),
+                calls: 0,
                 outputs: Vec::new(),
                 host: HostState::default(),
             }
@@ -219,6 +222,7 @@ impl World {
                     self.nodes[index].engine.recycle(contents);
                 }
                 Output::Derp { region, to, packet } => {
+                    self.nodes[index].calls += usize::from(packet[0] > 4);
                     self.nodes[index].sent.1 += usize::from(packet[0] <= 4);
                     let delivery = Delivery::Derp { region, from: index, to, packet };
                     self.in_flight.push((self.now + self.derp_delay, delivery));

@@ -41,8 +41,12 @@ impl Retraction {
 
 impl Path {
     /// The next call takes back what the ones before told: the peer may still send to an address of ours from which
-    /// nothing reaches us.
+    /// nothing reaches us. Where none of the peer's answers us, none of ours answers the peer, and each call costs
+    /// pings: Tailscale's client asks all that it knows of us.
     pub(in crate::engine::magicsock) fn retract(&mut self, now: Instant) {
+        if self.best.is_none() {
+            return;
+        }
         let seen = self.best_candidate().and_then(|best| best.sees_us);
         self.retraction.pending = Some(Pending { since: now, seen, due: true, said_at: None, again: None });
     }
