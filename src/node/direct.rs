@@ -157,16 +157,15 @@ pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: 
         };
         let inward = async {
             carry(Side::Target, &mut from_target, &mut to_client, &received).await?;
+            // The answer is whole from here on, much of it perhaps still in the kernel: no end may purge that.
+            end_in_peace(to_client.as_ref());
             answered.notify_one();
             Ok(())
         };
         tokio::try_join!(outward, inward)
     };
     let spliced = Spliced { sent: sent.get(), received: received.get(), reset: false };
-    let Err((side, error)) = ended else {
-        end_in_peace(&client);
-        return Ok(spliced);
-    };
+    let Err((side, error)) = ended else { return Ok(spliced) };
     // A target that still stands learns of it the way we did, as the client does; but what a client sent to its end
     // still arrives, whether or not it waited for the answer.
     if !sent_all.get() {
@@ -366,6 +365,28 @@ mod tests {
         assert!(spliced.sent > 0 && !spliced.reset);
         let error = timeout(SOON, target.read_to_end(&mut Vec::new())).await.unwrap().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn whole_answer_arrives_although_the_client_could_still_send_when_all_is_cut() {
+        let ((mut client, near), (far, mut target)) = (slow_pair().await, pair().await);
+        let watched = near.as_fd().try_clone_to_owned().unwrap();
+        end_by_reset(&near);
+        let splice = tokio::task::spawn_local(splice(far, near, b""));
+        target.write_all(&vec![7; MUCH]).await.unwrap();
+        target.shutdown().await.unwrap();
+        let passed_on = async {
+            while sockopt::socket_linger(&watched).unwrap().is_some() {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(SOON, passed_on).await.unwrap();
+        drop(watched);
+        splice.abort();
+        assert!(splice.await.unwrap_err().is_cancelled());
+        let mut answer = Vec::new();
+        timeout(SOON, client.read_to_end(&mut answer)).await.unwrap().unwrap();
+        assert_eq!(answer.len(), MUCH);
     }
 
     #[tokio::test(flavor = "local")]

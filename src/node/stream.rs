@@ -31,8 +31,9 @@ pub struct Spliced {
 
 impl Stream {
     /// Carries bytes both ways between `client` and the target until both directions have ended. A half-close is
-    /// passed on as a half-close. Whatever else ends it, a reset, a drop of this future, or the end of the process,
-    /// resets the client (`SO_LINGER` 0): a FIN would tell it that all came. `early` is what the client sent before.
+    /// passed on as a half-close. Whatever else ends it before the target has ended its side, a reset, a drop of this
+    /// future, or the end of the process, resets the client (`SO_LINGER` 0): a FIN would tell it that all came. `early`
+    /// is what the client sent before.
     ///
     /// # Errors
     /// Only when `client` itself fails before anything ended.

@@ -107,9 +107,6 @@ impl TunnelStream {
             // The client is gone; what it carried before counts all the same.
             return if total.sent + total.received > 0 { Ok(total) } else { Err(error) };
         }
-        if !total.reset {
-            end_in_peace(&client);
-        }
         Ok(total)
     }
 
@@ -270,6 +267,8 @@ impl Splice<'_> {
                 Some((false, false, true)) => {
                     self.down = Half::Ended;
                     rustix::net::shutdown(self.client, rustix::net::Shutdown::Write)?;
+                    // The answer is whole from here on, much of it perhaps still in the kernel: no end may purge that.
+                    end_in_peace(self.client);
                     return Ok(false);
                 }
                 Some((false, false, false)) | None => {
