@@ -97,8 +97,8 @@ fn way_by(status: &PeerStatus) -> Option<Way> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::link::tests::core;
     use super::*;
+    use crate::node::bed::core;
     use crate::node::dial::bed::Tailnet;
 
     /// The last octets of the keys of peers in use.
