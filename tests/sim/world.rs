@@ -311,7 +311,13 @@ impl World {
                 }
             }
             Delivery::Netmap { node } => self.tell_now(node),
-            Delivery::Router { site, kind } => self.sites[site].kind = kind,
+            Delivery::Router { site, kind } => {
+                // The last of several interruptions ends them.
+                let later = |it: &Delivery| matches!(it, Delivery::Router { site: other, .. } if *other == site);
+                if !self.queue.values().any(later) {
+                    self.sites[site].kind = kind;
+                }
+            }
             Delivery::Call { node, endpoints } => {
                 if let Some(trusting) = self.nodes[node].trusting.as_mut() {
                     trusting.handle_call(&endpoints, self.now);
