@@ -223,3 +223,19 @@ fn a_router_that_forgets_its_mappings_twice_interrupts_for_two_seconds_each_time
         assert!(took <= SECOND * 2, "{took:?}, {before} ms before");
     }
 }
+
+/// The other end hears none of our calls, and trusts the old address while control takes away the only region by which
+/// it can be called.
+#[test]
+fn a_region_that_goes_while_the_peer_is_called_again_by_it_is_not_called_by_all_the_time() {
+    for after in (0..4_000).step_by(250) {
+        let mut world = conversing([Kind::Hard, Kind::Open], 0, 1);
+        world.lose = vec![Lost::Call; 20];
+        world.flush_router(0);
+        let region = world.nodes[1].host.home.expect("it has a home");
+        world.push(Duration::from_millis(after), Delivery::Gone { region });
+        let took = world.longest_pause(SECOND * 30);
+        assert!(took <= SECOND * 8, "{took:?}, {after} ms after");
+        assert_direct(&world);
+    }
+}

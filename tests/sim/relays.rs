@@ -20,6 +20,14 @@ impl World {
         }
     }
 
+    /// Control takes a region out of its map, and tells node 0 at once, the other when that has another home.
+    pub(crate) fn take_region(&mut self, region: RegionId) {
+        self.set_region(region, false);
+        self.regions.remove(&region);
+        self.tell_now(0);
+        self.tell(1);
+    }
+
     pub(crate) fn deliver_derp(&mut self, region: RegionId, from: usize, to: NodePublic, mut packet: Vec<u8>) {
         let there = |node: &Node| node.regions.get(&region) == Some(&true);
         if !there(&self.nodes[from]) {

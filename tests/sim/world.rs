@@ -28,6 +28,7 @@ pub(crate) enum Delivery {
     Netmap { node: usize },
     Call { node: usize, endpoints: Vec<SocketAddr> },
     Router { site: usize, kind: Kind },
+    Gone { region: RegionId },
 }
 
 pub(crate) struct World {
@@ -318,6 +319,7 @@ impl World {
                     self.sites[site].kind = kind;
                 }
             }
+            Delivery::Gone { region } => self.take_region(region),
             Delivery::Call { node, endpoints } => {
                 if let Some(trusting) = self.nodes[node].trusting.as_mut() {
                     trusting.handle_call(&endpoints, self.now);
