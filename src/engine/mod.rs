@@ -277,6 +277,7 @@ impl Engine {
             handshakes_sent: counters.handshakes_sent,
             last_handshake: counters.last_handshake,
             established: self.wireguard.is_usable(slot, now),
+            heard: self.wireguard.heard(slot),
             asking_since: self.wireguard.asking_since(slot),
             path: self.magicsock.status(slot, entry, now),
             open: self.magicsock.is_open(slot, entry, now),

@@ -155,6 +155,8 @@ pub struct PeerStatus {
     pub last_handshake: Option<Instant>,
     /// Whether there is a session right now.
     pub established: bool,
+    /// When data or an answer last came from it.
+    pub heard: Option<Instant>,
     /// Since then a handshake is unanswered, however old a session there is.
     pub asking_since: Option<Instant>,
     /// The present path.

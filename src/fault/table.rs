@@ -245,13 +245,13 @@ rows! {
 
     PEER_SILENT: 1601 Peer, exit 69, again YES, SILENT_PEER
         "the peer does not answer"
-        "check that it runs and that the policy lets the two see each other; where UDP is blocked, leave --transport at auto";
+        "check that it runs, and that the policy lets the two see each other";
     PEER_REJECTED: 1602 Peer, exit 78, again NO, PROHIBITED
         "the peer's packet filter rejected the connection"
         "add a grant from this node's tag to the target's address and port";
     TARGET_SILENT: 1604 Peer, exit 69, again YES, SILENT_TARGET
-        "the tunnel is up, but the target does not answer"
-        "likely the grant does not cover this address and port, or the router cannot reach it";
+        "the target behind the peer does not answer"
+        "likely the grant does not cover this address and port, or the peer cannot reach it";
 
     TCP_REFUSED: 1701 Tcp, exit 69, again YES, RESET
         "the target refused the connection"
@@ -275,7 +275,7 @@ rows! {
 
     PUBLIC: 1901 Proxy, exit 78, again NO, DENIED_REPLY
         "the destination is not in the tailnet"
-        "if it should be, let a router advertise it; allow it with --direct-allow if it may be reached outside the tailnet";
+        "names need split DNS or an app connector, addresses an approved route that is accepted; --direct-allow lets them out";
     DENIED: 1902 Proxy, exit 78, again NO, DENIED_REPLY
         "a rule denies the destination"
         "change --allow or --deny";

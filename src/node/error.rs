@@ -37,15 +37,15 @@ pub enum DialError {
     PeerSilent {
         /// The peer's name.
         peer: String,
-        /// Handshakes sent.
+        /// Handshakes that went out to it, where it is known that they did.
         tries: u64,
         /// How long.
         waited: Duration,
         /// Why no packet of ours reaches it, where that is known.
         gap: Option<Gap>,
     },
-    /// The peer is there, but nothing answered the SYN.
-    #[error("the tunnel to {peer} is up, but {address} did not answer in {}", Lapse(*.waited))]
+    /// Nothing answered the SYN, and nothing says that the peer is gone.
+    #[error("{}{address} did not answer in {}", there(.peer, *.unheard), Lapse(*.waited))]
     Unanswered {
         /// The peer's name.
         peer: String,
@@ -53,6 +53,8 @@ pub enum DialError {
         address: SocketAddr,
         /// How long.
         waited: Duration,
+        /// How long nothing has come from the peer, where nothing came during the dial.
+        unheard: Option<Duration>,
     },
     /// The peer's packet filter refused the connection (TSMP).
     #[error("{peer} rejected the connection: {reason}")]
@@ -80,8 +82,16 @@ pub enum DialError {
 fn outside(host: &Host) -> &'static str {
     match host {
         Host::Ip(ip) if is_near(*ip) => "this machine or its link",
-        Host::Ip(ip) if !is_internet(*ip) => "a network around this machine",
+        Host::Ip(ip) if is_private(*ip) => "in a network around this machine",
+        Host::Ip(ip) if !is_internet(*ip) => "no single host's (multicast or reserved)",
         Host::Ip(_) | Host::Name(_) => "public",
+    }
+}
+
+fn is_private(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.is_private(),
+        IpAddr::V6(ip) => ip.is_unique_local(),
     }
 }
 
@@ -90,6 +100,16 @@ pub(super) fn is_near(ip: IpAddr) -> bool {
     match ip.to_canonical() {
         IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local() || ip.is_unspecified(),
         IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local() || ip.is_unspecified(),
+    }
+}
+
+/// What is known of a peer behind which nothing answered. A live one whose target is silent is heard at the latest
+/// when it acknowledges with a keepalive, after ten seconds: a shorter dial may not have seen it.
+/// Source: WireGuard, 6.5 (passive keepalive).
+fn there(peer: &str, unheard: Option<Duration>) -> String {
+    match unheard {
+        None => format!("the tunnel to {peer} is up, but "),
+        Some(lapse) => format!("nothing has come from {peer} for {}: ", Lapse(lapse)),
     }
 }
 
@@ -109,9 +129,9 @@ pub enum Gap {
         /// Whether no STUN server answers either.
         udp_blocked: bool,
     },
-    /// The relay is not connected, and direct paths are not to be used.
+    /// No connected relay leads to it, and direct paths are not to be used.
     Relay,
-    /// Neither a direct path works, nor is the relay connected.
+    /// Neither a direct path works, nor does a connected relay lead to it.
     Both,
 }
 
@@ -124,8 +144,8 @@ impl Gap {
             Self::Direct { udp_blocked: false } => {
                 "; no direct path to it works, and --transport direct allows no relay"
             }
-            Self::Relay => "; the relay to it is not connected, and --transport derp allows no direct path",
-            Self::Both => "; neither a direct path to it works nor is the relay connected",
+            Self::Relay => "; no connected relay leads to it, and --transport derp allows no direct path",
+            Self::Both => "; no direct path to it works, and no connected relay leads to it",
         }
     }
 }

@@ -12,7 +12,7 @@ use super::super::tunnel::flow::Unopened;
 use super::super::tunnel::{ConnectFailure, TunnelStream};
 use super::route::{no_family, unrouted};
 use super::{DialError, Exhausted, Gap, Inner, RouteError};
-use crate::engine::Transport;
+use crate::engine::{PeerStatus, Transport};
 use crate::key::NodePublic;
 use crate::netmap::Netmap;
 use crate::transport::race::race;
@@ -136,11 +136,13 @@ async fn connect(
         ConnectFailure::Rejected(reason) => DialError::Rejected { peer: name, reason: reason.to_string() },
         ConnectFailure::Unanswered if offline => RouteError::Offline { address: address.ip(), router: name }.into(),
         ConnectFailure::Unanswered => {
-            let tries = handshakes(core, &peer.key).saturating_sub(handshakes_before);
-            match silence(core, &peer.key, node.config.transport) {
-                None => DialError::Unanswered { peer: name, address, waited },
-                Some(gap) => {
+            match verdict(core, &peer.key, node.config.transport, begun) {
+                Verdict::TargetSilent { unheard } => DialError::Unanswered { peer: name, address, waited, unheard },
+                Verdict::PeerSilent(gap) => {
                     core.borrow_mut().say_silent(&peer.key, &name, Instant::now());
+                    let sent = handshakes(core, &peer.key).saturating_sub(handshakes_before);
+                    // Where there is a gap, what counts as sent found no way out.
+                    let tries = if gap.is_none() { sent } else { 0 };
                     DialError::PeerSilent { peer: name, tries, waited, gap }
                 }
             }
@@ -148,20 +150,40 @@ async fn connect(
     })
 }
 
-/// Whether it is the peer that is silent, and not the target behind it; where no packet leaves for it, why. A session
-/// alone says little: it outlives its peer and every path by minutes.
-fn silence(core: &Shared, peer: &NodePublic, transport: Transport) -> Option<Option<Gap>> {
-    let mut core = core.borrow_mut();
+/// Who is silent when nothing answered a dial.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// The target, as far as is known; for how long nothing has come from its peer, if nothing did during the dial.
+    TargetSilent { unheard: Option<Duration> },
+    /// The peer; why, where no packet leaves for it.
+    PeerSilent(Option<Gap>),
+}
+
+/// Who was silent during a dial that began at `begun`.
+fn verdict(core: &Shared, peer: &NodePublic, transport: Transport, begun: Instant) -> Verdict {
+    let (mut core, now) = (core.borrow_mut(), Instant::now());
     let engine = core.engine();
-    let Some(status) = engine.peer_status(peer, Instant::now()) else { return Some(None) };
     let udp_blocked = engine.host_state().netinfo.working_udp == Some(false);
-    let gap = (!status.open).then_some(match transport {
+    let gap = match transport {
         Transport::Direct => Gap::Direct { udp_blocked },
         Transport::Derp => Gap::Relay,
         Transport::Auto => Gap::Both,
-    });
-    let up = status.established && status.open && status.asking_since.is_none();
-    (!up).then_some(gap)
+    };
+    engine.peer_status(peer, now).map_or(Verdict::PeerSilent(None), |status| judge(&status, gap, begun, now))
+}
+
+/// A session alone says little: it outlives its peer and every path by minutes.
+fn judge(status: &PeerStatus, gap: Gap, begun: Instant, now: Instant) -> Verdict {
+    if !status.open {
+        return Verdict::PeerSilent(Some(gap));
+    }
+    match status.heard {
+        Some(heard) if status.established && status.asking_since.is_none() => {
+            let unheard = (heard < begun).then(|| now.saturating_duration_since(heard));
+            Verdict::TargetSilent { unheard }
+        }
+        Some(_) | None => Verdict::PeerSilent(None),
+    }
 }
 
 /// The failure for a flow that could not even be opened.
@@ -182,6 +204,42 @@ fn handshakes(core: &Shared, peer: &NodePublic) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::PathStatus;
+
+    #[test]
+    fn tunnel_is_called_up_only_where_the_peer_was_heard_during_the_dial() {
+        let (now, waited) = (Instant::now(), Duration::from_secs(5));
+        let (begun, ago) = (now - waited, |seconds| Some(now - Duration::from_secs(seconds)));
+        let relayed = PeerStatus {
+            handshakes_sent: 1,
+            last_handshake: ago(60),
+            established: true,
+            heard: ago(1),
+            asking_since: None,
+            path: PathStatus::Derp { region: 1 },
+            open: true,
+            sent_bytes: 0,
+            received_bytes: 0,
+        };
+        let judged = |status| judge(&status, Gap::Both, begun, now);
+        let target = |unheard| Verdict::TargetSilent { unheard };
+        assert_eq!(judged(relayed), target(None));
+        assert_eq!(judged(PeerStatus { heard: ago(47), ..relayed }), target(Some(Duration::from_secs(47))));
+        let asking = PeerStatus { asking_since: ago(2), ..relayed };
+        for (status, gap) in [
+            (PeerStatus { established: false, ..relayed }, None),
+            (PeerStatus { heard: None, ..relayed }, None),
+            (asking, None),
+            (PeerStatus { open: false, ..asking }, Some(Gap::Both)),
+        ] {
+            assert_eq!(judged(status), Verdict::PeerSilent(gap));
+        }
+        let address = SocketAddr::from(([10, 20, 0, 80], 80));
+        let told = |unheard| DialError::Unanswered { peer: "r".to_owned(), address, waited, unheard }.to_string();
+        assert_eq!(told(None), "the tunnel to r is up, but 10.20.0.80:80 did not answer in 5s");
+        let silent = "nothing has come from r for 47s: 10.20.0.80:80 did not answer in 5s";
+        assert_eq!(told(Some(Duration::from_secs(47))), silent);
+    }
 
     #[test]
     fn of_several_failures_the_one_that_tells_most_counts_in_whichever_order_they_come() {
@@ -189,7 +247,7 @@ mod tests {
         let waited = Duration::from_secs(1);
         let all = [
             DialError::Refused { address },
-            DialError::Unanswered { peer: "r".to_owned(), address, waited },
+            DialError::Unanswered { peer: "r".to_owned(), address, waited, unheard: None },
             DialError::PeerSilent { peer: "r".to_owned(), tries: 1, waited, gap: None },
             RouteError::Withdrawn { address: address.ip() }.into(),
         ];

@@ -95,8 +95,10 @@ fn whatever_has_no_route_is_called_what_it_is() {
     let netmap = Tailnet::new().map(&[], &[], &[]);
     for (ip, words) in [
         ("203.0.113.80", "is not in the tailnet; it would be public"),
-        ("10.0.0.1", "is not in the tailnet; it would be a network around this machine"),
-        ("fd21::1", "is not in the tailnet; it would be a network around this machine"),
+        ("10.0.0.1", "is not in the tailnet; it would be in a network around this machine"),
+        ("fd21::1", "is not in the tailnet; it would be in a network around this machine"),
+        ("239.1.2.3", "is not in the tailnet; it would be no single host's (multicast or reserved)"),
+        ("ff02::1", "is not in the tailnet; it would be no single host's (multicast or reserved)"),
         ("169.254.169.254", "is not in the tailnet; it would be this machine or its link"),
         ("::1", "is not in the tailnet; it would be this machine or its link"),
         ("100.99.9.9", "no node that this one may see has or routes 100.99.9.9"),
