@@ -108,7 +108,8 @@ fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), RootsError> {
     let certificates = CertificateDer::pem_file_iter(path).map_err(unread)?;
     let mut added = 0;
     for certificate in certificates {
-        let certificate = certificate.map_err(|error| broken(error.to_string()))?;
+        let failed = |error| if matches!(error, pem::Error::Io(_)) { unread(error) } else { broken(error.to_string()) };
+        let certificate = certificate.map_err(failed)?;
         roots.add(certificate).map_err(|error| broken(error.to_string()))?;
         added += 1;
     }

@@ -87,6 +87,7 @@ fn files_that_cannot_be_written_are_told_before_the_key_is_spent() {
 fn files_that_a_setting_names_must_be_there() {
     keyed("--ca-file /nowhere/ca.pem").run().refused(66, "TC-2012");
     let folder = tempfile::tempdir().unwrap();
+    keyed(&format!("--ca-file {}", folder.path().display())).run().refused(66, "TC-2012");
     for (text, words) in [
         ("ssh-rsa AAAA", "holds no certificate"),
         ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "holds what is not a certificate"),
