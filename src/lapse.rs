@@ -17,8 +17,9 @@ impl fmt::Display for Lapse {
             (0, 0 | 1, _) => write!(f, "{seconds}s"),
             (0, minutes, 0) => write!(f, "{minutes}m"),
             (0, minutes, rest) => write!(f, "{minutes}m{rest}s"),
-            (hours, 0, _) => write!(f, "{hours}h"),
-            (hours, minutes, _) => write!(f, "{hours}h{minutes}m"),
+            (hours, 0, 0) => write!(f, "{hours}h"),
+            (hours, minutes, 0) => write!(f, "{hours}h{minutes}m"),
+            (hours, minutes, rest) => write!(f, "{hours}h{minutes}m{rest}s"),
         }
     }
 }
@@ -45,6 +46,8 @@ mod tests {
             (3_600_000_000_000, "1h"),
             (86_400_000_000_000, "24h"),
             (5_400_000_000_000, "1h30m"),
+            (3_630_000_000_000, "1h0m30s"),
+            (3_661_000_000_000, "1h1m1s"),
         ] {
             assert_eq!(Lapse(Duration::from_nanos(nanos)).to_string(), text);
         }
