@@ -54,15 +54,20 @@ pub(super) struct End<'a> {
     /// What was dialled outside the tailnet, as `--direct-allow` permits, and how often.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) direct: &'a BTreeMap<String, u64>,
+    /// Tunnels and unfinished answers that were cut at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) cut: Option<u64>,
 }
 
-/// Destinations that did not go the usual way, and how often.
+/// What did not go the usual way, and how often.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     /// Refused by policy.
     pub(super) refused: BTreeMap<String, u64>,
     /// Dialled outside the tailnet.
     pub(super) direct: BTreeMap<String, u64>,
+    /// Tunnels and unfinished answers that were cut at the end.
+    pub(super) cut: Option<u64>,
 }
 
 /// What to give a client of ours; the first listener has the URLs.

@@ -13,6 +13,7 @@ use super::line::{End, Failure, Line, Proxy, Ready, Tally, short};
 use super::redact::redact;
 use super::settings::Output;
 use crate::fault::Fault;
+use crate::lapse::Lapse;
 use crate::node::{JoinStage, Joined, Logout};
 
 /// The one voice of a run.
@@ -122,15 +123,19 @@ impl Report {
         self.files.not_ready();
     }
 
-    /// Connections that had not ended by themselves `after` the run's end began are cut.
+    /// Tunnels and answers that had not ended by themselves `after` the run's end began are cut.
     pub(super) fn cut(&self, connections: u64, after: Duration) {
-        let after = after.as_millis();
-        self.say("cut", &format!("cut      connections still open after {after} ms: {connections}"));
+        let line = format!("cut      connections still busy after {}: {connections}", Lapse(after));
+        if self.output.log_format == LogFormat::Json {
+            tracing::info!(event = "cut", connections, "{line}");
+        } else {
+            self.say("cut", &line);
+        }
     }
 
     /// The run is over without a failure.
     pub(super) fn ended(&self, reason: &str, logout: Logout, exit: u8, tally: &Tally) {
-        let Tally { refused, direct } = tally;
+        let Tally { refused, direct, cut } = tally;
         if !refused.is_empty() {
             self.say("refused", &format!("refused  {}", listed(refused)));
         }
@@ -139,7 +144,8 @@ impl Report {
         }
         let line = self.line("ended");
         let line =
-            Line { end: Some(End { reason, logout: logout_word(logout), exit, refused, direct }), ..line }.text();
+            Line { end: Some(End { reason, logout: logout_word(logout), exit, refused, direct, cut: *cut }), ..line }
+                .text();
         if let Err(fault) = self.files.status(&line) {
             tracing::warn!(%fault, "the status file is out of date");
         }

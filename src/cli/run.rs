@@ -1,5 +1,6 @@
 //! A run, from bind to logout: each step with one owner and one undo.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
@@ -11,7 +12,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, spawn_local};
+use tokio::task::{JoinHandle, spawn_local, yield_now};
 use tokio::time::{Instant, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
@@ -257,13 +258,13 @@ async fn idle(stats: &proxy::Stats, limit: Option<Duration>) {
     }
 }
 
-/// What policy refused in this run, and what it let out of the tailnet.
-fn tally(stats: &proxy::Stats, node: &Node) -> Tally {
+/// What policy refused in this run, what it let out of the tailnet, and what the end cut.
+fn tally(stats: &proxy::Stats, node: &Node, cut: Option<u64>) -> Tally {
     let mut refused = BTreeMap::new();
     for (place, times) in stats.counters().refused.into_values().flat_map(|refused| refused.destinations) {
         *refused.entry(place).or_default() += times;
     }
-    Tally { refused, direct: node.outside() }
+    Tally { refused, direct: node.outside(), cut }
 }
 
 /// The run ends before there was a node.
@@ -302,15 +303,21 @@ struct Farewell {
 /// Says how it ended, lets connections finish, logs out; a second signal cuts that short.
 async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> u8 {
     let (reason, code, failed) = said(job, report, end);
-    let limit = farewell.limit;
+    let (limit, cut) = (farewell.limit, Cell::new(None));
     let goodbye = async {
         match timeout(DRAIN, &mut farewell.serving).await {
             Ok(Ok(Err(error))) => tracing::warn!(%error, "the proxy stopped early"),
             Ok(_) => {}
             Err(_) => {
                 // Before the logout, so that targets, too, learn that it is over.
-                report.cut(farewell.stats.counters().active, DRAIN);
+                cut.set(Some(farewell.stats.counters().unfinished).filter(|connections| *connections > 0));
+                if let Some(connections) = cut.get() {
+                    report.cut(connections, DRAIN);
+                }
                 farewell.serving.abort();
+                let _ = (&mut farewell.serving).await;
+                // Whoever was cut runs once more before us, and lets go of its connection.
+                yield_now().await;
             }
         }
         // The node keeps its own limit; this one only guards against a node that does not.
@@ -320,7 +327,7 @@ async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> 
         logout = goodbye => logout,
         signal = farewell.stops.next_signal() => {
             let reason = format!("second signal {}", signal_name(signal));
-            report.ended(&reason, Logout::Unconfirmed, exit_of(signal), &tally(&farewell.stats, &farewell.node));
+            report.ended(&reason, Logout::Unconfirmed, exit_of(signal), &tally(&farewell.stats, &farewell.node, cut.get()));
             return exit_of(signal);
         }
     };
@@ -334,7 +341,7 @@ async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> 
         report.warn(&fault);
     }
     if !failed {
-        report.ended(&reason, logout, code, &tally(&farewell.stats, &farewell.node));
+        report.ended(&reason, logout, code, &tally(&farewell.stats, &farewell.node, cut.get()));
     }
     code
 }

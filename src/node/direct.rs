@@ -17,7 +17,7 @@ use super::Inner;
 use super::client::{end_by_reset, end_in_peace, has_reset, vanished};
 use super::dial::{DialError, DirectError, DirectRule, Host, NEXT_ADDRESS, Target, is_public};
 use super::error::{ResolveError, is_near};
-use super::stream::Spliced;
+use super::stream::{Carried, Ended};
 use crate::transport::race::race;
 
 /// Dials `addresses`, as [`addresses`] gave them, on the underlay until `deadline`. Only [`dial`](super::dial::dial) may
@@ -138,17 +138,21 @@ enum Side {
 }
 
 /// See [`Stream::splice`](super::Stream::splice); a target outside fails or ends like one inside.
-pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
-    let (sent, received, answered) = (Cell::new(0), Cell::new(0), Notify::new());
-    let sent_all = Cell::new(false);
+pub(super) async fn splice(
+    mut target: TcpStream,
+    mut client: TcpStream,
+    early: &[u8],
+    carried: &Carried,
+) -> io::Result<Ended> {
+    let (sent_all, answered) = (Cell::new(false), Notify::new());
     end_by_reset(&client);
     let ended = {
         let (mut from_client, mut to_client) = client.split();
         let (mut from_target, mut to_target) = target.split();
         let outward = async {
             write_for(from_client.as_ref(), &mut to_target, early).await?;
-            sent.set(early.len() as u64);
-            carry(Side::Client, &mut from_client, &mut to_target, &sent).await?;
+            carried.add_sent(early.len());
+            carry(Side::Client, &mut from_client, &mut to_target, carried).await?;
             sent_all.set(true);
             tokio::select! {
                 () = vanished(from_client.as_ref()) => Err((Side::Client, io::ErrorKind::ConnectionReset.into())),
@@ -156,7 +160,7 @@ pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: 
             }
         };
         let inward = async {
-            carry(Side::Target, &mut from_target, &mut to_client, &received).await?;
+            carry(Side::Target, &mut from_target, &mut to_client, carried).await?;
             // The answer is whole from here on, much of it perhaps still in the kernel: no end may purge that.
             end_in_peace(to_client.as_ref());
             answered.notify_one();
@@ -164,16 +168,14 @@ pub(super) async fn splice(mut target: TcpStream, mut client: TcpStream, early: 
         };
         tokio::try_join!(outward, inward)
     };
-    let spliced = Spliced { sent: sent.get(), received: received.get(), reset: false };
-    let Err((side, error)) = ended else { return Ok(spliced) };
+    let Err((side, error)) = ended else { return Ok(Ended::Closed) };
     // A target that still stands learns of it the way we did, as the client does; but what a client sent to its end
     // still arrives, whether or not it waited for the answer.
     if !sent_all.get() {
         end_by_reset(&target);
     }
     match side {
-        Side::Target => Ok(Spliced { reset: true, ..spliced }),
-        Side::Client if received.get() > 0 || sent.get() > 0 => Ok(spliced),
+        Side::Target => Ok(Ended::Reset),
         Side::Client => Err(error),
     }
 }
@@ -183,7 +185,7 @@ async fn carry(
     reading: Side,
     from: &mut ReadHalf<'_>,
     to: &mut WriteHalf<'_>,
-    carried: &Cell<u64>,
+    carried: &Carried,
 ) -> Result<(), (Side, io::Error)> {
     let mut buffer = vec![0; CHUNK];
     loop {
@@ -197,10 +199,15 @@ async fn carry(
             return Ok(());
         }
         match reading {
-            Side::Client => write_for(from.as_ref(), to, &buffer[..length]).await?,
-            Side::Target => to.write_all(&buffer[..length]).await.map_err(|error| (Side::Client, error))?,
+            Side::Client => {
+                write_for(from.as_ref(), to, &buffer[..length]).await?;
+                carried.add_sent(length);
+            }
+            Side::Target => {
+                to.write_all(&buffer[..length]).await.map_err(|error| (Side::Client, error))?;
+                carried.add_received(length);
+            }
         }
-        carried.set(carried.get() + length as u64);
     }
 }
 
@@ -221,6 +228,7 @@ mod tests {
 
     use rustix::net::sockopt;
     use tokio::net::{TcpListener, TcpSocket};
+    use tokio::task::JoinHandle;
     use tokio::time::timeout;
 
     use super::*;
@@ -247,11 +255,18 @@ mod tests {
         (slow, holder)
     }
 
+    /// What a splice carried each way, and how it ended.
+    async fn counted(far: TcpStream, near: TcpStream, early: &'static [u8]) -> (u64, u64, io::Result<Ended>) {
+        let carried = Carried::default();
+        let ended = splice(far, near, early, &carried).await;
+        (carried.sent.get(), carried.received.get(), ended)
+    }
+
     /// A client and a target with a splice between them.
-    async fn spliced(early: &'static [u8]) -> (TcpStream, TcpStream, tokio::task::JoinHandle<io::Result<Spliced>>) {
+    async fn spliced(early: &'static [u8]) -> (TcpStream, TcpStream, JoinHandle<(u64, u64, io::Result<Ended>)>) {
         let (client, near) = pair().await;
         let (far, target) = pair().await;
-        let splice = tokio::task::spawn_local(splice(far, near, early));
+        let splice = tokio::task::spawn_local(counted(far, near, early));
         (client, target, splice)
     }
 
@@ -299,7 +314,7 @@ mod tests {
         let mut answer = String::new();
         timeout(SOON, client.read_to_string(&mut answer)).await.unwrap().unwrap();
         assert_eq!(answer, "answer");
-        assert_eq!(splice.await.unwrap().unwrap(), Spliced { sent: 14, received: 6, reset: false });
+        assert!(matches!(splice.await.unwrap(), (14, 6, Ok(Ended::Closed))));
     }
 
     #[tokio::test(flavor = "local")]
@@ -313,19 +328,18 @@ mod tests {
         assert!(!splice.is_finished());
         client.set_zero_linger().unwrap();
         drop(client);
-        let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
-        assert_eq!(spliced, Spliced { sent: 0, received: 4, reset: false });
+        assert!(matches!(timeout(SOON, splice).await.unwrap().unwrap(), (0, 4, Err(_))));
     }
 
     #[tokio::test(flavor = "local")]
     async fn an_answer_that_is_still_on_its_way_at_the_end_arrives_whole() {
         let ((mut client, near), (far, mut target)) = (slow_pair().await, pair().await);
-        let splice = tokio::task::spawn_local(splice(far, near, b""));
+        let splice = tokio::task::spawn_local(counted(far, near, b""));
         client.shutdown().await.unwrap();
         target.write_all(&vec![7; MUCH]).await.unwrap();
         drop(target);
-        let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
-        assert_eq!(spliced.received, MUCH as u64);
+        let (_, received, _) = timeout(SOON, splice).await.unwrap().unwrap();
+        assert_eq!(received, MUCH as u64);
         let mut answer = Vec::new();
         timeout(SOON, client.read_to_end(&mut answer)).await.unwrap().unwrap();
         assert_eq!(answer.len(), MUCH);
@@ -335,7 +349,7 @@ mod tests {
     async fn what_a_client_sent_to_its_end_arrives_although_the_client_is_gone() {
         let ((mut client, near), (mut target, far)) = (pair().await, slow_pair().await);
         let watched = near.as_fd().try_clone_to_owned().unwrap();
-        let splice = tokio::task::spawn_local(splice(far, near, b""));
+        let splice = tokio::task::spawn_local(counted(far, near, b""));
         client.write_all(&vec![7; MUCH]).await.unwrap();
         client.shutdown().await.unwrap();
         let heard = async {
@@ -346,8 +360,8 @@ mod tests {
         timeout(SOON, heard).await.unwrap();
         client.set_zero_linger().unwrap();
         drop(client);
-        let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
-        assert_eq!(spliced.sent, MUCH as u64);
+        let (sent, _, _) = timeout(SOON, splice).await.unwrap().unwrap();
+        assert_eq!(sent, MUCH as u64);
         let mut question = Vec::new();
         timeout(SOON, target.read_to_end(&mut question)).await.unwrap().unwrap();
         assert_eq!(question.len(), MUCH);
@@ -361,8 +375,7 @@ mod tests {
         assert!(!splice.is_finished());
         client.set_zero_linger().unwrap();
         drop(client);
-        let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
-        assert!(spliced.sent > 0 && !spliced.reset);
+        assert!(matches!(timeout(SOON, splice).await.unwrap().unwrap(), (1.., _, Err(_))));
         let error = timeout(SOON, target.read_to_end(&mut Vec::new())).await.unwrap().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     }
@@ -372,7 +385,7 @@ mod tests {
         let ((mut client, near), (far, mut target)) = (slow_pair().await, pair().await);
         let watched = near.as_fd().try_clone_to_owned().unwrap();
         end_by_reset(&near);
-        let splice = tokio::task::spawn_local(splice(far, near, b""));
+        let splice = tokio::task::spawn_local(counted(far, near, b""));
         target.write_all(&vec![7; MUCH]).await.unwrap();
         target.shutdown().await.unwrap();
         let passed_on = async {
@@ -396,7 +409,7 @@ mod tests {
         drop(target);
         let error = timeout(SOON, client.read_u8()).await.unwrap().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-        assert!(splice.await.unwrap().unwrap().reset);
+        assert!(matches!(splice.await.unwrap().2, Ok(Ended::Reset)));
     }
 
     #[tokio::test(flavor = "local")]
@@ -406,6 +419,6 @@ mod tests {
         drop(client);
         let error = timeout(SOON, target.read_u8()).await.unwrap().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-        assert!(splice.await.unwrap().is_err());
+        assert!(splice.await.unwrap().2.is_err());
     }
 }

@@ -41,7 +41,7 @@ pub use config::{Config, Transport};
 pub use datagrams::{Association, DatagramError, Lost};
 pub use dial::{DialError, DirectRule, Host, RouteError, Target};
 pub use error::ResolveError;
-pub use stream::{Spliced, Stream};
+pub use stream::{Carried, Ended, Stream};
 
 use self::core::{Core, Parts, Shared};
 use self::outbox::Outbox;

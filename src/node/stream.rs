@@ -1,5 +1,6 @@
 //! A connection to a target, through the tunnel or, where the user allowed it, outside.
 
+use std::cell::Cell;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -18,30 +19,47 @@ pub enum Stream {
     Direct(TcpStream),
 }
 
-/// What a splice carried, and how it ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Spliced {
+/// What a splice has carried so far: whoever drops it in the middle wants to know, too.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Carried {
     /// Bytes from the client to the target.
-    pub sent: u64,
+    pub sent: Cell<u64>,
     /// Bytes from the target to the client.
-    pub received: u64,
-    /// Whether the target reset the connection.
-    pub reset: bool,
+    pub received: Cell<u64>,
+}
+
+impl Carried {
+    pub(super) fn add_sent(&self, bytes: usize) {
+        self.sent.set(self.sent.get() + bytes as u64);
+    }
+
+    pub(super) fn add_received(&self, bytes: usize) {
+        self.received.set(self.received.get() + bytes as u64);
+    }
+}
+
+/// How a splice ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Both directions did, in peace.
+    Closed,
+    /// The target reset the connection.
+    Reset,
 }
 
 impl Stream {
     /// Carries bytes both ways between `client` and the target until both directions have ended. A half-close is
     /// passed on as a half-close. Whatever else ends it before the target has ended its side, a reset, a drop of this
     /// future, or the end of the process, resets the client (`SO_LINGER` 0): a FIN would tell it that all came. `early`
-    /// is what the client sent before.
+    /// is what the client sent before; `carried` grows as bytes pass.
     ///
     /// # Errors
-    /// Only when `client` itself fails before anything ended.
-    pub async fn splice(self, client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
+    /// Only when `client` itself fails before both directions have ended.
+    pub async fn splice(self, client: TcpStream, early: &[u8], carried: &Carried) -> io::Result<Ended> {
         match self {
-            Self::Tunnel(tunnel) => tunnel.splice(client, early).await,
+            Self::Tunnel(tunnel) => tunnel.splice(client, early, carried).await,
             // Boxed: few go this way, and all others would carry its buffers.
-            Self::Direct(tcp) => Box::pin(direct::splice(tcp, client, early)).await,
+            Self::Direct(tcp) => Box::pin(direct::splice(tcp, client, early, carried)).await,
         }
     }
 }

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use self::flow::Unopened;
 use super::client::{end_by_reset, end_in_peace, has_reset, keep_asking};
 use super::core::Shared;
-use super::stream::Spliced;
+use super::stream::{Carried, Ended};
 use crate::netstack::FlowId;
 use crate::transport::turn;
 use crate::wire::tsmp::Reason;
@@ -87,10 +87,10 @@ impl TunnelStream {
     }
 
     /// See [`Stream::splice`](super::Stream::splice).
-    pub(super) async fn splice(self, client: TcpStream, early: &[u8]) -> io::Result<Spliced> {
+    pub(super) async fn splice(self, client: TcpStream, early: &[u8], carried: &Carried) -> io::Result<Ended> {
         end_by_reset(&client);
-        let (up, down, total) = (Half::Open, Half::Open, Spliced::default());
-        let mut splice = Splice { tunnel: &self, client: &client, early, up, full: false, down, total };
+        let (up, down) = (Half::Open, Half::Open);
+        let mut splice = Splice { tunnel: &self, client: &client, early, up, full: false, down, carried };
         // Of a client that has closed its sending side, or whose target takes nothing now, nothing is read, so that
         // somebody else must see its end. Boxed: most never come there.
         let mut reset = None;
@@ -101,13 +101,7 @@ impl TunnelStream {
             }
             ended @ (Poll::Pending | Poll::Ready(_)) => ended,
         });
-        let ended = ended.await;
-        let total = splice.total;
-        if let Err(error) = ended {
-            // The client is gone; what it carried before counts all the same.
-            return if total.sent + total.received > 0 { Ok(total) } else { Err(error) };
-        }
-        Ok(total)
+        ended.await
     }
 
     /// Runs `act` on the socket; `None` once the flow is gone.
@@ -147,6 +141,7 @@ fn poll_established(core: &Shared, id: FlowId, cx: &mut Context<'_>) -> Poll<Res
 enum Half {
     Open,
     Ended,
+    Reset,
 }
 
 /// Bytes both ways between a kernel socket and a flow's rings, without a buffer between: what is read goes into the
@@ -159,21 +154,22 @@ struct Splice<'s> {
     /// Whether the ring had no room when there was last something to do.
     full: bool,
     down: Half,
-    total: Spliced,
+    carried: &'s Carried,
 }
 
 impl Splice<'_> {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Ended>> {
         let moved_up = self.poll_up(cx);
         let moved_down = self.poll_down(cx);
         self.tunnel.pump();
         if moved_up? || moved_down? {
             turn::end(cx);
         }
-        if self.total.reset || (self.up == Half::Ended && self.down == Half::Ended) {
-            return Poll::Ready(Ok(()));
+        match (self.up, self.down) {
+            (_, Half::Reset) => Poll::Ready(Ok(Ended::Reset)),
+            (Half::Ended, Half::Ended) => Poll::Ready(Ok(Ended::Closed)),
+            (Half::Open | Half::Ended | Half::Reset, Half::Open | Half::Ended) => Poll::Pending,
         }
-        Poll::Pending
     }
 
     /// From the client into the tunnel. Returns whether more could be carried at once.
@@ -218,7 +214,7 @@ impl Splice<'_> {
         if !self.early.is_empty() {
             let sent = self.tunnel.with(|socket| socket.send_slice(self.early).unwrap_or(0)).unwrap_or(0);
             self.early = &self.early[sent..];
-            self.total.sent += sent as u64;
+            self.carried.add_sent(sent);
             return Ok(Some(sent));
         }
         match self.client.poll_read_ready(cx) {
@@ -239,7 +235,7 @@ impl Splice<'_> {
                 Ok(Some(0))
             }
             Some(Ok(Ok(count))) => {
-                self.total.sent += count as u64;
+                self.carried.add_sent(count);
                 Ok(Some(count))
             }
             Some(Ok(Err(error))) if error.kind() == io::ErrorKind::WouldBlock => Ok(Some(0)),
@@ -272,7 +268,7 @@ impl Splice<'_> {
                     return Ok(false);
                 }
                 Some((false, false, false)) | None => {
-                    self.total.reset = true;
+                    self.down = Half::Reset;
                     return Ok(false);
                 }
             }
@@ -289,7 +285,7 @@ impl Splice<'_> {
             });
             match written {
                 Some(Ok(Ok(count))) => {
-                    self.total.received += count as u64;
+                    self.carried.add_received(count);
                     carried += count;
                 }
                 Some(Ok(Err(error))) if error.kind() == io::ErrorKind::WouldBlock => {}

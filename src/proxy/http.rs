@@ -106,7 +106,7 @@ async fn exchange(
     audience: Audience,
     refusal: Option<&'static Row>,
 ) -> Option<Opened> {
-    // Whatever ends it in the middle of an answer, the client shall not take the part for the whole.
+    // Dropped in the middle of an answer, the client shall not take the part for the whole.
     end_by_reset(&client);
     let client = Arc::new(client);
     let session = Rc::new(Session {
@@ -117,7 +117,7 @@ async fn exchange(
         upgraded: RefCell::new(None),
         reset: Cell::new(false),
         by_close: Cell::new(false),
-        due: Arc::default(),
+        due: Arc::new(Due::new(Arc::clone(&proxy.stats))),
     });
     let socket = SharedSocket::new(Arc::clone(&client), Arc::clone(&session.due), head);
     let ended = tokio::select! {
@@ -138,11 +138,14 @@ async fn exchange(
     }
     // The HTTP connection is gone, and with it every other share of the socket.
     let client = Arc::into_inner(client)?;
-    if session.reset.get() {
+    let between = session.due.is_nothing();
+    let broke_off = ended.is_err() && !between && session.by_close.get();
+    if session.reset.get() || broke_off {
         return None;
     }
+    drop(session);
     match ended.err().flatten() {
-        Some(fault) if session.due.is_nothing() => refuse(proxy, client, audience, &fault).await,
+        Some(fault) if between => refuse(proxy, client, audience, &fault).await,
         Some(_) | None => farewell(client).await,
     }
     None

@@ -5,14 +5,14 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::stats::{Stats, Unfinished};
 use crate::node::client::vanished;
 
 /// Ends when `client` has reset its connection, or no longer answers after it closed it. A client that has closed its
@@ -46,32 +46,49 @@ pub(super) async fn ended(client: &TcpStream) {
 }
 
 /// Whether a client is owed an answer of ours, or an answer is being written.
-#[derive(Debug, Default)]
-pub(super) struct Due(AtomicU8);
+#[derive(Debug)]
+pub(super) struct Due {
+    stats: Arc<Stats>,
+    owed: Mutex<Owed>,
+}
+
+#[derive(Debug)]
+enum Owed {
+    Nothing,
+    Answer { _counted: Unfinished },
+    LastBytes { _counted: Unfinished },
+}
 
 impl Due {
-    const NOTHING: u8 = 0;
-    const ANSWER: u8 = 1;
-    const LAST_BYTES: u8 = 2;
+    pub(super) fn new(stats: Arc<Stats>) -> Self {
+        Self { stats, owed: Mutex::new(Owed::Nothing) }
+    }
 
     /// A request is with us.
     pub(super) fn asked(&self) {
-        self.0.store(Self::ANSWER, Ordering::Relaxed);
+        *self.owed() = Owed::Answer { _counted: self.stats.unfinished() };
     }
 
     /// The last of the answer is with the HTTP library.
     pub(super) fn told(&self) {
-        self.0.store(Self::LAST_BYTES, Ordering::Relaxed);
+        *self.owed() = Owed::LastBytes { _counted: self.stats.unfinished() };
     }
 
     /// All that the HTTP library had is written.
     fn written(&self) {
-        let _ = self.0.compare_exchange(Self::LAST_BYTES, Self::NOTHING, Ordering::Relaxed, Ordering::Relaxed);
+        let mut owed = self.owed();
+        if matches!(*owed, Owed::LastBytes { .. }) {
+            *owed = Owed::Nothing;
+        }
     }
 
     /// Whether the client is between two requests.
     pub(super) fn is_nothing(&self) -> bool {
-        self.0.load(Ordering::Relaxed) == Self::NOTHING
+        matches!(*self.owed(), Owed::Nothing)
+    }
+
+    fn owed(&self) -> MutexGuard<'_, Owed> {
+        self.owed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,5 +1,6 @@
 //! After the reply: the bytes of a tunnel, and the end of a connection that got none.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -7,10 +8,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::stats::Stats;
+use super::stats::{Stats, Unfinished};
 use crate::fault::{self, Fault};
 use crate::node::client::end_in_peace;
-use crate::node::{Stream, Target};
+use crate::node::{Carried, Ended, Stream, Target};
 
 /// How long a client that we have answered may take to close. Closing with unread bytes in our socket would make the
 /// kernel send a reset, and a reset may overtake the answer.
@@ -34,27 +35,41 @@ pub(super) struct Opened {
 
 impl Opened {
     /// Carries bytes until both directions have ended.
-    pub(super) async fn carry(self, stats: &Stats) {
+    pub(super) async fn carry(self, stats: &Arc<Stats>) {
         let Self { tunnel: Tunnel { target, stream, received }, mut client, early } = self;
-        let before = received.len() as u64;
+        let counted = Counted { stats, carried: Carried::default(), _unfinished: stats.unfinished() };
         if client.write_all(&received).await.is_err() {
             return;
         }
+        counted.carried.received.set(received.len() as u64);
         // It may share a whole read buffer.
         drop(received);
-        let spliced = match stream.splice(client, &early).await {
-            Ok(spliced) => spliced,
+        let ended = match stream.splice(client, &early, &counted.carried).await {
+            Ok(ended) => ended,
             Err(error) => {
                 tracing::debug!(%error, "client gone");
                 return;
             }
         };
-        stats.bytes_carried(spliced.sent, spliced.received + before);
-        tracing::debug!(sent = spliced.sent, received = spliced.received, reset = spliced.reset, "tunnel closed");
-        if spliced.reset {
+        if ended == Ended::Reset {
             let fault = Fault { row: &fault::UPSTREAM_CLOSED, detail: format!("{target} reset the connection") };
             stats.failed(&fault, Some((target.host.to_string(), target.port)));
         }
+    }
+}
+
+/// Adds what a tunnel carried to the counters at its end, also where the run cuts it.
+struct Counted<'s> {
+    stats: &'s Stats,
+    carried: Carried,
+    _unfinished: Unfinished,
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        let (sent, received) = (self.carried.sent.get(), self.carried.received.get());
+        self.stats.bytes_carried(sent, received);
+        tracing::debug!(sent, received, "tunnel closed");
     }
 }
 

@@ -4,7 +4,7 @@
 //! bounded: the ring by [`RING`], the list of refused destinations by [`DESTINATIONS`] for each code.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 
@@ -96,6 +96,9 @@ impl Datagrams {
 pub struct Counters {
     /// Connections that are open now, those over the limit left out.
     pub active: u64,
+    /// Tunnels that are open now, and requests whose answer is not whole yet. The others have nothing to lose: they are
+    /// between requests, still say what they want, or have been answered.
+    pub unfinished: u64,
     /// Connections accepted, by the protocol that their first byte told.
     pub accepted: BTreeMap<Protocol, u64>,
     /// Tunnels and requests whose target answered.
@@ -124,6 +127,17 @@ struct Inner {
     failures: VecDeque<Failure>,
 }
 
+/// Counts as unfinished for as long as it lives.
+#[derive(Debug)]
+pub(super) struct Unfinished(Arc<Stats>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        let mut inner = self.0.inner();
+        inner.counters.unfinished = inner.counters.unfinished.saturating_sub(1);
+    }
+}
+
 impl Stats {
     /// All counters.
     pub fn counters(&self) -> Counters {
@@ -147,6 +161,12 @@ impl Stats {
     pub(super) fn connection_closed(&self) {
         let mut inner = self.inner();
         inner.counters.active = inner.counters.active.saturating_sub(1);
+    }
+
+    /// Something begins that would be missed if it were cut now.
+    pub(super) fn unfinished(self: &Arc<Self>) -> Unfinished {
+        self.inner().counters.unfinished += 1;
+        Unfinished(Arc::clone(self))
     }
 
     pub(super) fn protocol_known(&self, protocol: Protocol) {

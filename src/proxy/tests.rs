@@ -103,10 +103,24 @@ fn whatever_is_cut_at_the_end_is_reset() {
             expect_bytes(&mut client, if version == "1.0" { b"half" } else { b"4\r\nhalf\r\n" }).await;
             cut.push((client, Some(target)));
         }
+        // Nothing of these is lost: they say nothing yet, half a head, or are between two requests.
+        let (mut silent, mut begun, mut kept) = (bed.connect().await, bed.connect().await, bed.connect().await);
+        begun.write_all(b"GET http://a.corp/ HTTP/1.1\r\n").await.unwrap();
+        kept.write_all(b"GET http://a.corp/ HTTP/1.1\r\n\r\n").await.unwrap();
+        read_head(&mut kept).await;
+        bed::settle().await;
+        assert_eq!(bed.stats.counters().active, 8);
+        assert_eq!(bed.stats.counters().unfinished, 5);
         bed.drain.cancel();
         bed::settle().await;
-        assert_eq!(bed.stats.counters().active, 5);
+        assert_eq!(bed.stats.counters().unfinished, 5);
         bed.served.abort();
+        bed.until_closed().await;
+        let counters = bed.stats.counters();
+        assert_eq!((counters.unfinished, counters.sent), (0, 8));
+        for idle in [&mut silent, &mut kept] {
+            idle.read_to_end(&mut Vec::new()).await.unwrap();
+        }
         for (mut client, _target) in cut {
             assert_eq!(client.read(&mut [0; 9]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
         }

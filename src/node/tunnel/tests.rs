@@ -2,9 +2,11 @@
 
 use std::cell::RefCell;
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::rc::Rc;
 
-use tokio::io::AsyncWriteExt;
+use rustix::net::sockopt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::*;
@@ -17,19 +19,23 @@ const SOON: Duration = Duration::from_secs(5);
 /// What the target takes before it closes its window.
 const WINDOW: u16 = 1_000;
 
-/// The SYN's answer.
-fn syn_ack(syn: &[u8]) -> Vec<u8> {
+const SYN_ACK: u8 = 0x12;
+const FIN_PSH_ACK: u8 = 0x19;
+
+/// What the target says, having heard the SYN alone: `octets` from this sequence number on.
+fn says(syn: &[u8], number: u8, flags: u8, octets: &[u8]) -> Vec<u8> {
     let (source, destination) = (IpAddr::from([syn[12], syn[13], syn[14], syn[15]]), CONNECTOR.parse().unwrap());
     let tcp = &syn[20..];
     let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]).wrapping_add(1);
-    let mut answer = [&tcp[2..4], &tcp[..2], &[0, 0, 0, 9], &sequence.to_be_bytes(), &[0x50, 0x12]].concat();
+    let mut answer = [&tcp[2..4], &tcp[..2], &[0, 0, 0, number], &sequence.to_be_bytes(), &[0x50, flags]].concat();
     answer.extend(WINDOW.to_be_bytes());
     answer.extend([0; 4]);
+    answer.extend(octets);
     ip::build(6, destination, source, &answer).unwrap()
 }
 
-/// A connection to a target that takes so much and no more.
-async fn connected(core: &Shared) -> TunnelStream {
+/// A connection to a target that takes so much and no more, and its SYN.
+async fn connected(core: &Shared) -> (TunnelStream, Vec<u8>) {
     let now = Instant::now();
     let (target, netmap) = ((CONNECTOR.parse::<IpAddr>().unwrap(), 80).into(), Tailnet::new().map(&[], &[], &[]));
     let (own, seed) = (netmap.self_node.addresses.clone(), SEED);
@@ -44,24 +50,50 @@ async fn connected(core: &Shared) -> TunnelStream {
     });
     let answered = async {
         tokio::task::yield_now().await;
-        core.borrow_mut().netstack().handle_packet(&mut syn_ack(&syn), now).expect("it belongs to the flow");
+        core.borrow_mut()
+            .netstack()
+            .handle_packet(&mut says(&syn, 9, SYN_ACK, b""), now)
+            .expect("it belongs to the flow");
     };
-    tokio::join!(TunnelStream::connect(core, target, SOON), answered).0.unwrap()
+    let stream = tokio::join!(TunnelStream::connect(core, target, SOON), answered).0.unwrap();
+    (stream, syn)
 }
 
 #[tokio::test(flavor = "local")]
 async fn reset_of_the_client_is_seen_while_the_target_takes_nothing() {
     let core = Rc::new(RefCell::new(bed::core(Instant::now())));
-    let stream = connected(&core).await;
+    let (stream, _) = connected(&core).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let near = listener.accept().await.unwrap().0;
-    let splice = tokio::task::spawn_local(stream.splice(near, b""));
+    let carried = Rc::new(Carried::default());
+    let counted = carried.clone();
+    let splice = tokio::task::spawn_local(async move { stream.splice(near, b"", &counted).await });
     let more = vec![7; 1 << 20];
     while timeout(Duration::from_millis(200), client.write(&more)).await.is_ok() {}
     assert!(!splice.is_finished());
     client.set_zero_linger().unwrap();
     drop(client);
-    let spliced = timeout(SOON, splice).await.unwrap().unwrap().unwrap();
-    assert!(spliced.sent > u64::from(WINDOW) && !spliced.reset);
+    assert!(timeout(SOON, splice).await.unwrap().unwrap().is_err());
+    assert!(carried.sent.get() > u64::from(WINDOW));
+}
+
+#[tokio::test(flavor = "local")]
+async fn client_is_not_reset_any_more_once_it_has_the_whole_answer() {
+    let core = Rc::new(RefCell::new(bed::core(Instant::now())));
+    let (stream, syn) = connected(&core).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let near = listener.accept().await.unwrap().0;
+    let watched = near.as_fd().try_clone_to_owned().unwrap();
+    let lingers = || sockopt::socket_linger(&watched).unwrap();
+    let splice = tokio::task::spawn_local(async move { stream.splice(near, b"", &Carried::default()).await });
+    tokio::task::yield_now().await;
+    assert_eq!(lingers(), Some(Duration::ZERO));
+    let mut answer = says(&syn, 10, FIN_PSH_ACK, b"whole");
+    core.borrow_mut().netstack().handle_packet(&mut answer, Instant::now()).expect("it belongs to the flow");
+    let mut read = Vec::new();
+    timeout(SOON, client.read_to_end(&mut read)).await.unwrap().unwrap();
+    assert_eq!((read.as_slice(), lingers()), (&b"whole"[..], None));
+    assert!(!splice.is_finished());
 }

@@ -66,7 +66,7 @@ pub(crate) fn connections_that_are_cut_at_the_end_are_reset(bed: &Bed) -> Result
             return Err(format!("connection {index} ended with {ended:?}\n{}", tail(&sidecar.process.log())).into());
         }
     }
-    if !sidecar.process.log().contains("still open after 500 ms: 4") {
+    if !sidecar.process.log().contains("still busy after 500ms: 4") {
         return Err(format!("it does not say what it cut\n{}", tail(&sidecar.process.log())).into());
     }
     ends_clean(bed, sidecar, "signal")
