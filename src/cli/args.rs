@@ -308,7 +308,7 @@ Exit codes:
   0 done   64-66 usage, key or setting, file   70 a bug   71 the system refused
   73 a file cannot be written   74 lost in mid-run   75 try again   76 something unexpected answers
   77 refused   78 policy or setting wrong   80 the logout was not confirmed, with --strict-logout
-  130, 143 a second signal, no logout
+  129, 130, 131, 143 after a second signal (HUP, INT, QUIT, TERM), no logout
   exec: the command's own, 128+n after signal n, 125-127 where it was not started
 Every failure prints its code TC-…, its cause and what to do.";
 
