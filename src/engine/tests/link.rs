@@ -25,6 +25,15 @@ fn move_away(world: &mut World) {
     world.nodes[0].engine.handle_move(vec![underlay], now);
 }
 
+/// Two nodes that have spoken by a relay.
+fn relayed() -> World {
+    let mut world = World::started(Transport::Derp);
+    world.open_flows();
+    world.send(0, b"hello");
+    world.run(SECOND * 2);
+    world
+}
+
 #[test]
 fn a_peer_in_use_is_asked_at_once_although_nothing_is_sent() {
     let mut world = direct();
@@ -151,10 +160,7 @@ fn lose_relay(world: &mut World) {
 
 #[test]
 fn what_went_by_a_relay_that_was_lost_is_sent_again_when_it_is_back() {
-    let mut world = World::started(Transport::Derp);
-    world.open_flows();
-    world.send(0, b"hello");
-    world.run(SECOND * 2);
+    let mut world = relayed();
     assert_eq!(resent(&mut world), 0, "the first connection of a region brings nothing back");
     lose_relay(&mut world);
     assert_eq!(resent(&mut world), 1);
@@ -166,10 +172,7 @@ fn what_went_by_a_relay_that_was_lost_is_sent_again_when_it_is_back() {
 
 #[test]
 fn what_a_relay_had_no_receiver_for_is_sent_again_when_it_brings_something_of_the_peer() {
-    let mut world = World::started(Transport::Derp);
-    world.open_flows();
-    world.send(0, b"hello");
-    world.run(SECOND * 2);
+    let mut world = relayed();
     let (home, peer, now) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public(), world.now);
     world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
     world.run(SECOND);
@@ -183,10 +186,7 @@ fn what_a_relay_had_no_receiver_for_is_sent_again_when_it_brings_something_of_th
 
 #[test]
 fn a_relay_that_loses_the_peer_all_the_time_has_everything_repeated_once_in_five_seconds() {
-    let mut world = World::started(Transport::Derp);
-    world.open_flows();
-    world.send(0, b"hello");
-    world.run(SECOND * 2);
+    let mut world = relayed();
     let (home, peer) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public());
     for _ in 0..40 {
         let now = world.now;
@@ -203,10 +203,7 @@ fn a_relay_that_loses_the_peer_all_the_time_has_everything_repeated_once_in_five
 
 #[test]
 fn a_relays_word_alone_brings_nothing_back() {
-    let mut world = World::started(Transport::Derp);
-    world.open_flows();
-    world.send(0, b"hello");
-    world.run(SECOND * 2);
+    let mut world = relayed();
     let (home, peer, now) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public(), world.now);
     world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
     for packet in [&mut [7; 1][..], &mut [4; 64]] {
@@ -237,10 +234,7 @@ fn what_a_relay_says_of_a_peer_that_is_reached_without_it_brings_nothing_back() 
 
 #[test]
 fn a_relay_that_is_lost_all_the_time_has_everything_repeated_once_in_five_seconds() {
-    let mut world = World::started(Transport::Derp);
-    world.open_flows();
-    world.send(0, b"hello");
-    world.run(SECOND * 2);
+    let mut world = relayed();
     for _ in 0..4 {
         lose_relay(&mut world);
     }
