@@ -1,6 +1,5 @@
 //! Connections outside the tailnet, for hosts that `--direct-allow` names and for no others.
 
-use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -144,8 +143,10 @@ pub(super) async fn splice(
     early: &[u8],
     carried: &Carried,
 ) -> io::Result<Ended> {
-    let (sent_all, answered) = (Cell::new(false), Notify::new());
+    let answered = Notify::new();
+    // Whatever ends this in the middle, neither side shall take a part for the whole.
     end_by_reset(&client);
+    end_by_reset(&target);
     let ended = {
         let (mut from_client, mut to_client) = client.split();
         let (mut from_target, mut to_target) = target.split();
@@ -153,7 +154,8 @@ pub(super) async fn splice(
             write_for(from_client.as_ref(), &mut to_target, early).await?;
             carried.add_sent(early.len());
             carry(Side::Client, &mut from_client, &mut to_target, carried).await?;
-            sent_all.set(true);
+            // What a client sent to its end arrives, whether or not it waits for the answer.
+            end_in_peace(to_target.as_ref());
             tokio::select! {
                 () = vanished(from_client.as_ref()) => Err((Side::Client, io::ErrorKind::ConnectionReset.into())),
                 () = answered.notified() => Ok(()),
@@ -168,15 +170,10 @@ pub(super) async fn splice(
         };
         tokio::try_join!(outward, inward)
     };
-    let Err((side, error)) = ended else { return Ok(Ended::Closed) };
-    // A target that still stands learns of it the way we did, as the client does; but what a client sent to its end
-    // still arrives, whether or not it waited for the answer.
-    if !sent_all.get() {
-        end_by_reset(&target);
-    }
-    match side {
-        Side::Target => Ok(Ended::Reset),
-        Side::Client => Err(error),
+    match ended {
+        Ok(_) => Ok(Ended::Closed),
+        Err((Side::Target, _)) => Ok(Ended::Reset),
+        Err((Side::Client, error)) => Err(error),
     }
 }
 

@@ -198,3 +198,17 @@ async fn reset_of_the_client_resets_the_target() {
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     assert!(splice.await.unwrap().2.is_err());
 }
+
+#[tokio::test(flavor = "local")]
+async fn a_splice_that_is_dropped_resets_both_sides() {
+    let (mut client, mut target, splice) = spliced(b"part").await;
+    let mut part = [0; 4];
+    timeout(SOON, target.read_exact(&mut part)).await.unwrap().unwrap();
+    target.write_all(&part).await.unwrap();
+    timeout(SOON, client.read_exact(&mut part)).await.unwrap().unwrap();
+    splice.abort();
+    for side in [&mut client, &mut target] {
+        let error = timeout(SOON, side.read_u8()).await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+}
