@@ -31,6 +31,9 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// One write, or flushing what TLS holds of earlier ones (64 KiB at most), may take so long; a relay that takes it more
 /// slowly is gone.
 const WRITE_LIMIT: Duration = Duration::from_secs(15);
+/// A relay that has carried something, and then nothing for so long, is pinged once. What is sent must be acknowledged
+/// soon, or the connection ends; with nothing to send, of a download say, a dead one would not be found for minutes.
+const QUIET: Duration = Duration::from_secs(2);
 /// Octets that the input has room for: all that came is taken together, since each taking costs a round of everything
 /// above.
 const READ_ROOM: usize = 64 << 10;
@@ -70,6 +73,8 @@ pub(super) struct Session<'t, T> {
     silent_at: Instant,
     /// When it has taken nothing for too long, while something waits for it.
     stuck_at: Instant,
+    /// When it is pinged, unless it carries something before.
+    ping_at: Option<Instant>,
     limits: ServerInfo,
     /// Packets sent before the relay admitted us, and their octets: not yet charged, and lost if it does not.
     early: (usize, usize),
@@ -94,6 +99,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             home: None,
             silent_at: now + CONNECT_LIMIT,
             stuck_at: now,
+            ping_at: None,
             limits: ServerInfo::default(),
             early: (0, 0),
             paid_at: now,
@@ -124,13 +130,17 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
         self.task.mailbox.register(cx);
         loop {
             let now = Instant::now();
+            if self.ping_at.take_if(|at| *at <= now).is_some() {
+                self.queue(&ClientFrame::Ping(rand::random()));
+                self.poll_output(io, cx)?;
+            }
             let writing = self.is_writing();
             let ends_at = if writing { self.silent_at.min(self.stuck_at) } else { self.silent_at };
             if ends_at <= now {
                 return Poll::Ready(Err(self.silent(writing)));
             }
             let sends_at = Some(self.sends_at(now)).filter(|at| *at > now && !self.task.mailbox.is_empty());
-            let due = sends_at.map_or(ends_at, |at| at.min(ends_at));
+            let due = [sends_at, self.ping_at].into_iter().flatten().fold(ends_at, Instant::min);
             // Most deadlines only move away, and are looked at again when the timer was early.
             if due < timer.deadline() || timer.is_elapsed() {
                 timer.as_mut().reset(due);
@@ -209,6 +219,9 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
         for packet in std::iter::from_fn(|| self.task.mailbox.pop()).take(most) {
             self.queue(&ClientFrame::SendPacket { to: packet.peer, packet: &packet.contents });
             count += 1;
+        }
+        if count > 0 {
+            self.ping_at = Some(now + QUIET);
         }
         let octets = self.output.len() - before;
         if self.admitted {
@@ -311,6 +324,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
 
     fn tell_packets(&mut self, packets: &mut Vec<(NodePublic, BytesMut)>) {
         if !packets.is_empty() {
+            self.ping_at = Some(Instant::now() + QUIET);
             (self.tell)(Event::Packets(std::mem::take(packets)));
         }
     }

@@ -11,6 +11,9 @@ use super::*;
 use crate::transport::link::Link;
 use crate::transport::tls::Tls;
 
+/// The kind of a ping's frame. Source: Tailscale, derp, `FramePing`.
+const PING: u8 = 0x12;
+
 /// A relay's end, and everything else that the session's owner has.
 struct World {
     relay: DuplexStream,
@@ -74,7 +77,17 @@ fn server_key(key: &[u8; 32]) -> Vec<u8> {
     frame(0x01, &[b"DERP\xf0\x9f\x94\x91".as_slice(), key].concat())
 }
 
+/// The next frame that is no ping: those depend on how slow the relay is.
 async fn read_frame(relay: &mut DuplexStream) -> (u8, Vec<u8>) {
+    loop {
+        let frame = read_any_frame(relay).await;
+        if frame.0 != PING {
+            return frame;
+        }
+    }
+}
+
+async fn read_any_frame(relay: &mut DuplexStream) -> (u8, Vec<u8>) {
     let mut head = [0; 5];
     relay.read_exact(&mut head).await.unwrap();
     let mut payload = vec![0; BytesMut::from(&head[1..]).get_u32() as usize];
@@ -127,6 +140,22 @@ async fn what_comes_is_heard_while_the_relay_takes_nothing() {
     for _ in 0..64 {
         assert_eq!(read_frame(&mut world.relay).await.1.len(), 32 + 963);
     }
+}
+
+#[tokio::test(flavor = "local", start_paused = true)]
+async fn a_relay_that_falls_silent_is_pinged_once_and_an_idle_one_never() {
+    let mut world = World::admitted("{}").await;
+    let pinged = async |world: &mut World| {
+        timeout(Duration::from_secs(20), read_any_frame(&mut world.relay)).await.ok().map(|(kind, _)| kind)
+    };
+    assert_eq!(pinged(&mut world).await, None, "nothing was carried");
+    world.send(1);
+    assert_eq!(read_frame(&mut world.relay).await.0, 0x04);
+    let start = Instant::now();
+    assert_eq!((pinged(&mut world).await, start.elapsed()), (Some(PING), Duration::from_secs(2)));
+    assert_eq!(pinged(&mut world).await, None, "once");
+    world.relay.write_all(&frame(0x05, &[[3; 32].as_slice(), b"hello"].concat())).await.unwrap();
+    assert_eq!((pinged(&mut world).await, pinged(&mut world).await), (Some(PING), None));
 }
 
 #[tokio::test(flavor = "local", start_paused = true)]
