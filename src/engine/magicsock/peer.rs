@@ -6,6 +6,7 @@
 //! Source: Tailscale, wgengine/magicsock, endpoint.go.
 
 mod news;
+mod refused;
 mod retract;
 
 use std::collections::BTreeMap;
@@ -80,6 +81,8 @@ pub(super) struct Path {
     silence: Silence,
     /// When the machine last refused what goes to the best address, of the times that were acted upon.
     refused_at: Option<Instant>,
+    /// Whether the ping that asked because of that was refused as well.
+    ping_refused: bool,
     /// When what was sent of late was last sent again for that, by the relay too.
     resent_at: Option<Instant>,
     retraction: retract::Retraction,
@@ -325,25 +328,6 @@ impl Path {
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let asked = [self.again_at(), self.silence.next_deadline(), self.pings.next_deadline()];
         asked.into_iter().chain([self.heartbeat_at, self.retraction.next_deadline()]).flatten().min()
-    }
-
-    /// The machine lets nothing be sent to that address. What to send if that is the trusted one; the next packets go by
-    /// the relay as well, if there is one (`relayed`).
-    ///
-    /// A firewall that lets some of many datagrams through refuses others all the time, while pongs vouch for the
-    /// address in between: so often nobody is asked, called, and sent everything again.
-    pub(super) fn handle_refused(&mut self, addr: SocketAddr, relayed: bool, now: Instant) -> Option<Probe> {
-        self.trusted(now).filter(|best| best.addr == addr)?;
-        if self.refused_at.is_some_and(|at| now.duration_since(at) < PING_INTERVAL) {
-            return None;
-        }
-        (self.refused_at, self.resent_at) = (Some(now), relayed.then_some(now));
-        self.trusted_until = None;
-        let mut probe = self.discover(now);
-        if !probe.ping.contains(&addr) {
-            probe.ping.push(addr);
-        }
-        Some(probe)
     }
 
     /// Our own network changed, or the peer is another process now: no pong so far vouches for an address. The best one

@@ -360,6 +360,18 @@ fn a_refusal_concerns_the_trusted_address_alone_and_pings_nobody_twice() {
 }
 
 #[test]
+fn a_ping_that_is_refused_too_takes_the_path_back_once() {
+    let start = Instant::now();
+    let mut path = direct(start);
+    let now = after(start, 1_000);
+    assert!(path.handle_refused(addr(A), true, now).unwrap().call);
+    assert_eq!(path.take_back(RELAYED, now), None, "a firewall may refuse some of many");
+    assert_eq!(path.handle_refused(addr(A), true, now), Some(Probe { call: true, ..Probe::default() }));
+    assert_eq!(path.take_back(RELAYED, now), Some(Some(addr(US))));
+    assert_eq!(path.handle_refused(addr(A), true, now), None);
+}
+
+#[test]
 fn a_remap_that_another_address_tells_first_is_still_one() {
     let (start, elsewhere) = (Instant::now(), "203.0.113.1:2");
     let mut path = direct(start);
