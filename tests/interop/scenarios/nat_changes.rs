@@ -93,15 +93,19 @@ pub(crate) fn a_machine_that_refuses_datagrams_and_destroys_sockets_interrupts_f
     let nat = bed.nat()?;
     let (clients, peer) = (nat.clients(bed, Kind::Six)?, nat.peer(Kind::Six)?);
     let host = &network(&nat.internet.clients, Kind::Six)?.host;
-    const REFUSED: &str =
-        "table inet own { chain out { type filter hook output priority 0; meta l4proto udp drop; }; }";
+    const REFUSED: &str = "chain out { type filter hook output priority 0; meta l4proto udp drop; }; ";
+    const DROPPED: &str = "chain in { type filter hook input priority 0; meta l4proto udp drop; }; ";
     let directs = |wanted: bool| move |client: &Client<'_>| is_direct(client, peer) == wanted;
-    let result = interrupted("our own firewall refuses UDP", &clients, peer, || {
-        host.nft(REFUSED)?;
-        until(Duration::from_secs(30), "the relay", || Ok(clients.iter().all(directs(false)).then_some(())))?;
-        host.nft("delete table inet own")?;
-        until(Duration::from_secs(30), "a direct path", || Ok(clients.iter().all(directs(true)).then_some(())))
-    });
+    let refused = |what: &str, chains: &str| {
+        interrupted(what, &clients, peer, || {
+            host.nft(&format!("table inet own {{ {chains} }}"))?;
+            until(Duration::from_secs(30), "the relay", || Ok(clients.iter().all(directs(false)).then_some(())))?;
+            host.nft("delete table inet own")?;
+            until(Duration::from_secs(30), "a direct path", || Ok(clients.iter().all(directs(true)).then_some(())))
+        })
+    };
+    let result = refused("our own firewall refuses UDP", REFUSED)
+        .and_then(|()| refused("our own firewall refuses UDP, both ways", &format!("{REFUSED}{DROPPED}")));
     host.nft("table inet own { }\ndelete table inet own")?;
     result?;
     interrupted("our UDP sockets are destroyed", &clients, peer, || {
