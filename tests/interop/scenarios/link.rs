@@ -120,6 +120,27 @@ pub(crate) fn a_gateway_that_knows_no_connection_stops_no_download(bed: &Bed) ->
     told(&sidecar, "another gateway", pause?)
 }
 
+/// A filter of this machine lets no UDP through any more, while we have nothing to send but acknowledgements: the peer has
+/// to hear of it before its own trust in the path ends.
+pub(crate) fn a_filter_of_the_machine_that_drops_udp_stops_no_download(bed: &Bed) -> Result<(), Failed> {
+    const TRUST: Duration = Duration::from_millis(6_200);
+    let host = &bed.hosts.link;
+    let sidecar = begin(bed, &[])?;
+    let pause = download(&sidecar, || {
+        host.nft(
+            "table inet foreign { chain out { type filter hook output priority 0; meta l4proto udp drop; }; \
+             chain in { type filter hook input priority 0; meta l4proto udp drop; }; }",
+        )?;
+        Ok(None)
+    });
+    restore(host)?;
+    let pause = pause?;
+    match pause.longest < TRUST {
+        true => told(&sidecar, "no UDP through the machine's own filter", pause),
+        false => Err(format!("the download paused for {:?}\n{}", pause.longest, tail(&sidecar.process.log())).into()),
+    }
+}
+
 /// Something between forgets the connections that there are, without a word, and nothing changes here: only that nothing
 /// is acknowledged any more tells that the one to the relay is dead.
 pub(crate) fn a_firewall_that_forgets_connections_stops_no_relayed_download(bed: &Bed) -> Result<(), Failed> {

@@ -127,11 +127,12 @@ const CONN25: [Scenario; 5] = [
 ];
 
 /// About a network that becomes another, one after the other on a host of their own.
-const LINK: [Scenario; 9] = [
+const LINK: [Scenario; 10] = [
     scenario!(link::a_new_address_in_place_of_the_old_one_stops_no_download).within(90),
     scenario!(link::a_new_address_stops_no_relayed_download).within(90),
     scenario!(link::an_interface_that_goes_and_comes_back_stops_no_download).within(90),
     scenario!(link::a_gateway_that_knows_no_connection_stops_no_download).within(90),
+    scenario!(link::a_filter_of_the_machine_that_drops_udp_stops_no_download).within(90),
     scenario!(link::a_firewall_that_forgets_connections_stops_no_relayed_download).within(90),
     scenario!(link::another_interface_stops_no_relayed_download).within(90),
     scenario!(link::a_new_address_stops_no_download_in_a_sandbox_without_netlink).within(90),
