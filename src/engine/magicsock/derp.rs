@@ -86,7 +86,9 @@ impl Relays {
             return;
         }
         let old = std::mem::replace(&mut self.home, home);
-        if let Some(old) = old.filter(|old| self.regions.contains_key(old)) {
+        if let Some((old, relay)) = old.and_then(|old| Some((old, self.regions.get_mut(&old)?))) {
+            // Peers answer by it until control has told them, however long we have sent nothing there.
+            relay.used = now;
             self.actions.push_back(Action::Connect(old, false));
             self.sweep_at.get_or_insert(now + SWEEP);
         }
@@ -154,6 +156,21 @@ mod tests {
         }
         assert_eq!(closed_after, Some(90));
         assert_eq!(relays.next_deadline(), None);
+    }
+
+    #[test]
+    fn an_old_home_that_nothing_was_sent_by_is_kept_until_peers_know_the_new_one() {
+        let start = Instant::now();
+        let mut relays = Relays::default();
+        relays.set_home(Some(1), start);
+        let moved = start + IDLE * 2;
+        relays.set_home(Some(2), moved);
+        let closed = |relays: &mut Relays, now| {
+            relays.handle_timeout(now);
+            actions(relays).contains(&Action::Close(1))
+        };
+        assert!(!closed(&mut relays, moved + SWEEP));
+        assert!(closed(&mut relays, moved + IDLE));
     }
 
     #[test]
