@@ -140,31 +140,34 @@ fn any_order() -> impl Strategy<Value = u64> {
 
 // TCP's pauses before it tries again end 1.4 s after the change, and 3 s.
 
+/// Holds the longest pause of a story to its limit.
+fn interrupts_for_at_most(limit: Duration, story: &Story) -> Result<(), TestCaseError> {
+    let took = pause(story);
+    prop_assert!(took <= limit, "{:?}", took);
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
 
     #[test]
     fn another_mapping_interrupts_for_two_seconds(story in story(remapped(), in_order())) {
-        let took = pause(&story);
-        prop_assert!(took <= SECOND * 2, "{:?}", took);
+        interrupts_for_at_most(SECOND * 2, &story)?;
     }
 
     #[test]
     fn another_network_interrupts_for_as_long_as_its_relay_takes(story in story(Just(Change::Move), in_order())) {
-        let took = pause(&story);
-        prop_assert!(took <= Duration::from_millis(3_500), "{:?}", took);
+        interrupts_for_at_most(Duration::from_millis(3_500), &story)?;
     }
 
     #[test]
     fn another_process_is_found_in_a_second(story in story(Just(Change::Restart), in_order())) {
-        let took = pause(&story);
-        prop_assert!(took <= SECOND, "{:?}", took);
+        interrupts_for_at_most(SECOND, &story)?;
     }
 
     #[test]
     fn dropped_datagrams_interrupt_for_a_pause_of_tcp_more(story in story(blocked(), in_order())) {
-        let took = pause(&story);
-        prop_assert!(took <= Duration::from_millis(3_500), "{:?}", took);
+        interrupts_for_at_most(Duration::from_millis(3_500), &story)?;
     }
 }
 
@@ -177,26 +180,22 @@ mod overtaking {
 
         #[test]
         fn another_mapping_interrupts_for_a_pause_of_tcp_more(story in story(remapped(), any_order())) {
-            let took = pause(&story);
-            prop_assert!(took <= Duration::from_millis(3_500), "{:?}", took);
+            interrupts_for_at_most(Duration::from_millis(3_500), &story)?;
         }
 
         #[test]
         fn another_network_interrupts_for_four_seconds(story in story(Just(Change::Move), any_order())) {
-            let took = pause(&story);
-            prop_assert!(took <= SECOND * 4, "{:?}", took);
+            interrupts_for_at_most(SECOND * 4, &story)?;
         }
 
         #[test]
         fn another_process_is_found_in_a_second(story in story(Just(Change::Restart), any_order())) {
-            let took = pause(&story);
-            prop_assert!(took <= SECOND, "{:?}", took);
+            interrupts_for_at_most(SECOND, &story)?;
         }
 
         #[test]
         fn dropped_datagrams_interrupt_for_a_pause_of_tcp_more(story in story(blocked(), any_order())) {
-            let took = pause(&story);
-            prop_assert!(took <= Duration::from_millis(3_500), "{:?}", took);
+            interrupts_for_at_most(Duration::from_millis(3_500), &story)?;
         }
     }
 }

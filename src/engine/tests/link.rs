@@ -5,6 +5,8 @@ use std::time::Duration;
 use super::SECOND;
 use super::world::{STUN_SERVER, World};
 use crate::engine::{Output, PathStatus, Transport};
+use crate::key::NodePublic;
+use crate::netmap::RegionId;
 
 /// Two nodes with a direct path.
 fn direct() -> World {
@@ -170,11 +172,17 @@ fn what_went_by_a_relay_that_was_lost_is_sent_again_when_it_is_back() {
     assert_eq!(resent(&mut world), 0, "nothing went by it");
 }
 
+/// Node 1's home tells node 0 that node 1 is not there.
+fn deny_peer(world: &mut World) -> (RegionId, NodePublic) {
+    let (home, peer, now) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public(), world.now);
+    world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
+    (home, peer)
+}
+
 #[test]
 fn what_a_relay_had_no_receiver_for_is_sent_again_when_it_brings_something_of_the_peer() {
     let mut world = relayed();
-    let (home, peer, now) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public(), world.now);
-    world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
+    deny_peer(&mut world);
     world.run(SECOND);
     assert_eq!(resent(&mut world), 0);
     for _ in 0..2 {
@@ -187,10 +195,8 @@ fn what_a_relay_had_no_receiver_for_is_sent_again_when_it_brings_something_of_th
 #[test]
 fn a_relay_that_loses_the_peer_all_the_time_has_everything_repeated_once_in_five_seconds() {
     let mut world = relayed();
-    let (home, peer) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public());
     for _ in 0..40 {
-        let now = world.now;
-        world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
+        deny_peer(&mut world);
         world.send(1, b"back");
         world.run(Duration::from_millis(100));
     }
@@ -204,8 +210,8 @@ fn a_relay_that_loses_the_peer_all_the_time_has_everything_repeated_once_in_five
 #[test]
 fn a_relays_word_alone_brings_nothing_back() {
     let mut world = relayed();
-    let (home, peer, now) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public(), world.now);
-    world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
+    let (home, peer) = deny_peer(&mut world);
+    let now = world.now;
     for packet in [&mut [7; 1][..], &mut [4; 64]] {
         assert!(world.nodes[0].engine.handle_derp(home, peer, packet, now).is_none());
     }
@@ -220,9 +226,8 @@ fn a_relays_word_alone_brings_nothing_back() {
 fn what_a_relay_says_of_a_peer_that_is_reached_without_it_brings_nothing_back() {
     let mut world = direct();
     resent(&mut world);
-    let (home, peer, now) = (world.nodes[1].host.home.unwrap(), world.nodes[1].key.public(), world.now);
-    world.nodes[0].engine.handle_derp_peer_gone(home, peer, now);
-    let ours = world.nodes[0].underlay;
+    deny_peer(&mut world);
+    let (ours, now) = (world.nodes[0].underlay, world.now);
     world.nodes[1].engine.handle_unreachable(ours, now);
     world.udp_works = false;
     world.send(1, b"relayed");
