@@ -5,6 +5,7 @@ mod credential;
 mod descendants;
 mod environment;
 mod exec;
+mod farewell;
 mod files;
 mod handed;
 mod key_source;

@@ -1,7 +1,5 @@
 //! A run, from bind to logout: each step with one owner and one undo.
 
-use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -12,20 +10,20 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, spawn_local, yield_now};
-use tokio::time::{Instant, interval, sleep, timeout};
+use tokio::task::spawn_local;
+use tokio::time::{Instant, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
-use super::line::Tally;
+use super::farewell::{End, Farewell, leave, unjoined};
 use super::report::Report;
 use super::settings::Settings;
-use super::stops::{ENDING, PASSED_ON, Stop, Stops, exit_of, signal_name};
+use super::stops::{ENDING, PASSED_ON, Stop, Stops, exit_of};
 use super::threads::{self, Control};
 use super::{exec, listen};
 use crate::fault::{self, Fault};
 use crate::lapse::Lapse;
-use crate::node::{JoinStage, Joined, Logout, Node, State};
+use crate::node::{JoinStage, Joined, Node, State};
 use crate::proxy;
 
 /// What is done while the node is there.
@@ -39,24 +37,13 @@ pub(super) enum Job {
 
 impl Job {
     /// The exit status of a failure. A command that was never started has its own.
-    fn exit_of(&self, fault: &Fault) -> u8 {
+    pub(super) fn exit_of(&self, fault: &Fault) -> u8 {
         match (self, fault.row.exit) {
             (Self::Stay, exit) | (Self::Command(_), exit @ (126 | 127)) => exit,
             (Self::Command(_), _) => exec::FAILED_BEFORE,
         }
     }
 }
-
-/// How the time between start and logout ended.
-#[derive(Debug)]
-enum End {
-    Stopped(String),
-    Child(u8),
-    Failed(Fault),
-}
-
-/// Connections that are open when the run ends have this long to finish by themselves. Then they are cut.
-const DRAIN: Duration = Duration::from_millis(500);
 
 /// How often a wait is said aloud.
 const SAY_EVERY: Duration = Duration::from_secs(15);
@@ -256,94 +243,6 @@ async fn idle(stats: &proxy::Stats, limit: Option<Duration>) {
             (busy, seen) = (Instant::now(), accepted);
         }
     }
-}
-
-/// What policy refused in this run, what it let out of the tailnet, and what the end cut.
-fn tally(stats: &proxy::Stats, node: &Node, cut: Option<u64>) -> Tally {
-    let mut refused = BTreeMap::new();
-    for (place, times) in stats.counters().refused.into_values().flat_map(|refused| refused.destinations) {
-        *refused.entry(place).or_default() += times;
-    }
-    Tally { refused, direct: node.outside(), cut }
-}
-
-/// The run ends before there was a node.
-fn unjoined(job: &Job, report: &Report, end: End) -> u8 {
-    let (reason, code, failed) = said(job, report, end);
-    if !failed {
-        report.ended(&reason, Logout::NotNeeded, code, &Tally::default());
-    }
-    code
-}
-
-/// Takes the ready file away, and says a failure. Returns the reason, the exit status, and whether it is a failure.
-fn said(job: &Job, report: &Report, end: End) -> (String, u8, bool) {
-    report.leaving();
-    match end {
-        End::Stopped(reason) => (reason, 0, false),
-        End::Child(code) => (format!("command exited with {code}"), code, false),
-        End::Failed(fault) => {
-            let exit = job.exit_of(&fault);
-            report.failed(&fault, exit);
-            (String::new(), exit, true)
-        }
-    }
-}
-
-/// What has to be taken down at the end.
-struct Farewell {
-    node: Node,
-    serving: JoinHandle<io::Result<()>>,
-    stops: Stops,
-    stats: Arc<proxy::Stats>,
-    limit: Duration,
-    strict: bool,
-}
-
-/// Says how it ended, lets connections finish, logs out; a second signal cuts that short.
-async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> u8 {
-    let (reason, code, failed) = said(job, report, end);
-    let (limit, cut) = (farewell.limit, Cell::new(None));
-    let goodbye = async {
-        match timeout(DRAIN, &mut farewell.serving).await {
-            Ok(Ok(Err(error))) => tracing::warn!(%error, "the proxy stopped early"),
-            Ok(_) => {}
-            Err(_) => {
-                // Before the logout, so that targets, too, learn that it is over.
-                cut.set(Some(farewell.stats.counters().unfinished).filter(|connections| *connections > 0));
-                if let Some(connections) = cut.get() {
-                    report.cut(connections, DRAIN);
-                }
-                farewell.serving.abort();
-                let _ = (&mut farewell.serving).await;
-                // Whoever was cut runs once more before us, and lets go of its connection.
-                yield_now().await;
-            }
-        }
-        // The node keeps its own limit; this one only guards against a node that does not.
-        timeout(limit + DRAIN, farewell.node.shutdown(limit)).await.unwrap_or(Logout::Unconfirmed)
-    };
-    let logout = tokio::select! {
-        logout = goodbye => logout,
-        signal = farewell.stops.next_signal() => {
-            let reason = format!("second signal {}", signal_name(signal));
-            report.ended(&reason, Logout::Unconfirmed, exit_of(signal), &tally(&farewell.stats, &farewell.node, cut.get()));
-            return exit_of(signal);
-        }
-    };
-    if logout == Logout::Unconfirmed {
-        let row = &fault::LOGOUT_UNCONFIRMED;
-        let fault = Fault::new(row, format!("control did not confirm the logout within {}", Lapse(limit)));
-        if farewell.strict && code == 0 {
-            report.failed(&fault, row.exit);
-            return row.exit;
-        }
-        report.warn(&fault);
-    }
-    if !failed {
-        report.ended(&reason, logout, code, &tally(&farewell.stats, &farewell.node, cut.get()));
-    }
-    code
 }
 
 #[cfg(test)]
