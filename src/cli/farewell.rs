@@ -22,6 +22,8 @@ use crate::proxy;
 #[derive(Debug)]
 pub(super) enum End {
     Stopped(String),
+    /// A command that was never started: why, and the exit status.
+    Unstarted(String, u8),
     Child(u8),
     Failed(Fault),
 }
@@ -52,6 +54,7 @@ fn said(job: &Job, report: &Report, end: End) -> (String, u8, bool) {
     report.leaving();
     match end {
         End::Stopped(reason) => (reason, 0, false),
+        End::Unstarted(reason, code) => (format!("{reason} before the command was started"), code, false),
         End::Child(code) => (format!("command exited with {code}"), code, false),
         End::Failed(fault) => {
             let exit = job.exit_of(&fault);

@@ -162,15 +162,16 @@ async fn session(settings: Settings, job: &Job, report: &mut Report, control: Ha
 /// A stop before the node was ready. A command that never started exits as if the signal had met it.
 async fn stopped_early(stops: &mut Stops, job: &Job) -> End {
     loop {
-        match (stops.next().await, job) {
+        let stop = stops.next().await;
+        match (stop, job) {
             (Stop::Signal(signal), _) if !ENDING.contains(&signal) => {}
-            (Stop::Signal(signal), Job::Command(_)) => return End::Child(exit_of(signal)),
+            (Stop::Signal(signal), Job::Command(_)) => return End::Unstarted(stop.reason(), exit_of(signal)),
             (Stop::Lifetime, _) => {
                 let detail = "--max-lifetime has passed before the node was ready";
                 return End::Failed(Fault::new(&fault::JOIN_TIMEOUT, detail));
             }
-            (_, Job::Command(_)) => return End::Child(exec::FAILED_BEFORE),
-            (stop, Job::Stay) => return End::Stopped(stop.reason()),
+            (_, Job::Command(_)) => return End::Unstarted(stop.reason(), exec::FAILED_BEFORE),
+            (_, Job::Stay) => return End::Stopped(stop.reason()),
         }
     }
 }

@@ -22,12 +22,19 @@ fn a_command_that_is_not_there_is_told_before_a_key_is_spent() {
 #[test]
 fn a_signal_before_the_command_starts_exits_as_if_it_had_met_the_command() {
     let folder = tempfile::tempdir().unwrap();
-    let pidfile = folder.path().join("pid");
-    let words = format!("exec --login-server http://{} --pidfile {} -- true", closed_port(), pidfile.display());
+    let (pidfile, status) = (folder.path().join("pid"), folder.path().join("status"));
+    let files = format!("--pidfile {} --status-file {}", pidfile.display(), status.display());
+    let words = format!("exec --login-server http://{} {files} -- true", closed_port());
     let running = Program::new(&words).env("TS_AUTHKEY", KEY).start();
     await_some("the pid file", || pidfile.exists().then_some(()));
     running.signal("TERM");
-    assert_eq!(running.end().code(), 143);
+    let ended = running.end();
+    assert_eq!(ended.code(), 143);
+    // No command has exited with anything.
+    let reason = "signal SIGTERM before the command was started";
+    assert!(ended.stderr.contains(&format!("ended    {reason}, logout")), "{}", ended.stderr);
+    let status: serde_json::Value = serde_json::from_str(&fs::read_to_string(status).unwrap()).unwrap();
+    assert_eq!((&status["reason"], &status["exit"]), (&reason.into(), &143.into()));
 }
 
 #[test]
