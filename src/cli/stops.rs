@@ -192,7 +192,8 @@ pub(super) fn exit_of(signal: Signal) -> u8 {
 
 #[cfg(test)]
 mod tests {
-    use tokio::task::LocalSet;
+    use rustix::process::{getpid, kill_process};
+    use tokio::task::{LocalSet, yield_now};
 
     use super::*;
 
@@ -217,9 +218,28 @@ mod tests {
         LocalSet::new().run_until(watched).await;
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn the_same_signal_within_300_ms_of_the_last_is_the_same_wish() {
+        let watched = async {
+            let mut stops = Stops::watch(&NOTHING, &[Signal::HUP]).unwrap();
+            let mut delivered = signal(SignalKind::hangup()).unwrap();
+            // An echo has its own echo: the second here comes 598 ms after the first that counted.
+            for (pause, counts) in [(0, true), (299, false), (299, false), (300, true)] {
+                tokio::time::advance(Duration::from_millis(pause)).await;
+                kill_process(getpid(), Signal::HUP).unwrap();
+                delivered.recv().await.unwrap();
+                // Whoever watches has its turn.
+                yield_now().await;
+                let stop = stops.queue.try_recv().ok();
+                assert_eq!(stop, counts.then_some(Stop::Signal(Signal::HUP)), "{pause} ms later");
+            }
+        };
+        LocalSet::new().run_until(watched).await;
+    }
+
     #[test]
     fn a_process_that_is_not_our_parent_counts_as_a_parent_that_ended() {
-        wait_for_end(rustix::process::getpid());
+        wait_for_end(getpid());
     }
 
     #[test]
