@@ -42,24 +42,24 @@ fn tally(stats: &proxy::Stats, node: &Node, cut: Option<u64>) -> Tally {
 
 /// The run ends before there was a node.
 pub(super) fn unjoined(job: &Job, report: &Report, end: End) -> u8 {
-    let (reason, code, failed) = said(job, report, end);
-    if !failed {
+    let (outcome, code) = said(job, report, end);
+    if let Ok(reason) = outcome {
         report.ended(&reason, Logout::NotNeeded, code, &Tally::default());
     }
     code
 }
 
-/// Takes the ready file away, and says a failure. Returns the reason, the exit status, and whether it is a failure.
-fn said(job: &Job, report: &Report, end: End) -> (String, u8, bool) {
+/// Takes the ready file away, and says a failure. Returns the reason or the failure, and the exit status.
+fn said(job: &Job, report: &Report, end: End) -> (Result<String, Fault>, u8) {
     report.leaving();
     match end {
-        End::Stopped(reason) => (reason, 0, false),
-        End::Unstarted(reason, code) => (format!("{reason} before the command was started"), code, false),
-        End::Child(code) => (format!("command exited with {code}"), code, false),
+        End::Stopped(reason) => (Ok(reason), 0),
+        End::Unstarted(reason, code) => (Ok(format!("{reason} before the command was started")), code),
+        End::Child(code) => (Ok(format!("command exited with {code}")), code),
         End::Failed(fault) => {
             let exit = job.exit_of(&fault);
-            report.failed(&fault, exit);
-            (String::new(), exit, true)
+            report.failed(&fault, exit, None);
+            (Err(fault), exit)
         }
     }
 }
@@ -76,7 +76,7 @@ pub(super) struct Farewell {
 
 /// Says how it ended, lets connections finish, logs out; a second signal cuts that short.
 pub(super) async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> u8 {
-    let (reason, code, failed) = said(job, report, end);
+    let (outcome, code) = said(job, report, end);
     let (limit, cut) = (farewell.limit, Cell::new(None));
     let goodbye = async {
         match timeout(DRAIN, &mut farewell.serving).await {
@@ -105,17 +105,19 @@ pub(super) async fn leave(job: &Job, report: &Report, end: End, mut farewell: Fa
             return exit_of(signal);
         }
     };
+    let tally = tally(&farewell.stats, &farewell.node, cut.get());
     if logout == Logout::Unconfirmed {
         let row = &fault::LOGOUT_UNCONFIRMED;
         let fault = Fault::new(row, format!("control did not confirm the logout within {}", Lapse(limit)));
         if farewell.strict && code == 0 {
-            report.failed(&fault, row.exit);
+            report.failed(&fault, row.exit, Some(&tally));
             return row.exit;
         }
         report.warn(&fault);
     }
-    if !failed {
-        report.ended(&reason, logout, code, &tally(&farewell.stats, &farewell.node, cut.get()));
+    match outcome {
+        Ok(reason) => report.ended(&reason, logout, code, &tally),
+        Err(fault) => report.failed_before(&fault, code, &tally),
     }
     code
 }

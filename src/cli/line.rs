@@ -20,6 +20,8 @@ pub(super) struct Line<'a> {
     pub(super) waiting_for: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none", flatten)]
     pub(super) end: Option<End<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none", flatten)]
+    pub(super) tally: Option<&'a Tally>,
     pub(super) pid: u32,
     #[serde(skip_serializing_if = "str::is_empty")]
     pub(super) run_id: &'a str,
@@ -48,25 +50,19 @@ pub(super) struct End<'a> {
     pub(super) reason: &'a str,
     pub(super) logout: &'static str,
     pub(super) exit: u8,
-    /// What policy refused, and how often.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) refused: &'a BTreeMap<String, u64>,
-    /// What was dialled outside the tailnet, as `--direct-allow` permits, and how often.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) direct: &'a BTreeMap<String, u64>,
-    /// Tunnels and unfinished answers that were cut at the end.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) cut: Option<u64>,
 }
 
-/// What did not go the usual way, and how often.
-#[derive(Debug, Default)]
+/// What did not go the usual way, and how often: known at the end, however that came.
+#[derive(Debug, Default, Serialize)]
 pub(super) struct Tally {
     /// Refused by policy.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) refused: BTreeMap<String, u64>,
-    /// Dialled outside the tailnet.
+    /// Dialled outside the tailnet, as `--direct-allow` permits.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) direct: BTreeMap<String, u64>,
     /// Tunnels and unfinished answers that were cut at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) cut: Option<u64>,
 }
 

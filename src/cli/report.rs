@@ -58,9 +58,7 @@ impl Report {
     pub(super) fn waiting(&self, stage: JoinStage, seconds: u64, last_error: Option<&Fault>) {
         let because = last_error.map(|fault| format!(" (last: {fault})")).unwrap_or_default();
         self.say("waiting", &format!("waiting  {seconds}s for {}{because}", awaited(stage)));
-        if let Err(fault) = self.files.status(&self.joining_line(stage)) {
-            tracing::warn!(%fault, "the status file is out of date");
-        }
+        self.status(&self.joining_line(stage));
     }
 
     /// The node is ready: the proxy may be used.
@@ -79,13 +77,12 @@ impl Report {
         Ok(())
     }
 
-    /// The run has failed and will exit with `exit`.
-    pub(super) fn failed(&self, fault: &Fault, exit: u8) {
-        let line = self.failed_line(fault, exit);
+    /// The run has failed and will exit with `exit`; `tally` where it failed at its very end.
+    pub(super) fn failed(&self, fault: &Fault, exit: u8, tally: Option<&Tally>) {
+        tally.into_iter().for_each(|tally| self.list(tally));
+        let line = self.failed_line(fault, exit, tally);
         self.files.not_ready();
-        if let Err(other) = self.files.status(&line) {
-            tracing::warn!(fault = %other, "the status file is out of date");
-        }
+        self.status(&line);
         self.data(&line);
         if self.output.log_format == LogFormat::Json {
             let (row, code, cause) = (fault.row, fault.code(), fault.cause());
@@ -106,7 +103,13 @@ impl Report {
 
     /// The node lost its place in the tailnet while a command runs: the command decides what becomes of it.
     pub(super) fn lost(&self, fault: &Fault) {
-        self.failed(fault, fault.row.exit);
+        self.failed(fault, fault.row.exit, None);
+    }
+
+    /// A run whose failure was said is over: only what has come of it since then is news.
+    pub(super) fn failed_before(&self, fault: &Fault, exit: u8, tally: &Tally) {
+        self.list(tally);
+        self.status(&self.failed_line(fault, exit, Some(tally)));
     }
 
     /// Something went wrong that changes nothing else.
@@ -135,21 +138,26 @@ impl Report {
 
     /// The run is over without a failure.
     pub(super) fn ended(&self, reason: &str, logout: Logout, exit: u8, tally: &Tally) {
-        let Tally { refused, direct, cut } = tally;
-        if !refused.is_empty() {
-            self.say("refused", &format!("refused  {}", listed(refused)));
+        self.list(tally);
+        let end = Some(End { reason, logout: logout_word(logout), exit });
+        self.status(&Line { end, tally: Some(tally), ..self.line("ended") }.text());
+        self.say("ended", &format!("ended    {reason}, logout {}", logout_word(logout)));
+    }
+
+    /// Lists what was refused, and what was let out.
+    fn list(&self, tally: &Tally) {
+        if !tally.refused.is_empty() {
+            self.say("refused", &format!("refused  {}", listed(&tally.refused)));
         }
-        if !direct.is_empty() {
-            self.say("direct", &format!("direct   {}", listed(direct)));
+        if !tally.direct.is_empty() {
+            self.say("direct", &format!("direct   {}", listed(&tally.direct)));
         }
-        let line = self.line("ended");
-        let line =
-            Line { end: Some(End { reason, logout: logout_word(logout), exit, refused, direct, cut: *cut }), ..line }
-                .text();
-        if let Err(fault) = self.files.status(&line) {
+    }
+
+    fn status(&self, line: &str) {
+        if let Err(fault) = self.files.status(line) {
             tracing::warn!(%fault, "the status file is out of date");
         }
-        self.say("ended", &format!("ended    {reason}, logout {}", logout_word(logout)));
     }
 
     /// A line of JSON on standard output, if asked for.
@@ -193,8 +201,8 @@ impl Report {
         Line { node: Some(Ready::new(joined)), ..self.line("ready") }.text()
     }
 
-    fn failed_line(&self, fault: &Fault, exit: u8) -> String {
-        Line { failure: Some(Failure::new(fault, exit)), ..self.line("failed") }.text()
+    fn failed_line(&self, fault: &Fault, exit: u8, tally: Option<&Tally>) -> String {
+        Line { failure: Some(Failure::new(fault, exit)), tally, ..self.line("failed") }.text()
     }
 }
 
@@ -320,7 +328,7 @@ mod tests {
     #[test]
     fn the_failed_line_says_everything_but_secrets() {
         let fault = Fault::new(&fault::KEY_USED, "used: hskey-auth-abcdef-geheim");
-        let line: Value = serde_json::from_str(&report().failed_line(&fault, 125)).unwrap();
+        let line: Value = serde_json::from_str(&report().failed_line(&fault, 125, None)).unwrap();
         let field = |name: &str| line[name].clone();
         assert_eq!(
             (field("state"), field("code"), field("stage")),
@@ -329,5 +337,27 @@ mod tests {
         assert_eq!((field("retryable"), field("exit")), (false.into(), 125.into()));
         assert_eq!(field("cause"), "used: hskey-[redacted]");
         assert_eq!(field("remedy"), fault::KEY_USED.remedy);
+    }
+
+    #[test]
+    fn the_status_of_a_failed_run_says_at_last_what_was_cut_refused_and_let_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("status");
+        let mut report = Report::new(&Output { status_file: Some(path.clone()), ..Output::quiet() });
+        report.bound(Vec::new()).unwrap();
+        let status = || -> Value { serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap() };
+        let fault = Fault::from(&fault::NODE_DELETED);
+        report.failed(&fault, 74, None);
+        let first = status();
+        assert_eq!((&first["code"], &first["cut"]), (&"TC-2003".into(), &Value::Null));
+        let once = |place: &str| BTreeMap::from([(place.to_owned(), 1)]);
+        let tally = Tally { refused: once("a.example:443"), direct: once("b.example:443"), cut: Some(2) };
+        report.failed_before(&fault, 74, &tally);
+        let mut wanted = first;
+        for (field, value) in [("cut", 2.into()), ("refused", serde_json::json!({"a.example:443": 1}))] {
+            wanted[field] = value;
+        }
+        wanted["direct"] = serde_json::json!({"b.example:443": 1});
+        assert_eq!(status(), wanted);
     }
 }

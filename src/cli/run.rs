@@ -60,7 +60,7 @@ pub(super) fn run(settings: Settings, job: &Job) -> u8 {
     });
     outcome.unwrap_or_else(|fault| {
         let exit = job.exit_of(&fault);
-        report.failed(&fault, exit);
+        report.failed(&fault, exit, None);
         exit
     })
 }
