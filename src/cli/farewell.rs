@@ -31,13 +31,16 @@ pub(super) enum End {
 /// Connections that are open when the run ends have this long to finish by themselves. Then they are cut.
 const DRAIN: Duration = Duration::from_millis(500);
 
+/// Turns that the connections have to notice that they are cut: enough for sixty thousand of them.
+const TURNS: usize = 1_000;
+
 /// What policy refused in this run, what it let out of the tailnet, and what the end cut.
-fn tally(stats: &proxy::Stats, node: &Node, cut: Option<u64>) -> Tally {
+fn tally(stats: &proxy::Stats, node: &Node, (cut, cut_idle): (u64, u64)) -> Tally {
     let mut refused = BTreeMap::new();
     for (place, times) in stats.counters().refused.into_values().flat_map(|refused| refused.destinations) {
         *refused.entry(place).or_default() += times;
     }
-    Tally { refused, direct: node.outside(), cut }
+    Tally { refused, direct: node.outside(), cut, cut_idle }
 }
 
 /// The run ends before there was a node.
@@ -77,21 +80,16 @@ pub(super) struct Farewell {
 /// Says how it ended, lets connections finish, logs out; a second signal cuts that short.
 pub(super) async fn leave(job: &Job, report: &Report, end: End, mut farewell: Farewell) -> u8 {
     let (outcome, code) = said(job, report, end);
-    let (limit, cut) = (farewell.limit, Cell::new(None));
+    let (limit, cut) = (farewell.limit, Cell::new((0, 0)));
     let goodbye = async {
         match timeout(DRAIN, &mut farewell.serving).await {
             Ok(Ok(Err(error))) => tracing::warn!(%error, "the proxy stopped early"),
             Ok(_) => {}
             Err(_) => {
                 // Before the logout, so that targets, too, learn that it is over.
-                cut.set(Some(farewell.stats.counters().unfinished).filter(|connections| *connections > 0));
-                if let Some(connections) = cut.get() {
-                    report.cut(connections, DRAIN);
-                }
-                farewell.serving.abort();
-                let _ = (&mut farewell.serving).await;
-                // Whoever was cut runs once more before us, and lets go of its connection.
-                yield_now().await;
+                let (busy, idle) = cut_all(&mut farewell.serving, &farewell.stats).await;
+                cut.set((busy, idle));
+                report.cut(busy, idle, DRAIN);
             }
         }
         // The node keeps its own limit; this one only guards against a node that does not.
@@ -120,4 +118,20 @@ pub(super) async fn leave(job: &Job, report: &Report, end: End, mut farewell: Fa
         Err(fault) => report.failed_before(&fault, code, &tally),
     }
     code
+}
+
+/// Cuts what is still open; how many tunnels and answers were busy, and how many tunnels idle.
+async fn cut_all(serving: &mut JoinHandle<io::Result<()>>, stats: &proxy::Stats) -> (u64, u64) {
+    let unfinished = stats.counters().unfinished;
+    serving.abort();
+    let _ = serving.await;
+    // Whoever was cut runs once more, and lets go of its connection: a few dozen of them before it is our turn again.
+    for _ in 0..TURNS {
+        yield_now().await;
+        if stats.counters().unfinished == 0 {
+            break;
+        }
+    }
+    let idle = stats.counters().cut_idle.min(unfinished);
+    (unfinished - idle, idle)
 }

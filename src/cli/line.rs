@@ -62,8 +62,15 @@ pub(super) struct Tally {
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) direct: BTreeMap<String, u64>,
     /// Tunnels and unfinished answers that were cut at the end.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) cut: Option<u64>,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(super) cut: u64,
+    /// Idle tunnels that were.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(super) cut_idle: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// What to give a client of ours; the first listener has the URLs.

@@ -126,11 +126,16 @@ impl Report {
         self.files.not_ready();
     }
 
-    /// Tunnels and answers that had not ended by themselves `after` the run's end began are cut.
-    pub(super) fn cut(&self, connections: u64, after: Duration) {
-        let line = format!("cut      connections still busy after {}: {connections}", Lapse(after));
+    /// Tunnels and answers that had not ended by themselves `after` the run's end began are cut, and so were idle ones,
+    /// which are mentioned beside them alone: with those nothing is known to be lost.
+    pub(super) fn cut(&self, connections: u64, idle: u64, after: Duration) {
+        if connections == 0 {
+            return;
+        }
+        let beside = if idle > 0 { format!(", and idle: {idle}") } else { String::new() };
+        let line = format!("cut      connections still busy after {}: {connections}{beside}", Lapse(after));
         if self.output.log_format == LogFormat::Json {
-            tracing::info!(event = "cut", connections, "{line}");
+            tracing::info!(event = "cut", connections, idle, "{line}");
         } else {
             self.say("cut", &line);
         }
@@ -351,7 +356,7 @@ mod tests {
         let first = status();
         assert_eq!((&first["code"], &first["cut"]), (&"TC-2003".into(), &Value::Null));
         let once = |place: &str| BTreeMap::from([(place.to_owned(), 1)]);
-        let tally = Tally { refused: once("a.example:443"), direct: once("b.example:443"), cut: Some(2) };
+        let tally = Tally { refused: once("a.example:443"), direct: once("b.example:443"), cut: 2, cut_idle: 0 };
         report.failed_before(&fault, 74, &tally);
         let mut wanted = first;
         for (field, value) in [("cut", 2.into()), ("refused", serde_json::json!({"a.example:443": 1}))] {

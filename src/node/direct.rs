@@ -153,6 +153,9 @@ pub(super) async fn splice(
         let outward = async {
             write_for(from_client.as_ref(), &mut to_target, early).await?;
             carried.add_sent(early.len());
+            if !early.is_empty() {
+                carried.moved_at.set(Some(Instant::now()));
+            }
             carry(Side::Client, &mut from_client, &mut to_target, carried).await?;
             // What a client sent to its end arrives, whether or not it waits for the answer.
             end_in_peace(to_target.as_ref());
@@ -199,10 +202,12 @@ async fn carry(
             Side::Client => {
                 write_for(from.as_ref(), to, &buffer[..length]).await?;
                 carried.add_sent(length);
+                carried.moved_at.set(Some(Instant::now()));
             }
             Side::Target => {
                 to.write_all(&buffer[..length]).await.map_err(|error| (Side::Client, error))?;
                 carried.add_received(length);
+                carried.moved_at.set(Some(Instant::now()));
             }
         }
     }

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -19,6 +20,11 @@ pub enum Stream {
     Direct(TcpStream),
 }
 
+/// A connection in which nothing has moved for so long, and nothing waits to, counts as idle. More cannot be told of what
+/// is opaque: its target may still be thinking. An outage of a path, a router or a relay ends sooner, and browsers keep
+/// for minutes what they do not use.
+const IDLE_AFTER: Duration = Duration::from_secs(10);
+
 /// What a splice has carried so far: whoever drops it in the middle wants to know, too.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Carried {
@@ -26,6 +32,11 @@ pub struct Carried {
     pub sent: Cell<u64>,
     /// Bytes from the target to the client.
     pub received: Cell<u64>,
+    /// When the last of them were.
+    pub(super) moved_at: Cell<Option<Instant>>,
+    /// Whether more was surely to come when the splice was dropped: it held bytes, or a client that has sent its last
+    /// waited for its answer. Of a target outside the tailnet that is not known.
+    pub(super) pending: Cell<bool>,
 }
 
 impl Carried {
@@ -35,6 +46,17 @@ impl Carried {
 
     pub(super) fn add_received(&self, bytes: usize) {
         self.received.set(self.received.get() + bytes as u64);
+    }
+
+    /// Bytes of both directions.
+    pub(super) fn total(&self) -> u64 {
+        self.sent.get() + self.received.get()
+    }
+
+    /// Whether it was idle when it was dropped, at `now`: then nothing is known to be lost.
+    pub fn was_idle(&self, now: Instant) -> bool {
+        let lately = self.moved_at.get().is_some_and(|at| now.saturating_duration_since(at) < IDLE_AFTER);
+        !lately && !self.pending.get()
     }
 }
 
@@ -93,5 +115,21 @@ impl AsyncWrite for Stream {
             Self::Tunnel(tunnel) => Pin::new(tunnel).poll_shutdown(cx),
             Self::Direct(tcp) => Pin::new(tcp).poll_shutdown(cx),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_is_idle_once_nothing_has_moved_for_ten_seconds_and_nothing_is_to_come() {
+        let (carried, now) = (Carried::default(), Instant::now());
+        assert!(carried.was_idle(now), "nothing ever moved");
+        carried.moved_at.set(Some(now));
+        assert!(!carried.was_idle(now + Duration::from_millis(9_999)));
+        assert!(carried.was_idle(now + Duration::from_secs(10)));
+        carried.pending.set(true);
+        assert!(!carried.was_idle(now + Duration::from_secs(10)));
     }
 }

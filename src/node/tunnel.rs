@@ -110,8 +110,15 @@ impl TunnelStream {
     }
 
     /// Sends what was put into the socket.
-    fn pump(&self) {
-        self.handle.core.borrow_mut().touch(self.handle.id, Instant::now());
+    fn pump(&self, now: Instant) {
+        self.handle.core.borrow_mut().touch(self.handle.id, now);
+    }
+
+    /// Whether bytes wait in the flow: for the target's acknowledgement, or to be read.
+    fn holds_any(&self) -> bool {
+        let Ok(mut core) = self.handle.core.try_borrow_mut() else { return false };
+        let waits = |socket: &mut tcp::Socket<'_>| socket.send_queue() > 0 || socket.recv_queue() > 0;
+        core.netstack().with_tcp(self.handle.id, waits).unwrap_or(false)
     }
 }
 
@@ -159,9 +166,14 @@ struct Splice<'s> {
 
 impl Splice<'_> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Ended>> {
+        let before = self.carried.total();
         let moved_up = self.poll_up(cx);
         let moved_down = self.poll_down(cx);
-        self.tunnel.pump();
+        let now = Instant::now();
+        if self.carried.total() != before {
+            self.carried.moved_at.set(Some(now));
+        }
+        self.tunnel.pump(now);
         if moved_up? || moved_down? {
             turn::end(cx);
         }
@@ -297,6 +309,13 @@ impl Splice<'_> {
     }
 }
 
+impl Drop for Splice<'_> {
+    fn drop(&mut self) {
+        let waits = !self.early.is_empty() || (self.up, self.down) == (Half::Ended, Half::Open);
+        self.carried.pending.set(waits || self.tunnel.holds_any());
+    }
+}
+
 /// Reads once. What comes short of the room has emptied the socket, as tokio's own `poll_read` takes it, too: more is a
 /// new event, and a second call for each small message would only hear that there is none.
 fn read_once(client: &TcpStream, room: &mut [u8]) -> io::Result<usize> {
@@ -332,7 +351,7 @@ impl AsyncRead for TunnelStream {
         let outcome = outcome.unwrap_or_else(|| Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())));
         if outcome.is_ready() {
             // The window has opened.
-            self.pump();
+            self.pump(Instant::now());
         }
         outcome
     }
@@ -348,7 +367,7 @@ impl AsyncWrite for TunnelStream {
             Ok(count) => Poll::Ready(Ok(count)),
             Err(tcp::SendError::InvalidState) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
         });
-        self.pump();
+        self.pump(Instant::now());
         outcome.unwrap_or_else(|| Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())))
     }
 
@@ -358,7 +377,7 @@ impl AsyncWrite for TunnelStream {
 
     fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.with(|socket| socket.close());
-        self.pump();
+        self.pump(Instant::now());
         Poll::Ready(Ok(()))
     }
 }

@@ -1,7 +1,7 @@
 //! After the reply: the bytes of a tunnel, and the end of a connection that got none.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -37,14 +37,17 @@ impl Opened {
     /// Carries bytes until both directions have ended.
     pub(super) async fn carry(self, stats: &Arc<Stats>) {
         let Self { tunnel: Tunnel { target, stream, received }, mut client, early } = self;
-        let counted = Counted { stats, carried: Carried::default(), _unfinished: stats.unfinished() };
+        let mut counted = Counted { stats, carried: Carried::default(), ended: false, _unfinished: stats.unfinished() };
         if client.write_all(&received).await.is_err() {
+            counted.ended = true;
             return;
         }
         counted.carried.received.set(received.len() as u64);
         // It may share a whole read buffer.
         drop(received);
-        let ended = match stream.splice(client, &early, &counted.carried).await {
+        let ended = stream.splice(client, &early, &counted.carried).await;
+        counted.ended = true;
+        let ended = match ended {
             Ok(ended) => ended,
             Err(error) => {
                 tracing::debug!(%error, "client gone");
@@ -62,6 +65,8 @@ impl Opened {
 struct Counted<'s> {
     stats: &'s Stats,
     carried: Carried,
+    /// Whether it ended by itself.
+    ended: bool,
     _unfinished: Unfinished,
 }
 
@@ -69,6 +74,9 @@ impl Drop for Counted<'_> {
     fn drop(&mut self) {
         let (sent, received) = (self.carried.sent.get(), self.carried.received.get());
         self.stats.bytes_carried(sent, received);
+        if !self.ended && self.carried.was_idle(Instant::now()) {
+            self.stats.cut_idle();
+        }
         tracing::debug!(sent, received, "tunnel closed");
     }
 }

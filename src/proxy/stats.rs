@@ -99,6 +99,9 @@ pub struct Counters {
     /// Tunnels that are open now, and requests whose answer is not whole yet. The others have nothing to lose: they are
     /// between requests, still say what they want, or have been answered.
     pub unfinished: u64,
+    /// Tunnels that were idle when the run cut them: nothing had moved in them for ten seconds, nothing was on its way,
+    /// and no client that had sent its last waited. A target that was still thinking counts here, too.
+    pub cut_idle: u64,
     /// Connections accepted, by the protocol that their first byte told.
     pub accepted: BTreeMap<Protocol, u64>,
     /// Tunnels and requests whose target answered.
@@ -167,6 +170,10 @@ impl Stats {
     pub(super) fn unfinished(self: &Arc<Self>) -> Unfinished {
         self.inner().counters.unfinished += 1;
         Unfinished(Arc::clone(self))
+    }
+
+    pub(super) fn cut_idle(&self) {
+        self.inner().counters.cut_idle += 1;
     }
 
     pub(super) fn protocol_known(&self, protocol: Protocol) {

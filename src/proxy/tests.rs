@@ -103,21 +103,25 @@ fn whatever_is_cut_at_the_end_is_reset() {
             expect_bytes(&mut client, if version == "1.0" { b"half" } else { b"4\r\nhalf\r\n" }).await;
             cut.push((client, Some(target)));
         }
+        let mut idle = bed.connect().await;
+        idle.write_all(format!("CONNECT {echo} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
+        read_head(&mut idle).await;
+        cut.push((idle, None));
         // Nothing of these is lost: they say nothing yet, half a head, or are between two requests.
         let (mut silent, mut begun, mut kept) = (bed.connect().await, bed.connect().await, bed.connect().await);
         begun.write_all(b"GET http://a.corp/ HTTP/1.1\r\n").await.unwrap();
         kept.write_all(b"GET http://a.corp/ HTTP/1.1\r\n\r\n").await.unwrap();
         read_head(&mut kept).await;
         bed::settle().await;
-        assert_eq!(bed.stats.counters().active, 8);
-        assert_eq!(bed.stats.counters().unfinished, 5);
+        assert_eq!(bed.stats.counters().active, 9);
+        assert_eq!(bed.stats.counters().unfinished, 6);
         bed.drain.cancel();
         bed::settle().await;
-        assert_eq!(bed.stats.counters().unfinished, 5);
+        assert_eq!(bed.stats.counters().unfinished, 6);
         bed.served.abort();
         bed.until_closed().await;
         let counters = bed.stats.counters();
-        assert_eq!((counters.unfinished, counters.sent), (0, 8));
+        assert_eq!((counters.unfinished, counters.cut_idle, counters.sent), (0, 1, 8));
         for idle in [&mut silent, &mut kept] {
             idle.read_to_end(&mut Vec::new()).await.unwrap();
         }

@@ -97,3 +97,32 @@ async fn client_is_not_reset_any_more_once_it_has_the_whole_answer() {
     assert_eq!((read.as_slice(), lingers()), (&b"whole"[..], None));
     assert!(!splice.is_finished());
 }
+
+#[tokio::test(flavor = "local")]
+async fn what_is_dropped_with_bytes_on_their_way_or_an_answer_awaited_was_not_idle() {
+    for (sent, last, idle) in [(0, false, true), (2 * usize::from(WINDOW), false, false), (0, true, false)] {
+        let core = Rc::new(RefCell::new(bed::core(Instant::now())));
+        let (stream, _) = connected(&core).await;
+        let (id, carried) = (stream.handle.id, Rc::new(Carried::default()));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (near, counted) = (listener.accept().await.unwrap().0, carried.clone());
+        let splice = tokio::task::spawn_local(async move { stream.splice(near, b"", &counted).await });
+        client.write_all(&vec![7; sent]).await.unwrap();
+        if last {
+            client.shutdown().await.unwrap();
+        }
+        let taken = async {
+            let seen = |socket: &mut tcp::Socket<'_>| (socket.send_queue() >= sent) && socket.may_send() != last;
+            while !core.borrow_mut().netstack().with_tcp(id, seen).unwrap() {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(SOON, taken).await.unwrap();
+        splice.abort();
+        assert!(splice.await.unwrap_err().is_cancelled());
+        let later = Instant::now() + Duration::from_secs(60);
+        assert_eq!(carried.was_idle(later), idle, "{sent} octets, the last: {last}");
+        assert_eq!(carried.moved_at.get().is_some(), sent > 0);
+    }
+}
