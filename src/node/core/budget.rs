@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use super::told::Way;
+use super::told::{News, Way};
 
 /// Lines that may follow each other at once: more are not read one by one.
 const BURST: u32 = 10;
@@ -25,6 +25,15 @@ pub(super) struct More {
     pub(super) direct: u64,
     pub(super) relayed: u64,
     pub(super) unreachable: u64,
+    /// In reach again, having been said not to be.
+    pub(super) again: u64,
+}
+
+impl More {
+    /// Whether a warning is among them, or the end of one.
+    pub(super) fn warns(&self) -> bool {
+        self.unreachable > 0 || self.again > 0
+    }
 }
 
 impl Default for Budget {
@@ -35,16 +44,17 @@ impl Default for Budget {
 
 impl Budget {
     /// Whether a line of its own may be said; else it is summed up with others later.
-    pub(super) fn may_say(&mut self, way: Way, now: Instant) -> bool {
+    pub(super) fn may_say(&mut self, news: News, now: Instant) -> bool {
         self.refill(now);
         if self.more == More::default() && self.left > 0 {
             self.left -= 1;
             return true;
         }
-        match way {
-            Way::Direct => self.more.direct += 1,
-            Way::Relay => self.more.relayed += 1,
-            Way::Nothing => self.more.unreachable += 1,
+        match news {
+            News::Way(Way::Direct) => self.more.direct += 1,
+            News::Way(Way::Relay) => self.more.relayed += 1,
+            News::Way(Way::Nothing) => self.more.unreachable += 1,
+            News::Again(_) => self.more.again += 1,
         }
         false
     }
@@ -78,8 +88,8 @@ impl Budget {
 
 impl fmt::Display for More {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { direct, relayed, unreachable } = self;
-        write!(f, "{direct} direct, {relayed} by a relay, {unreachable} out of reach")
+        let Self { direct, relayed, unreachable, again } = self;
+        write!(f, "{direct} direct, {relayed} by a relay, {unreachable} out of reach, {again} in reach again")
     }
 }
 
@@ -92,7 +102,7 @@ mod tests {
         let (mut own, mut sums) = (0, Vec::new());
         for now in (0..seconds).map(|second| start + Duration::from_secs(second)) {
             sums.extend(budget.sum_up(now).map(|more| more.unreachable));
-            own += (0..peers).map(|_| u64::from(budget.may_say(Way::Nothing, now))).sum::<u64>();
+            own += (0..peers).map(|_| u64::from(budget.may_say(News::Way(Way::Nothing), now))).sum::<u64>();
             assert!(budget.next_deadline().is_none_or(|at| at > now));
         }
         (own, sums)
@@ -112,6 +122,18 @@ mod tests {
         let (own, sums) = lines(&mut Budget::default(), Instant::now(), 3_601, 100);
         assert_eq!((own, sums.len()), (10, 360));
         assert_eq!(own + sums.iter().sum::<u64>(), 360_000);
+    }
+
+    #[test]
+    fn ends_of_outages_are_summed_up_as_loud_as_those() {
+        let (mut budget, now) = (Budget::default(), Instant::now());
+        lines(&mut budget, now, 1, 10);
+        assert!(!budget.may_say(News::Way(Way::Direct), now));
+        assert!(!budget.sum_up(now + REFILL).unwrap().warns());
+        assert!(!budget.may_say(News::Again(None), now + REFILL));
+        let more = budget.sum_up(now + 2 * REFILL).unwrap();
+        assert!(more.warns());
+        assert_eq!(more.to_string(), "0 direct, 0 by a relay, 0 out of reach, 1 in reach again");
     }
 
     #[test]

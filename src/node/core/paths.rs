@@ -8,7 +8,7 @@ use std::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::Core;
-use super::told::Way;
+use super::told::{News, Way};
 use crate::engine::{PathStatus, PeerStatus};
 use crate::key::NodePublic;
 
@@ -18,8 +18,8 @@ impl Core {
         let Some(status) = self.parts.engine.peer_status(key, now) else { return self.told.forget(key) };
         debug!(peer = self.name_of(key), path = %status.path, "peer's path");
         let heard = status.established && status.asking_since.is_none();
-        if let Some(way) = self.told.note(*key, way_by(&status), heard, now) {
-            self.say_way(key, way, now);
+        if let Some(news) = self.told.note(*key, way_by(&status), heard, now) {
+            self.say_news(key, news, now);
         }
     }
 
@@ -30,8 +30,8 @@ impl Core {
         if self.name_of(key).is_none() {
             return;
         }
-        if let Some(way) = self.told.note_silent(*key, now) {
-            self.say_way(key, way, now);
+        if let Some(news) = self.told.note_silent(*key, now) {
+            self.say_news(key, news, now);
         }
         self.schedule(now);
     }
@@ -56,25 +56,29 @@ impl Core {
             return;
         }
         if let Some(more) = self.told.budget.sum_up(now) {
-            match more.unreachable {
-                0 => info!(%more, "more peers' paths have changed"),
-                _ => warn!(%more, "more peers' paths have changed"),
+            match more.warns() {
+                false => info!(%more, "more peers' paths have changed"),
+                true => warn!(%more, "more peers' paths have changed"),
             }
         }
         self.told.due(now).iter().for_each(|key| self.say_path(key, now));
     }
 
-    fn say_way(&mut self, key: &NodePublic, way: Way, now: Instant) {
-        if !self.told.budget.may_say(way, now) {
+    /// The end of what was a warning is one, too: whoever reads those alone shall not believe in it any longer.
+    fn say_news(&mut self, key: &NodePublic, news: News, now: Instant) {
+        if !self.told.budget.may_say(news, now) {
             return;
         }
         let Some(status) = self.parts.engine.peer_status(key, now) else { return };
         let (peer, path) = (self.name_of(key), status.path);
-        match way {
-            Way::Direct => info!(peer, "peer is reached directly"),
-            Way::Relay => info!(peer, %path, "peer is reached by a relay"),
-            Way::Nothing if status.open => warn!(peer, "peer cannot be reached: it does not answer"),
-            Way::Nothing => warn!(peer, "peer cannot be reached: no path to it works"),
+        match news {
+            News::Way(Way::Direct) => info!(peer, "peer is reached directly"),
+            News::Way(Way::Relay) => info!(peer, %path, "peer is reached by a relay"),
+            News::Way(Way::Nothing) if status.open => warn!(peer, "peer cannot be reached: it does not answer"),
+            News::Way(Way::Nothing) => warn!(peer, "peer cannot be reached: no path to it works"),
+            News::Again(Some(Way::Direct)) => warn!(peer, "peer can be reached again, directly"),
+            News::Again(Some(Way::Relay)) => warn!(peer, %path, "peer can be reached again, by a relay"),
+            News::Again(Some(Way::Nothing) | None) => warn!(peer, "peer can be reached again"),
         }
     }
 

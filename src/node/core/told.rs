@@ -22,6 +22,15 @@ pub(super) enum Way {
     Nothing,
 }
 
+/// What is to be said of a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum News {
+    /// This is its way now.
+    Way(Way),
+    /// It is in reach again, having been said not to be; by which way, where that can be told.
+    Again(Option<Way>),
+}
+
 /// What was said of each peer.
 #[derive(Debug, Default)]
 pub(super) struct Told {
@@ -37,9 +46,11 @@ struct Peer {
     flows: usize,
     said: Option<Way>,
     said_at: Option<Instant>,
-    unsaid: Option<(Way, Instant)>,
+    unsaid: Option<(News, Instant)>,
     /// It let somebody wait in vain, and nothing has come from it since.
     silent: bool,
+    /// It was said to be out of reach, and not yet that it no longer is.
+    missed: bool,
 }
 
 impl Peer {
@@ -82,10 +93,13 @@ impl Told {
 
     /// Packets to a peer go that way now; `None` where nothing can be told. `heard` is whether it surely answers.
     /// What to say now, if anything; what is put off is asked for again when it is due.
-    pub(super) fn note(&mut self, peer: NodePublic, way: Option<Way>, heard: bool, now: Instant) -> Option<Way> {
+    pub(super) fn note(&mut self, peer: NodePublic, way: Option<Way>, heard: bool, now: Instant) -> Option<News> {
         let known = self.peers.get_mut(&peer)?;
         if heard && way != Some(Way::Nothing) {
             known.pardon();
+            if known.missed {
+                return self.note_again(peer, way, now);
+            }
         }
         let way = if known.silent { Some(Way::Nothing) } else { way.filter(|_| known.flows > 0) };
         let Some(way) = way else {
@@ -94,7 +108,7 @@ impl Told {
         };
         let due = match known.unsaid {
             _ if known.said == Some(way) => None,
-            Some((unsaid, at)) if unsaid == way => Some(at),
+            Some((News::Way(unsaid), at)) if unsaid == way => Some(at),
             _ => {
                 let at_once =
                     way == Way::Direct || (known.said, way) == (Some(Way::Direct), Way::Relay) || known.silent;
@@ -105,16 +119,30 @@ impl Told {
         let says = due.is_some_and(|at| at <= now);
         if says {
             (known.said, known.said_at) = (Some(way), Some(now));
+            known.missed |= way == Way::Nothing;
         }
-        self.put_off(peer, due.filter(|_| !says).map(|at| (way, at)));
-        says.then_some(way)
+        self.put_off(peer, due.filter(|_| !says).map(|at| (News::Way(way), at)));
+        says.then_some(News::Way(way))
+    }
+
+    /// A peer that was said to be out of reach answers: that is said as soon as it may have a line.
+    fn note_again(&mut self, peer: NodePublic, way: Option<Way>, now: Instant) -> Option<News> {
+        let known = self.peers.get_mut(&peer)?;
+        let (news, at) = (News::Again(way), known.said_at.map_or(now, |at| now.max(at + PAUSE)));
+        if at > now {
+            self.put_off(peer, Some((news, at)));
+            return None;
+        }
+        (known.said, known.said_at, known.missed) = (way, Some(now), false);
+        self.put_off(peer, None);
+        Some(news)
     }
 
     /// A peer did not answer somebody who waited for it. What to say now, if anything.
-    pub(super) fn note_silent(&mut self, peer: NodePublic, now: Instant) -> Option<Way> {
+    pub(super) fn note_silent(&mut self, peer: NodePublic, now: Instant) -> Option<News> {
         let known = self.peers.entry(peer).or_default();
         known.silent = true;
-        if known.unsaid.is_some_and(|(way, _)| way == Way::Nothing) {
+        if known.unsaid.is_some_and(|(news, _)| news == News::Way(Way::Nothing)) {
             // It was to settle; now it has.
             self.put_off(peer, None);
         }
@@ -124,7 +152,7 @@ impl Told {
     /// A peer answered somebody. Whether it was said to be out of reach.
     pub(super) fn note_answer(&mut self, peer: &NodePublic) -> bool {
         let Some(known) = self.peers.get_mut(peer) else { return false };
-        let wrong = known.silent || known.said == Some(Way::Nothing);
+        let wrong = known.silent || known.missed || known.said == Some(Way::Nothing);
         known.pardon();
         wrong
     }
@@ -137,7 +165,7 @@ impl Told {
         }
     }
 
-    fn put_off(&mut self, peer: NodePublic, unsaid: Option<(Way, Instant)>) {
+    fn put_off(&mut self, peer: NodePublic, unsaid: Option<(News, Instant)>) {
         let Some(known) = self.peers.get_mut(&peer) else { return };
         if let Some((_, at)) = std::mem::replace(&mut known.unsaid, unsaid) {
             self.due.remove(&(at, peer));
@@ -169,17 +197,17 @@ mod tests {
     }
 
     /// What is said when a peer's way is each of these from its second on, up to a minute.
-    fn said(ways: &[(u64, Way)]) -> Vec<(u64, Way)> {
+    fn said(ways: &[(u64, Way)]) -> Vec<(u64, News)> {
         let ((mut told, key), start) = (one_in_use(), Instant::now());
         let mut lines = Vec::new();
         for second in 0..60 {
             let now = start + Duration::from_secs(second);
             for (_, way) in ways.iter().filter(|(at, _)| *at == second) {
-                lines.extend(told.note(key, Some(*way), false, now).map(|way| (second, way)));
+                lines.extend(told.note(key, Some(*way), false, now).map(|news| (second, news)));
             }
             let way = ways.iter().rfind(|(at, _)| *at <= second).map(|(_, way)| *way);
             if told.due(now) == [key] {
-                lines.extend(told.note(key, way, false, now).map(|way| (second, way)));
+                lines.extend(told.note(key, way, false, now).map(|news| (second, news)));
             }
             assert!(told.next_deadline().is_none_or(|at| at > now));
         }
@@ -188,14 +216,15 @@ mod tests {
 
     #[test]
     fn relay_before_the_first_direct_path_is_said_only_when_it_lasts() {
-        assert_eq!(said(&[(0, Way::Relay), (1, Way::Direct)]), [(1, Way::Direct)]);
-        assert_eq!(said(&[(0, Way::Relay), (3, Way::Relay)]), [(5, Way::Relay)]);
+        assert_eq!(said(&[(0, Way::Relay), (1, Way::Direct)]), [(1, News::Way(Way::Direct))]);
+        assert_eq!(said(&[(0, Way::Relay), (3, Way::Relay)]), [(5, News::Way(Way::Relay))]);
     }
 
     #[test]
     fn loss_of_a_direct_path_is_said_at_once_and_loss_of_all_once_it_lasts() {
         let lost = [(0, Way::Direct), (20, Way::Relay), (40, Way::Nothing), (41, Way::Relay), (42, Way::Nothing)];
-        assert_eq!(said(&lost), [(0, Way::Direct), (20, Way::Relay), (47, Way::Nothing)]);
+        let lines = [(0, Way::Direct), (20, Way::Relay), (47, Way::Nothing)];
+        assert_eq!(said(&lost), lines.map(|(second, way)| (second, News::Way(way))));
     }
 
     #[test]
@@ -204,17 +233,17 @@ mod tests {
             (0..25).map(|second| (second, if second % 2 == 0 { Way::Direct } else { Way::Relay })).collect();
         let lines = said(&flaps);
         assert!(lines.windows(2).all(|pair| pair[1].0 - pair[0].0 >= 10), "{lines:?}");
-        assert_eq!(lines.last().unwrap().1, Way::Direct);
+        assert_eq!(lines.last().unwrap().1, News::Way(Way::Direct));
     }
 
     #[test]
     fn silence_met_by_a_dial_is_said_once_until_the_peer_is_back() {
         let ((mut told, key), now) = (one_in_use(), Instant::now());
-        assert_eq!(told.note_silent(key, now), Some(Way::Nothing));
+        assert_eq!(told.note_silent(key, now), Some(News::Way(Way::Nothing)));
         assert_eq!(told.note_silent(key, now + PAUSE), None);
         assert_eq!(told.note(key, Some(Way::Relay), false, now + PAUSE), None, "a path is no answer");
-        assert_eq!(told.note(key, Some(Way::Direct), true, now + PAUSE), Some(Way::Direct));
-        assert_eq!(told.note_silent(key, now + 2 * PAUSE), Some(Way::Nothing));
+        assert_eq!(told.note(key, Some(Way::Direct), true, now + PAUSE), Some(News::Again(Some(Way::Direct))));
+        assert_eq!(told.note_silent(key, now + 2 * PAUSE), Some(News::Way(Way::Nothing)));
     }
 
     #[test]
@@ -223,25 +252,25 @@ mod tests {
         type Back = fn(&mut Told, NodePublic, Instant);
         let ways_back: [(&str, Back); 3] = [
             ("session", |told, key, now| assert_eq!(told.note(key, Some(Way::Relay), true, now), None)),
-            ("answer", |told, key, _| assert!(told.note_answer(&key) && !told.note_answer(&key))),
+            ("answer", |told, key, _| assert!(told.note_answer(&key))),
             ("unused", |told, key, _| told.forget(&key)),
         ];
         for (name, back) in ways_back {
-            assert_eq!(told.note_silent(key, now), Some(Way::Nothing), "before {name}");
+            assert_eq!(told.note_silent(key, now), Some(News::Way(Way::Nothing)), "before {name}");
             back(&mut told, key, now + Duration::from_secs(1));
             now += PAUSE;
         }
-        assert_eq!(told.note_silent(key, now), Some(Way::Nothing));
+        assert_eq!(told.note_silent(key, now), Some(News::Way(Way::Nothing)));
     }
 
     #[test]
     fn silence_too_soon_after_another_line_is_said_later_though_the_dial_is_over_by_then() {
         let ((mut told, key), now) = (one_in_use(), Instant::now());
-        assert_eq!(told.note(key, Some(Way::Direct), true, now), Some(Way::Direct));
+        assert_eq!(told.note(key, Some(Way::Direct), true, now), Some(News::Way(Way::Direct)));
         assert_eq!(told.note_silent(key, now + SETTLE), None);
         told.close(&key);
         assert_eq!(told.next_deadline(), Some(now + PAUSE));
-        assert_eq!(told.note(key, Some(Way::Relay), false, now + PAUSE), Some(Way::Nothing));
+        assert_eq!(told.note(key, Some(Way::Relay), false, now + PAUSE), Some(News::Way(Way::Nothing)));
     }
 
     #[test]
@@ -257,5 +286,42 @@ mod tests {
         assert_eq!(told.note(key, Some(Way::Relay), false, now + SETTLE), None);
         assert_eq!(told.next_deadline(), None);
         assert_eq!(told.note(key, Some(Way::Direct), true, now + SETTLE), None);
+    }
+
+    #[test]
+    fn end_of_an_outage_that_was_said_is_said_once_though_nobody_uses_the_peer_by_then() {
+        for way in [Some(Way::Direct), Some(Way::Relay), None] {
+            let ((mut told, key), now) = (one_in_use(), Instant::now());
+            assert_eq!(told.note(key, way, true, now), way.filter(|way| *way == Way::Direct).map(News::Way));
+            assert!(told.note_silent(key, now + PAUSE).is_some());
+            told.close(&key);
+            assert_eq!(told.note(key, Some(Way::Relay), false, now + PAUSE), None, "a path is no answer");
+            // Too soon: it would be a second line within ten seconds.
+            assert_eq!(told.note(key, way, true, now + PAUSE + SETTLE), None);
+            assert_eq!(told.due(now + 2 * PAUSE), [key]);
+            assert_eq!(told.note(key, way, true, now + 2 * PAUSE), Some(News::Again(way)));
+            assert_eq!(told.note(key, way, true, now + 4 * PAUSE), None);
+            assert_eq!(told.next_deadline(), None);
+        }
+    }
+
+    #[test]
+    fn peer_that_comes_and_goes_has_one_line_in_ten_seconds_and_no_end_without_its_warning() {
+        let ((mut told, key), start) = (one_in_use(), Instant::now());
+        let mut lines = Vec::new();
+        for second in 0..300 {
+            let now = start + Duration::from_secs(second);
+            let news = match second % 14 {
+                0 => told.note_silent(key, now),
+                7 => told.note(key, Some(Way::Relay), true, now),
+                _ if told.due(now) != [key] => None,
+                phase => told.note(key, Some(Way::Relay), phase > 7, now),
+            };
+            lines.extend(news.map(|news| (second, news)));
+        }
+        assert!(lines.windows(2).all(|pair| pair[1].0 - pair[0].0 >= 10), "{lines:?}");
+        let ends = |(_, news): &(u64, News)| matches!(news, News::Again(_));
+        assert!(lines.iter().filter(|line| ends(line)).count() > 5, "{lines:?}");
+        assert!(!ends(&lines[0]) && !lines.windows(2).any(|pair| ends(&pair[0]) && ends(&pair[1])), "{lines:?}");
     }
 }

@@ -108,7 +108,15 @@ pub(crate) fn without_relays_the_end_of_udp_is_told_as_what_it_is(bed: &Bed) -> 
     let (refused, _) = (refused?, said?);
     refused.expect(504, "TC-1601")?;
     let text = refused.text();
-    if text.contains("--transport direct allows no relay") { Ok(()) } else { Err(text.into()) }
+    if !text.contains("--transport direct allows no relay") {
+        return Err(text.into());
+    }
+    // And its end as loudly.
+    until(Duration::from_secs(20), "the peer to be reached", || Ok(sidecar.page("web", "web").ok()))?;
+    sidecar
+        .process
+        .says("WARN tailcar::node::core::paths: peer can be reached again", Duration::from_secs(15))
+        .map(drop)
 }
 
 /// `--transport derp` sends nothing to peers; a peer in another region, known by its pin, is reached there.
