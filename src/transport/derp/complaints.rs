@@ -54,10 +54,12 @@ impl Complaints {
         }
     }
 
-    /// A relay has admitted us.
+    /// A relay has admitted us. The end of a complaint is as loud as that was.
     pub(super) fn note_admitted(&mut self) {
-        if std::mem::take(&mut self.lost) | std::mem::take(&mut self.unusable) {
-            info!(region = self.region, "derp region can be used again");
+        match (std::mem::take(&mut self.unusable), std::mem::take(&mut self.lost)) {
+            (true, _) => warn!(region = self.region, "derp region can be used again"),
+            (false, true) => info!(region = self.region, "derp region can be used again"),
+            (false, false) => {}
         }
     }
 
@@ -68,7 +70,7 @@ impl Complaints {
             return;
         }
         if problem.is_empty() {
-            info!(region, "derp healthy again");
+            warn!(region, "derp healthy again");
         } else if self.problems.take() {
             warn!(region, problem, "derp reports a problem");
         } else {
@@ -160,7 +162,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_region_that_is_lost_is_told_of_once_and_so_is_its_return() {
         let (mut complaints, log) = (Complaints::new(7), Log::default());
-        let again = ["INFO derp region can be used again region=7"];
+        let again = |level: &str| [format!("{level} derp region can be used again region=7")];
         assert!(log.of(|| complaints.note_admitted()).is_empty(), "nobody complained");
         let lost = log.of(|| {
             complaints.note_loss(&closed(), true);
@@ -169,8 +171,13 @@ mod tests {
         let reason = "error=the connection to relay relay ended: closed by the other side";
         let unusable = "WARN derp region cannot be used region=7 error=the region has no usable relay";
         assert_eq!(lost, [format!("INFO derp connection lost region=7 {reason}"), unusable.to_owned()]);
-        assert_eq!(log.of(|| complaints.note_admitted()), again);
+        assert_eq!(log.of(|| complaints.note_admitted()), again("WARN"));
         assert!(log.of(|| complaints.note_admitted()).is_empty());
+        assert_eq!(log.of(|| complaints.note_loss(&closed(), true)).len(), 1);
+        assert_eq!(log.of(|| complaints.note_admitted()), again("INFO"));
+        let problem = log.of(|| ["full", ""].iter().for_each(|problem| complaints.note_problem(problem)));
+        let lines = ["WARN derp reports a problem region=7 problem=\"full\"", "WARN derp healthy again region=7"];
+        assert_eq!(problem, lines);
     }
 
     #[tokio::test(start_paused = true)]
