@@ -207,10 +207,10 @@ rows! {
         "look into the log of the resolver that the cause names";
     DNS_SILENT: 1404 Dns, exit 68, again YES, DNS_TIMEOUT
         "the resolver does not answer"
-        "check that it runs, and that a grant lets this node reach its port 53";
+        "check that it runs, and the peer before it if the cause names one, and that a grant lets this node reach its port 53";
     DNS_UNREACHABLE: 1405 Dns, exit 68, again YES, DNS_TIMEOUT
         "the resolver cannot be reached through the tailnet"
-        "check that a peer is online that routes its address, and that a grant covers it";
+        "check that a peer routes its address, runs and is online (the cause names it), and that a grant covers it";
     DNS_BAD_NAME: 1406 Dns, exit 68, again NO, DNS_ERROR
         "this is not a DNS name"
         "check the spelling: labels of at most 63 characters, 253 in all";

@@ -136,7 +136,7 @@ pub enum Gap {
 }
 
 impl Gap {
-    fn told(self) -> &'static str {
+    pub(super) fn told(self) -> &'static str {
         match self {
             Self::Direct { udp_blocked: true } => {
                 "; no UDP comes back from anywhere, and --transport direct allows no relay"

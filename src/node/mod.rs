@@ -280,7 +280,8 @@ impl Node {
         };
         let state = lifecycle::watch_state(&client, seen, limits, started, stop.clone());
         tokio::task::spawn_local(overlap::watch(netmap.clone(), config.accept_routes));
-        let resolvers = resolve::Resolvers::start(core.clone(), underlay, control, config.accept_dns);
+        let asks = (config.accept_dns, config.transport);
+        let resolvers = resolve::Resolvers::start(core.clone(), underlay, control, asks);
         Self {
             inner: Rc::new(Inner {
                 config,

@@ -11,6 +11,7 @@ mod networks;
 mod plain;
 mod question;
 mod servers;
+mod silence;
 mod transit;
 mod warm;
 
@@ -28,12 +29,14 @@ use self::cache::{Answers, Key, Outcome};
 use self::networks::Networks;
 use self::question::{Concluded, Desk};
 use self::servers::{Candidate, candidates};
+use self::silence::Silence;
 use self::transit::Transits;
 use super::bridge::Tunnel;
 use super::core::Shared;
 use super::dial::{DialError, Host, RouteError};
 use super::error::ResolveError;
 use crate::dns::{self, Decision, ResolverAddr, Source, decide};
+use crate::engine::Transport;
 use crate::key::NodePublic;
 use crate::netmap::Netmap;
 use crate::transport::underlay::Underlay;
@@ -88,6 +91,7 @@ pub(super) struct Resolvers {
     memory: Rc<RefCell<Memory>>,
     questions: Arc<Semaphore>,
     transits: Transits,
+    silence: Silence,
 }
 
 /// What is known of a question.
@@ -128,7 +132,12 @@ impl Memory {
 
 impl Resolvers {
     /// Starts on the current local runtime. Resolvers are asked from the `control` runtime.
-    pub(super) fn start(core: Shared, underlay: Underlay, control: tokio::runtime::Handle, accept_dns: bool) -> Self {
+    pub(super) fn start(
+        core: Shared,
+        underlay: Underlay,
+        control: tokio::runtime::Handle,
+        (accept_dns, transport): (bool, Transport),
+    ) -> Self {
         let networks = Arc::new(Networks::new(Tunnel::start(core.clone()), underlay));
         if accept_dns {
             let netmaps = core.borrow().netmap();
@@ -137,7 +146,8 @@ impl Resolvers {
         let transits = Transits::start(core.clone(), control.clone(), networks.clone());
         let memory = Rc::new(RefCell::new(Memory::new(networks, Arc::default())));
         let questions = Arc::new(Semaphore::new(QUESTIONS));
-        Self { core, control, accept_dns, memory, questions, transits }
+        let silence = Silence { core: core.clone(), transport };
+        Self { core, control, accept_dns, memory, questions, transits, silence }
     }
 
     /// Whether nobody in the tailnet decides `name`, so that a rule of the user's may let it out. Of a single label that
@@ -323,9 +333,11 @@ impl Resolvers {
             async move { desk.ask(&name, &candidates).await }
         });
         let (asked, memory) = (AbortOnDropHandle::new(asked), self.memory.clone());
+        let (silence, begun) = (self.silence.clone(), Instant::now());
         tokio::task::spawn_local(async move {
             let concluded = asked.await;
             drop(permit);
+            let concluded = concluded.map(|concluded| silence.explained(concluded, &key.1, begun));
             let mut memory = memory.borrow_mut();
             // What was asked by other settings is only for those who waited for it.
             let current = Arc::ptr_eq(&memory.desk, &desk);

@@ -152,15 +152,15 @@ async fn connect(
 
 /// Who is silent when nothing answered a dial.
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+pub(in crate::node) enum Verdict {
     /// The target, as far as is known; for how long nothing has come from its peer, if nothing did during the dial.
     TargetSilent { unheard: Option<Duration> },
     /// The peer; why, where no packet leaves for it.
     PeerSilent(Option<Gap>),
 }
 
-/// Who was silent during a dial that began at `begun`.
-fn verdict(core: &Shared, peer: &NodePublic, transport: Transport, begun: Instant) -> Verdict {
+/// Who was silent during a dial, or a question, that began at `begun`.
+pub(in crate::node) fn verdict(core: &Shared, peer: &NodePublic, transport: Transport, begun: Instant) -> Verdict {
     let (mut core, now) = (core.borrow_mut(), Instant::now());
     let engine = core.engine();
     let udp_blocked = engine.host_state().netinfo.working_udp == Some(false);

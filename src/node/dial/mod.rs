@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::{timeout, timeout_at};
 
-pub(super) use self::connect::{NEXT_ADDRESS, unopened};
+pub(super) use self::connect::{NEXT_ADDRESS, Verdict, unopened, verdict};
 pub(super) use self::route::{is_public, no_family};
 pub(super) use self::wait::WiderRoutes;
 use self::wait::{Sought, until_routed};
@@ -144,13 +144,11 @@ async fn resolve(
     ask: Ask,
     deadline: Instant,
 ) -> Result<Resolved, DialError> {
+    let begun = Instant::now();
     let asked = node.resolvers.resolve(netmap, name, ask);
     match timeout_at(deadline.into(), asked).await {
         Ok(resolved) => resolved,
-        Err(_) => {
-            let (resolver, limit) = ("the tailnet's resolvers".to_owned(), node.config.dial_timeout);
-            Err(ResolveError::Silent { name: name.to_owned(), resolver, limit }.into())
-        }
+        Err(_) => Err(node.resolvers.unanswered(netmap, name, node.config.dial_timeout, begun).into()),
     }
 }
 

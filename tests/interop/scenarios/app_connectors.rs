@@ -39,7 +39,7 @@ pub(super) fn served(sidecar: &Sidecar<'_>, host: &str) -> Result<(String, Strin
 pub(super) fn fails(sidecar: &Sidecar<'_>, host: &str, code: &str, limit: Duration) -> Result<String, Failed> {
     let start = Instant::now();
     let (response, _) = sidecar.tunnel(&format!("{host}:80"))?;
-    let status = if matches!(code, "TC-1404" | "TC-1405") { 504 } else { 502 };
+    let status = if matches!(code, "TC-140" | "TC-1405") { 504 } else { 502 };
     response.expect(status, code).map_err(|why| format!("{host}: {}", why.message().unwrap_or("")))?;
     match start.elapsed() {
         taken if taken > limit => Err(format!("{host} took {taken:?} to fail by {code}").into()),

@@ -98,10 +98,11 @@ pub(crate) fn a_direct_connection_survives_the_loss_of_udp(bed: &Bed) -> Result<
 /// Without relays, a peer whose direct path has died is said to be out of reach, and why: its session outlives the path.
 pub(crate) fn without_relays_the_end_of_udp_is_told_as_what_it_is(bed: &Bed) -> Result<(), Failed> {
     let client = &bed.hosts.client;
-    let mut sidecar = Launch::new(bed).args(&["--transport", "direct", "--dial-timeout", "8s"]).ready()?;
+    let mut sidecar = Launch::new(bed).args(&["--transport", "direct", "--dial-timeout", "12s"]).ready()?;
     sidecar.page("web", "web")?;
     client.nft(BLOCKED)?;
     let refused = sidecar.get_absolute("web", "/");
+    let unresolved = sidecar.get_absolute("any.corp.test", "/");
     // What was said of a peer a moment ago has the next line wait for ten seconds.
     let said = sidecar.process.says("paths: peer cannot be reached", Duration::from_secs(15));
     client.nft("delete table inet blocked")?;
@@ -109,6 +110,13 @@ pub(crate) fn without_relays_the_end_of_udp_is_told_as_what_it_is(bed: &Bed) -> 
     refused.expect(504, "TC-1601")?;
     let text = refused.text();
     if !text.contains("--transport direct allows no relay") {
+        return Err(text.into());
+    }
+    // The resolver behind another such peer is not to blame.
+    let unresolved = unresolved?;
+    unresolved.expect(504, "TC-1405")?;
+    let text = unresolved.text();
+    if !text.contains("router.tb.example, which leads there, did not answer in") {
         return Err(text.into());
     }
     // And its end as loudly.
