@@ -7,6 +7,8 @@ use std::io::{BufRead as _, BufReader};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use if_addrs::Interface;
+
 use crate::transport::interfaces::sources;
 
 /// A default route: the interface, the next hop, and the metric, as the kernel writes them.
@@ -24,8 +26,15 @@ pub(super) struct Snapshot {
     /// `None` when the operating system does not say.
     addresses: Option<Arc<BTreeSet<IpAddr>>>,
     defaults: BTreeSet<Route>,
-    /// The addresses that packets to the internet leave from.
-    sources: BTreeSet<IpAddr>,
+    /// Where packets to the internet leave from, by IPv4 and by IPv6.
+    sources: [Option<Source>; 2],
+}
+
+/// An address that the kernel chooses, and the interface that has it where the operating system says.
+#[derive(Debug, Clone)]
+struct Source {
+    ip: IpAddr,
+    interface: Option<String>,
 }
 
 impl Snapshot {
@@ -33,7 +42,16 @@ impl Snapshot {
     pub(super) fn take() -> Self {
         let v4 = lines("/proc/net/route").filter_map(|line| default_v4(&line));
         let v6 = lines("/proc/net/ipv6_route").filter_map(|line| default_v6(&line));
-        Self { addresses: addresses_now(), defaults: v4.chain(v6).collect(), sources: sources().collect() }
+        let defaults = v4.chain(v6).collect();
+        let interfaces = if_addrs::get_if_addrs().ok();
+        let addresses = interfaces.as_deref().map(|interfaces| running(interfaces).into());
+        let source = |ip: IpAddr| {
+            let mut all = interfaces.iter().flatten();
+            Source { ip, interface: all.find(|interface| interface.ip() == ip).map(|interface| interface.name.clone()) }
+        };
+        let sources: Vec<IpAddr> = sources().collect();
+        let of_family = |v6: bool| sources.iter().find(|ip| ip.is_ipv6() == v6).map(|ip| source(*ip));
+        Self { addresses, defaults, sources: [of_family(false), of_family(true)] }
     }
 
     /// The machine's addresses.
@@ -47,8 +65,8 @@ impl Snapshot {
             (Some(one), Some(other)) => one.difference(other).count(),
             (None, _) | (_, None) => 0,
         };
-        let same = self.defaults == later.defaults && self.sources == later.sources;
-        let none = |one: &Self| one.defaults.is_empty() && one.sources.is_empty();
+        let same = self.defaults == later.defaults && self.leaves_as_in(later);
+        let none = |one: &Self| one.defaults.is_empty() && one.sources.iter().all(Option::is_none);
         let route = match (same, none(self), none(later)) {
             (true, ..) => RouteChange::None,
             (false, _, true) => RouteChange::Gone,
@@ -58,22 +76,47 @@ impl Snapshot {
         Change { gone: count(self, later), new: count(later, self), route }
     }
 
+    /// Whether packets leave as they do in a later look: from the same addresses, or from others of the same interfaces
+    /// while the former are still there. Of several IPv6 addresses the kernel prefers the newest, and the others serve on.
+    fn leaves_as_in(&self, later: &Self) -> bool {
+        let has = |ip: &IpAddr| later.addresses.as_ref().is_some_and(|addresses| addresses.contains(ip));
+        self.sources.iter().zip(&later.sources).all(|(before, after)| match (before, after) {
+            (None, None) => true,
+            (Some(before), Some(after)) => {
+                let same_interface = before.interface.is_some() && before.interface == after.interface;
+                before.ip == after.ip || (same_interface && has(&before.ip))
+            }
+            (None, Some(_)) | (Some(_), None) => false,
+        })
+    }
+
     /// With these addresses, and a default route by each of these interfaces.
     #[cfg(test)]
     pub(super) fn of(addresses: &[&str], interfaces: &[&str]) -> Self {
         let addresses: BTreeSet<IpAddr> = addresses.iter().map(|ip| ip.parse().expect("an address")).collect();
         let route = |name: &&str| ((*name).to_owned(), "0102A8C0".to_owned(), "0".to_owned());
         let defaults = interfaces.iter().map(route).collect();
-        Self { addresses: Some(addresses.into()), defaults, sources: BTreeSet::new() }
+        Self { addresses: Some(addresses.into()), defaults, sources: [None, None] }
+    }
+
+    /// The same, with packets that leave from an address of an interface.
+    #[cfg(test)]
+    pub(super) fn from(self, ip: &str, interface: Option<&str>) -> Self {
+        let ip: IpAddr = ip.parse().expect("an address");
+        let mut sources = self.sources;
+        sources[usize::from(ip.is_ipv6())] = Some(Source { ip, interface: interface.map(str::to_owned) });
+        Self { sources, ..self }
     }
 }
 
 /// The machine's addresses as they are now, by the rules of [`Snapshot`].
 pub(super) fn addresses_now() -> Option<Arc<BTreeSet<IpAddr>>> {
-    let interfaces = if_addrs::get_if_addrs().ok()?.into_iter();
-    let running = interfaces.filter(|interface| interface.is_oper_up() && !interface.is_link_local());
-    let addresses: BTreeSet<IpAddr> = running.map(|one| one.ip()).filter(|ip| !ip.is_loopback()).collect();
-    Some(addresses.into())
+    Some(running(&if_addrs::get_if_addrs().ok()?).into())
+}
+
+fn running(interfaces: &[Interface]) -> BTreeSet<IpAddr> {
+    let running = interfaces.iter().filter(|interface| interface.is_oper_up() && !interface.is_link_local());
+    running.map(Interface::ip).filter(|ip| !ip.is_loopback()).collect()
 }
 
 /// The lines of a file, one at a time: a router has a million routes. None where it cannot be read.
@@ -202,11 +245,27 @@ mod tests {
 
     #[test]
     fn another_source_is_another_route_whatever_the_main_table_says() {
-        let from =
-            |source: &str| Snapshot { sources: [source.parse().unwrap()].into(), ..Snapshot::of(&[], &["eth0"]) };
-        let change = from("10.0.0.1").compare(&from("10.0.0.2"));
-        assert!(change.is_move() && change.is_of_routes());
-        assert!(from("10.0.0.1").compare(&from("10.0.0.1")).is_nothing());
+        let both = || Snapshot::of(&["10.0.0.1", "10.0.0.2"], &["eth0"]);
+        let home = both().from("10.0.0.1", Some("eth0"));
+        let is_route = |other: Snapshot| home.compare(&other).is_of_routes();
+        assert!(is_route(both().from("10.0.0.2", Some("eth1"))), "by a rule and another table");
+        assert!(is_route(Snapshot::of(&["10.0.0.2"], &["eth0"]).from("10.0.0.2", Some("eth0"))), "the former is gone");
+        assert!(is_route(both()), "no packet leaves any more");
+        assert!(home.compare(&home).is_nothing());
+        let unknown = |ip| Snapshot { addresses: None, ..Snapshot::of(&[], &[]) }.from(ip, None);
+        assert!(unknown("10.0.0.1").compare(&unknown("10.0.0.2")).is_of_routes(), "nothing is known of interfaces");
+    }
+
+    #[test]
+    fn a_newer_address_that_the_kernel_prefers_is_no_other_route() {
+        let (old, new) = ("2001:db8::2", "2001:db8::3");
+        let before = Snapshot::of(&[old], &["eth0"]).from(old, Some("eth0"));
+        let after = Snapshot::of(&[old, new], &["eth0"]).from(new, Some("eth0"));
+        let change = before.compare(&after);
+        assert!(!change.is_move() && !change.is_of_routes(), "{change}");
+        assert_eq!(change.to_string(), "an address is new");
+        let preferred_later = Snapshot::of(&[old, new], &["eth0"]).from(old, Some("eth0"));
+        assert!(preferred_later.compare(&after).is_nothing());
     }
 
     #[test]
