@@ -3,14 +3,14 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use super::Engine;
 use super::roster::Slot;
+use super::{Engine, LocalEndpoints};
 
 impl Engine {
     /// Our way into the network is another, or may be: an address went, a default route moved, or we slept. What was
     /// known of paths is in doubt, so the peers in use are asked at every address, and told of ours as soon as STUN has
     /// found them; meanwhile packets go by DERP as well.
-    pub fn handle_move(&mut self, endpoints: Vec<SocketAddr>, now: Instant) {
+    pub fn handle_move(&mut self, endpoints: LocalEndpoints, now: Instant) {
         self.magicsock.handle_move(endpoints, &self.roster, now);
         self.settle(now);
     }

@@ -27,7 +27,7 @@ use rand::{Rng, SeedableRng};
 use self::egress::{BATCH_LENGTH, Egress};
 use self::inbound::Inbound;
 pub use self::inbound::{Flow, Protocol};
-pub use self::magicsock::HostState;
+pub use self::magicsock::{HostState, LocalEndpoints};
 use self::magicsock::{Magicsock, Via};
 pub use self::output::{Config, NoRoute, Output, PathStatus, PeerStatus, Transport};
 use self::roster::{Change, Roster, Slot};
@@ -197,7 +197,7 @@ impl Engine {
 
     /// Our interfaces' addresses with the bound ports, where the ways that packets take are as before; see
     /// [`handle_move`](Self::handle_move).
-    pub fn set_local_endpoints(&mut self, endpoints: Vec<SocketAddr>, now: Instant) {
+    pub fn set_local_endpoints(&mut self, endpoints: LocalEndpoints, now: Instant) {
         self.magicsock.set_local_endpoints(endpoints, &self.roster, now);
     }
 

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use if_addrs::IfAddr;
 use ipnet::IpNet;
 
+use crate::engine::LocalEndpoints;
 use crate::netmap::tailnet_range;
 
 /// Addresses on the internet at which nobody is. Source: RFC 5737, 3; RFC 3849, 2.
@@ -27,7 +28,10 @@ pub(super) fn sources() -> impl Iterator<Item = IpAddr> {
 /// The addresses that a peer might reach us at without a relay, each with our port of its family. Loopback only where
 /// there is nothing else, as between two nodes on one machine; link-local and tailnet addresses never.
 /// Source: Tailscale, net/netmon, `LocalAddresses`.
-pub fn local_endpoints(ports: (Option<u16>, Option<u16>)) -> Vec<SocketAddr> {
+///
+/// A family that only addresses lead out of which no peer is told of, as in networks that a carrier's NAT or a cloud
+/// numbers like tailnets, is there all the same.
+pub fn local_endpoints(ports: (Option<u16>, Option<u16>)) -> LocalEndpoints {
     let addresses: Vec<IpAddr> = match if_addrs::get_if_addrs() {
         Ok(interfaces) => interfaces.into_iter().map(|interface| interface.ip()).collect(),
         Err(_) => sources().collect(),
@@ -35,13 +39,21 @@ pub fn local_endpoints(ports: (Option<u16>, Option<u16>)) -> Vec<SocketAddr> {
     let (loopback, others): (Vec<IpAddr>, Vec<IpAddr>) =
         addresses.into_iter().filter(|ip| usable(*ip)).partition(IpAddr::is_loopback);
     let chosen = if others.is_empty() { loopback } else { others };
-    let mut endpoints: Vec<SocketAddr> = chosen
-        .into_iter()
-        .filter_map(|ip| Some(SocketAddr::new(ip, if ip.is_ipv4() { ports.0? } else { ports.1? })))
-        .collect();
+    local(chosen, sources(), ports)
+}
+
+fn local(
+    endpoints: Vec<IpAddr>,
+    sources: impl Iterator<Item = IpAddr>,
+    ports: (Option<u16>, Option<u16>),
+) -> LocalEndpoints {
+    let with_port = |ip: IpAddr| Some(SocketAddr::new(ip, if ip.is_ipv4() { ports.0? } else { ports.1? }));
+    let mut endpoints: Vec<SocketAddr> = endpoints.into_iter().filter_map(with_port).collect();
     endpoints.sort_unstable();
     endpoints.dedup();
-    endpoints
+    let mut local = LocalEndpoints::from(endpoints);
+    sources.filter_map(with_port).for_each(|source| local.note_source(source.ip()));
+    local
 }
 
 /// The networks that this machine is in, loopback, link-local and tailnets left out.
@@ -93,6 +105,17 @@ mod tests {
 
     #[test]
     fn a_family_without_a_socket_has_no_endpoint() {
-        assert!(local_endpoints((None, None)).is_empty());
+        assert_eq!(local_endpoints((None, None)), LocalEndpoints::default());
+    }
+
+    #[test]
+    fn an_address_that_is_no_endpoint_makes_a_family_all_the_same() {
+        let own = vec!["2001:db8::2".parse().unwrap()];
+        let sources = || ["100.64.0.5", "2001:db8::2"].into_iter().map(|ip| ip.parse::<IpAddr>().unwrap());
+        let told = vec!["[2001:db8::2]:6".parse().unwrap()];
+        let mut both = LocalEndpoints::from(told.clone());
+        both.note_source("100.64.0.5".parse().unwrap());
+        assert_eq!(local(own.clone(), sources(), (Some(4), Some(6))), both);
+        assert_eq!(local(own, sources(), (None, Some(6))), LocalEndpoints::from(told), "without a socket");
     }
 }

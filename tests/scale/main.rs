@@ -34,7 +34,7 @@ fn engine_at(now: Instant) -> Engine {
         transport: Transport::Auto,
     };
     let mut engine = Engine::new(config, now);
-    engine.set_local_endpoints(vec!["192.0.2.1:4000".parse().unwrap()], now);
+    engine.set_local_endpoints(vec!["192.0.2.1:4000".parse().unwrap()].into(), now);
     engine
 }
 

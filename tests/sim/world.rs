@@ -89,7 +89,7 @@ impl World {
     fn attach(&mut self, node: usize) {
         self.readdress(node);
         let it = &mut self.nodes[node];
-        it.engine.set_local_endpoints(vec![it.inside], self.now);
+        it.engine.set_local_endpoints(vec![it.inside].into(), self.now);
     }
 
     fn readdress(&mut self, node: usize) {
@@ -112,7 +112,7 @@ impl World {
         }
         self.readdress(node);
         let it = &mut self.nodes[node];
-        it.engine.handle_move(vec![it.inside], self.now);
+        it.engine.handle_move(vec![it.inside].into(), self.now);
         self.lose_regions(node, |_| true);
     }
 

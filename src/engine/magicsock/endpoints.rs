@@ -13,10 +13,36 @@ const REMEMBERED: Duration = Duration::from_secs(310);
 /// Mapped ports remembered for each address. Source: the same.
 const REMEMBERED_PORTS: usize = 6;
 
+/// What the machine's interfaces are to us.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LocalEndpoints {
+    /// Where a peer might reach us without a relay.
+    endpoints: Vec<SocketAddr>,
+    /// Whether datagrams can be sent by IPv4, and by IPv6.
+    families: [bool; 2],
+}
+
+impl LocalEndpoints {
+    /// Datagrams can be sent from there, though no peer is told of it: a carrier's NAT has addresses like a tailnet's.
+    pub fn note_source(&mut self, ip: IpAddr) {
+        self.families[usize::from(ip.is_ipv6())] |= !ip.is_loopback();
+    }
+}
+
+impl From<Vec<SocketAddr>> for LocalEndpoints {
+    fn from(endpoints: Vec<SocketAddr>) -> Self {
+        let mut local = Self { endpoints, families: [false; 2] };
+        local.endpoints.clone().iter().for_each(|endpoint| local.note_source(endpoint.ip()));
+        local
+    }
+}
+
 /// The addresses.
 #[derive(Debug, Default)]
 pub(super) struct Endpoints {
     local: Vec<SocketAddr>,
+    /// Whether datagrams can be sent by IPv4, and by IPv6.
+    families: [bool; 2],
     /// What servers saw, and when they last did.
     seen: BTreeMap<SocketAddr, Instant>,
     /// What each server saw, in the present round: to find out whether the NAT minds the destination.
@@ -25,7 +51,8 @@ pub(super) struct Endpoints {
 
 impl Endpoints {
     /// Our interfaces' addresses with the bound port. Whether they are others than before.
-    pub(super) fn set_local(&mut self, mut local: Vec<SocketAddr>) -> bool {
+    pub(super) fn set_local(&mut self, local: LocalEndpoints) -> bool {
+        let LocalEndpoints { endpoints: mut local, families } = local;
         local.retain(|endpoint| !is_overlay(endpoint.ip()) && !is_link_local_v6(endpoint.ip()));
         let elsewhere = local.iter().any(|endpoint| !endpoint.ip().is_loopback());
         if elsewhere {
@@ -33,14 +60,14 @@ impl Endpoints {
         }
         local.sort_unstable();
         local.dedup();
-        let changed = self.local != local;
-        self.local = local;
+        let changed = self.local != local || self.families != families;
+        (self.local, self.families) = (local, families);
         changed
     }
 
-    /// Whether datagrams of that family can be sent at all. IPv4 is assumed while nothing is known.
+    /// Whether datagrams of that family can be sent at all. IPv4 is assumed where neither can: there is loopback.
     pub(super) fn has_family(&self, v6: bool) -> bool {
-        if self.local.is_empty() { !v6 } else { self.local.iter().any(|endpoint| endpoint.is_ipv6() == v6) }
+        if self.families == [false; 2] { !v6 } else { self.families[usize::from(v6)] }
     }
 
     /// Servers are asked anew.
@@ -119,19 +146,38 @@ mod tests {
     fn loopback_is_listed_only_when_there_is_nothing_else() {
         let now = Instant::now();
         let mut endpoints = Endpoints::default();
-        assert!(endpoints.set_local(vec![addr("127.0.0.1:5"), addr("100.100.1.1:5"), addr("[fe80::1]:5")]));
+        assert!(endpoints.set_local(vec![addr("127.0.0.1:5"), addr("100.100.1.1:5"), addr("[fe80::1]:5")].into()));
         assert_eq!(endpoints.list(now), [(addr("127.0.0.1:5"), EndpointType::Local)]);
-        endpoints.set_local(vec![addr("127.0.0.1:5"), addr("192.168.1.2:5"), addr("100.115.92.2:5")]);
+        endpoints.set_local(vec![addr("127.0.0.1:5"), addr("192.168.1.2:5"), addr("100.115.92.2:5")].into());
         let listed = [(addr("100.115.92.2:5"), EndpointType::Local), (addr("192.168.1.2:5"), EndpointType::Local)];
         assert_eq!(endpoints.list(now), listed);
         assert!(!endpoints.has_family(true));
     }
 
     #[test]
+    fn a_family_is_there_with_an_address_that_no_peer_is_told() {
+        let mut endpoints = Endpoints::default();
+        let mut local = LocalEndpoints::from(vec![addr("[2001:db8::2]:5")]);
+        endpoints.set_local(local.clone());
+        assert!(!endpoints.has_family(false) && endpoints.has_family(true));
+        local.note_source("100.64.0.5".parse().unwrap());
+        assert!(endpoints.set_local(local), "it counts as a change");
+        assert!(endpoints.has_family(false) && endpoints.has_family(true));
+        assert_eq!(endpoints.list(Instant::now()).len(), 1);
+    }
+
+    #[test]
+    fn loopback_is_no_sign_of_ipv6() {
+        let mut endpoints = Endpoints::default();
+        endpoints.set_local(vec![addr("127.0.0.1:5"), addr("[::1]:5")].into());
+        assert!(endpoints.has_family(false) && !endpoints.has_family(true));
+    }
+
+    #[test]
     fn what_servers_saw_comes_first_and_is_forgotten_after_five_minutes() {
         let now = Instant::now();
         let mut endpoints = Endpoints::default();
-        endpoints.set_local(vec![addr("192.168.1.2:5")]);
+        endpoints.set_local(vec![addr("192.168.1.2:5")].into());
         endpoints.saw(addr("198.51.100.1:3478"), addr("203.0.113.1:77"), now);
         assert_eq!(endpoints.list(now)[0], (addr("203.0.113.1:77"), EndpointType::Stun));
         endpoints.begin_round();

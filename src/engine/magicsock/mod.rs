@@ -26,6 +26,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use self::derp::{Action, Relays};
+pub use self::endpoints::LocalEndpoints;
 pub use self::netcheck::HostState;
 use self::netcheck::Netcheck;
 use self::peer::Path;
@@ -149,13 +150,13 @@ impl Magicsock {
         self.follow_netcheck(roster, now);
     }
 
-    pub(super) fn set_local_endpoints(&mut self, local: Vec<SocketAddr>, roster: &Roster, now: Instant) {
+    pub(super) fn set_local_endpoints(&mut self, local: LocalEndpoints, roster: &Roster, now: Instant) {
         self.netcheck.set_local_endpoints(local, now);
         self.follow_netcheck(roster, now);
     }
 
     /// Our network is another: see [`Engine::handle_move`](crate::engine::Engine::handle_move).
-    pub(super) fn handle_move(&mut self, local: Vec<SocketAddr>, roster: &Roster, now: Instant) {
+    pub(super) fn handle_move(&mut self, local: LocalEndpoints, roster: &Roster, now: Instant) {
         self.netcheck.handle_move(local, now);
         self.follow_netcheck(roster, now);
         for slot in 0..self.places.len() {

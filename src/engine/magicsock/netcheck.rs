@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::endpoints::Endpoints;
+use super::endpoints::{Endpoints, LocalEndpoints};
 use super::home::{self, Latencies};
 use super::peer::ACTIVE;
 use super::round::Round;
@@ -175,7 +175,7 @@ impl Netcheck {
         self.start(true, now);
     }
 
-    pub(super) fn set_local_endpoints(&mut self, local: Vec<SocketAddr>, now: Instant) {
+    pub(super) fn set_local_endpoints(&mut self, local: LocalEndpoints, now: Instant) {
         if self.transport != Transport::Derp && self.endpoints.set_local(local) {
             self.start(true, now);
             self.publish(now);
@@ -184,7 +184,7 @@ impl Netcheck {
 
     /// Our network is another. Servers are asked at once; what they said before is void, since peers would go on
     /// sending to an address that they are told is ours. Nothing is told before one has answered.
-    pub(super) fn handle_move(&mut self, local: Vec<SocketAddr>, now: Instant) {
+    pub(super) fn handle_move(&mut self, local: LocalEndpoints, now: Instant) {
         if self.transport == Transport::Derp {
             return;
         }

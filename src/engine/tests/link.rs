@@ -24,7 +24,7 @@ fn direct() -> World {
 fn move_away(world: &mut World) {
     world.nodes[0].underlay = "192.0.2.77:7777".parse().unwrap();
     let (underlay, now) = (world.nodes[0].underlay, world.now);
-    world.nodes[0].engine.handle_move(vec![underlay], now);
+    world.nodes[0].engine.handle_move(vec![underlay].into(), now);
 }
 
 /// Two nodes that have spoken by a relay.
@@ -89,7 +89,7 @@ fn what_servers_saw_before_is_told_to_nobody_any_more() {
 fn another_address_beside_the_first_leaves_paths_alone() {
     let mut world = direct();
     let (locals, now) = (vec![world.nodes[0].underlay, "172.17.0.1:1000".parse().unwrap()], world.now);
-    world.nodes[0].engine.set_local_endpoints(locals.clone(), now);
+    world.nodes[0].engine.set_local_endpoints(locals.clone().into(), now);
     assert!(world.is_direct(0));
     world.run(Duration::from_millis(30));
     assert!(locals.iter().all(|local| world.nodes[0].host.endpoints.iter().any(|(endpoint, _)| endpoint == local)));

@@ -15,7 +15,7 @@ fn count(world: &World, what: impl Fn(&Output) -> bool) -> usize {
 fn the_region_that_answers_becomes_home_and_is_connected() {
     let mut world = World::new(Transport::Auto);
     let (underlay, now) = (world.nodes[0].underlay, world.now);
-    world.nodes[0].engine.set_local_endpoints(vec![underlay], now);
+    world.nodes[0].engine.set_local_endpoints(vec![underlay].into(), now);
     world.publish();
     // The answer takes 20 ms, and the other region is waited for 500 ms longer.
     world.run(Duration::from_millis(519));

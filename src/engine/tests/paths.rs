@@ -290,7 +290,7 @@ fn segments_for_one_destination_leave_in_one_batch() {
 fn another_network_voids_what_was_known_of_paths() {
     let mut world = direct();
     let now = world.now;
-    world.nodes[0].engine.handle_move(vec!["192.168.7.7:1".parse().unwrap()], now);
+    world.nodes[0].engine.handle_move(vec!["192.168.7.7:1".parse().unwrap()].into(), now);
     assert!(!world.is_direct(0));
     world.send(0, b"hello again");
     world.run(SECOND * 2);

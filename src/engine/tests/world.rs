@@ -117,7 +117,7 @@ impl World {
 
     pub(super) fn start(&mut self) {
         for node in &mut self.nodes {
-            node.engine.set_local_endpoints(vec![node.underlay], self.now);
+            node.engine.set_local_endpoints(vec![node.underlay].into(), self.now);
         }
         self.publish();
         self.run(Duration::from_secs(8));

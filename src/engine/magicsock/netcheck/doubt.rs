@@ -49,7 +49,7 @@ mod tests {
     /// One that servers of both families have told where we are, at `now` and the instant that follows.
     fn settled(start: Instant) -> (Netcheck, Instant) {
         let mut netcheck = Netcheck::new(Transport::Auto, NodePrivate::random().public(), [7; 32]);
-        netcheck.set_local_endpoints(vec![addr("192.168.1.2:5"), addr("[2001:db8::2]:5")], start);
+        netcheck.set_local_endpoints(vec![addr("192.168.1.2:5"), addr("[2001:db8::2]:5")].into(), start);
         let node = json!({"HostName": "derp1.example", "IPv4": "198.51.100.1", "IPv6": "2001:db8:ff::1"});
         let update = json!({"Regions": {"1": {"RegionID": 1, "Nodes": [node]}}});
         let update: DerpMapUpdate = serde_json::from_value(update).unwrap();
