@@ -172,8 +172,10 @@ impl Magicsock {
         }
     }
 
-    /// Nothing can be sent to that address now: who is reached there is looked for.
+    /// Nothing can be sent to that address now: who is reached there is looked for, and a server there is not waited for.
     pub(super) fn handle_unreachable(&mut self, addr: SocketAddr, roster: &Roster, now: Instant) {
+        self.netcheck.handle_unreachable(addr, now);
+        self.follow_netcheck(roster, now);
         let slots: Vec<Slot> = self.active.iter().copied().collect();
         for slot in slots {
             let Some(entry) = roster.entry(slot) else { continue };

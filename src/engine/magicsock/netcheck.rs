@@ -241,6 +241,14 @@ impl Netcheck {
         true
     }
 
+    /// Nothing can be sent there now: a server of another family than our routes'.
+    pub(super) fn handle_unreachable(&mut self, server: SocketAddr, now: Instant) {
+        if let Some(round) = self.round.as_mut() {
+            round.refuse(server);
+            self.conclude(now);
+        }
+    }
+
     pub(super) fn handle_stun_address(&mut self, region: RegionId, mut servers: Vec<SocketAddr>, now: Instant) {
         servers.retain(|server| self.has_family(server.is_ipv6()));
         self.resolved.insert(region, servers.clone());

@@ -39,6 +39,8 @@ pub(super) struct Round {
     unresolved: BTreeSet<RegionId>,
     sent: BTreeMap<TransactionId, (RegionId, SocketAddr, Instant)>,
     answered: BTreeSet<Target>,
+    /// Servers to which the machine knows no way.
+    refused: BTreeSet<SocketAddr>,
     first_answer: Option<Instant>,
     /// Whether endpoints and home have been concluded from it.
     pub(super) settled: bool,
@@ -58,6 +60,7 @@ impl Round {
             unresolved: BTreeSet::new(),
             sent: BTreeMap::new(),
             answered: BTreeSet::new(),
+            refused: BTreeSet::new(),
             first_answer: None,
             settled: false,
             https: None,
@@ -111,6 +114,11 @@ impl Round {
         Some((region, server, now.duration_since(at)))
     }
 
+    /// Nothing can be sent there now. It is asked again all the same, since routes come late, but not waited for.
+    pub(super) fn refuse(&mut self, server: SocketAddr) {
+        self.refused.insert(server);
+    }
+
     /// HTTPS begins, for these regions.
     pub(super) fn begin_https(&mut self, regions: BTreeSet<RegionId>) {
         self.https = Some(regions);
@@ -139,12 +147,19 @@ impl Round {
         let https_done = self.https.as_ref().is_none_or(BTreeSet::is_empty);
         let all_stun = self.unresolved.is_empty() && self.targets.keys().all(|target| self.answered.contains(target));
         if self.first_answer.is_some() {
-            return all_stun || since(self.first_answer);
+            return self.is_complete() || since(self.first_answer);
         }
         if self.https.is_some() {
             return https_done || since(self.first_https) || self.is_over(now);
         }
         (all_stun && !self.may_https) || self.is_over(now)
+    }
+
+    /// Whether every server answered that can be asked.
+    fn is_complete(&self) -> bool {
+        let is_refused = |servers: &Vec<SocketAddr>| servers.iter().all(|server| self.refused.contains(server));
+        let done = |(target, servers)| self.answered.contains(target) || is_refused(servers);
+        self.unresolved.is_empty() && self.targets.iter().all(done)
     }
 
     /// Whether late answers are no longer waited for.

@@ -31,6 +31,19 @@ fn the_region_that_answers_becomes_home_and_is_connected() {
 }
 
 #[test]
+fn a_server_that_the_machine_knows_no_way_to_is_not_waited_for() {
+    let mut world = World::new(Transport::Auto);
+    world.publish();
+    world.run(Duration::from_millis(1));
+    let (refused, now) = ("198.51.100.2:3478".parse().unwrap(), world.now);
+    assert!(world.datagrams.iter().any(|it| it.1 == refused));
+    world.nodes[0].engine.handle_unreachable(refused, now);
+    assert_eq!(world.nodes[0].engine.host_state().home, None, "nobody has answered yet");
+    world.run(Duration::from_millis(19));
+    assert_eq!(world.nodes[0].host.home, Some(1));
+}
+
+#[test]
 fn a_silent_server_is_asked_three_times() {
     let mut world = World::new(Transport::Auto);
     world.stun_works = false;
