@@ -7,6 +7,7 @@
 //! KIND-a   the network of a client, its NAT at 203.0.113.N and 2001:db8::N: 192.168.N.2, 2001:db8:N::2
 //! KIND-b   the same for a peer
 //! cone-b   a peer whose NAT is particular about addresses, not ports
+//! six-a    has a second way in by eth1, 2001:db8:(100+N)::/64, where it has no address yet
 //! easy-a   has a second host for a peer, .3, and a second LAN, 192.168.(100+N).2, whose peer's port is forwarded
 //! ```
 //! The addresses are from the blocks for documentation, so that none counts as private.
@@ -186,6 +187,7 @@ impl Internet {
         let cone = internet.network(Kind::Cone, "b", 30)?;
         internet.peers.push(cone);
         internet.neighbours()?;
+        internet.second_link()?;
         Ok(internet)
     }
 
@@ -253,9 +255,24 @@ impl Internet {
         ))?;
         Ok(())
     }
+
+    /// The IPv6 client's other way in.
+    fn second_link(&self) -> Result<(), Failed> {
+        let six = self.clients.iter().find(|network| network.kind == Kind::Six).ok_or("no IPv6 client")?;
+        let (Some(router), lan) = (&six.router, six.lan6(1)) else { return Err("no IPv6 router".into()) };
+        cable((&six.host, "eth1"), (router, "lan1"))?;
+        router.ip(&format!("addr add {lan}:1/64 dev lan1 nodad"))?;
+        self.net.ip(&format!("route add {lan}:/64 via 2001:db8::{}", six.number))?;
+        Ok(())
+    }
 }
 
 impl Network {
+    /// What the addresses of one of its LANs begin with: that of `eth0`, or the next. A colon and the host follow.
+    pub(crate) fn lan6(&self, link: u8) -> String {
+        format!("2001:db8:{}:", self.number + 100 * link)
+    }
+
     /// Gives the NAT another address on the internet, or its own again: it forgets all mappings. The new address.
     ///
     /// # Errors

@@ -185,10 +185,14 @@ impl Servers {
     /// # Errors
     /// When it does not join.
     pub(crate) fn tailcar<'a>(&self, bed: &'a Bed, kind: Kind, host: &'a Namespace) -> Result<Client<'a>, Failed> {
-        let authority = self.authority.to_string_lossy();
-        let launch = Launch::new(bed).on(host).control(&Self::url(kind)).secret(&self.key.secret).without_trust();
         let name = format!("tailcar-{}", kind.name());
-        Ok(Client::Tailcar(launch.args(&["--ca-file", &authority]).hostname(&name).ready()?))
+        Ok(Client::Tailcar(self.launch(bed, kind, host).hostname(&name).ready()?))
+    }
+
+    /// A tailcar that is to be started.
+    pub(crate) fn launch<'a>(&self, bed: &'a Bed, kind: Kind, host: &'a Namespace) -> Launch<'a> {
+        let launch = Launch::new(bed).on(host).control(&Self::url(kind)).secret(&self.key.secret).without_trust();
+        launch.args(&["--ca-file", &self.authority.to_string_lossy()])
     }
 }
 

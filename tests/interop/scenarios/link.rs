@@ -21,14 +21,14 @@ const UNDER_WAY: u64 = 2 << 20;
 /// How long the download may pause, and how long control and DERP may take to be back: a machine under load is slow, and
 /// what would be waited for without our doing is minutes.
 const PAUSE_MOST: Duration = Duration::from_secs(20);
-const BACK_MOST: Duration = Duration::from_secs(20);
+pub(super) const BACK_MOST: Duration = Duration::from_secs(20);
 /// How long the process is stopped. What is waited for is the stop itself.
 const STOPPED: Duration = Duration::from_secs(8);
 
 /// What the log says of changes, and of connections that were made.
 const CHANGED: &str = "the network changed";
-const CONTROL: &str = "map stream open";
-const DERP: &str = "derp connected region=";
+pub(super) const CONTROL: &str = "map stream open";
+pub(super) const DERP: &str = "derp connected region=";
 
 /// Another address instead of the first.
 pub(crate) fn a_new_address_in_place_of_the_old_one_stops_no_download(bed: &Bed) -> Result<(), Failed> {
@@ -201,6 +201,14 @@ pub(crate) fn a_download_goes_on_after_a_sleep(bed: &Bed) -> Result<(), Failed> 
     told(&sidecar, "a sleep", Paused { longest: pause.longest.saturating_sub(STOPPED), ..pause })
 }
 
+/// What leaves by that device goes at the rate that gives a download its length.
+pub(super) fn slow_down(host: &Namespace, device: &str) -> Result<(), Failed> {
+    let mut command = host.command("tc");
+    command.args(["qdisc", "replace", "dev", device, "root", "tbf"]).args(RATE.split(' '));
+    output(command)?;
+    Ok(())
+}
+
 /// From now on only connections pass that are seen to begin.
 fn forget_connections(host: &Namespace) -> Result<(), Failed> {
     const FOREIGN: &str = "table inet foreign { chain out { type filter hook output priority 0; \
@@ -226,9 +234,7 @@ fn begin_as<'a>(bed: &'a Bed, launch: Launch<'a>) -> Result<Sidecar<'a>, Failed>
          addr add 10.99.0.25/24 dev eth0\nroute replace default via {TRAP} dev eth0"
     ))?;
     for port in ["p25", "p26"] {
-        let mut command = bed.hosts.wan.command("tc");
-        command.args(["qdisc", "replace", "dev", port, "root", "tbf"]).args(RATE.split(' '));
-        output(command)?;
+        slow_down(&bed.hosts.wan, port)?;
     }
     let sidecar = launch.on(host).ready()?;
     sidecar.page("web", "web")?;
@@ -243,7 +249,7 @@ fn restore(host: &Namespace) -> Result<(), Failed> {
 }
 
 /// How a download went over a change.
-struct Paused {
+pub(super) struct Paused {
     /// The longest time in which nothing arrived.
     longest: Duration,
     /// When control and DERP were back.
@@ -251,16 +257,25 @@ struct Paused {
 }
 
 /// How long after the change control and DERP were back.
-type Back = (Duration, Duration);
+pub(super) type Back = (Duration, Duration);
 
 /// Downloads from the web peer, and changes the network meanwhile.
 fn download(
     sidecar: &Sidecar<'_>,
     change: impl FnOnce() -> Result<Option<Back>, Failed> + Send,
 ) -> Result<Paused, Failed> {
-    let expected = sidecar.get("web", &format!("/sum?n={SIZE}&seed=3"))?.text();
-    let mut stream = sidecar.dial("web", 80)?;
-    let request = format!("GET /bytes?n={SIZE}&seed=3 HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n");
+    download_from(sidecar, "web", change)
+}
+
+/// The same from another peer.
+pub(super) fn download_from(
+    sidecar: &Sidecar<'_>,
+    peer: &str,
+    change: impl FnOnce() -> Result<Option<Back>, Failed> + Send,
+) -> Result<Paused, Failed> {
+    let expected = sidecar.get(peer, &format!("/sum?n={SIZE}&seed=3"))?.text();
+    let mut stream = sidecar.dial(peer, 80)?;
+    let request = format!("GET /bytes?n={SIZE}&seed=3 HTTP/1.1\r\nHost: {peer}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes())?;
     while !crate::client::line(&mut stream)?.is_empty() {}
     let mut change = Some(change);
@@ -296,7 +311,7 @@ fn download(
 }
 
 /// The network changed: waits for the log to say so, and for new connections to control and DERP.
-fn back(sidecar: &Sidecar<'_>, what: &str) -> Result<Option<Back>, Failed> {
+pub(super) fn back(sidecar: &Sidecar<'_>, what: &str) -> Result<Option<Back>, Failed> {
     let changed = Instant::now();
     let is_change = |line: &&str| line.contains(CHANGED) && line.contains(what);
     let after = |text: &str| {
@@ -310,12 +325,18 @@ fn back(sidecar: &Sidecar<'_>, what: &str) -> Result<Option<Back>, Failed> {
 }
 
 /// The changes that the log told of.
-fn changes(sidecar: &Sidecar<'_>) -> Vec<String> {
+pub(super) fn changes(sidecar: &Sidecar<'_>) -> Vec<String> {
     sidecar.process.log().lines().filter(|line| line.contains(CHANGED)).map(str::to_owned).collect()
 }
 
 /// Says how it went, and holds the pause to its bound. A page afterwards is as ever.
 fn told(sidecar: &Sidecar<'_>, what: &str, paused: Paused) -> Result<(), Failed> {
+    bounded(sidecar, what, &paused)?;
+    sidecar.page("web", "web")
+}
+
+/// Says how it went, and holds the pause to its bound.
+pub(super) fn bounded(sidecar: &Sidecar<'_>, what: &str, paused: &Paused) -> Result<(), Failed> {
     let back = paused.back.map_or_else(String::new, |(control, derp)| {
         format!("; DERP back after {:.1} s, control after {:.1} s", derp.as_secs_f32(), control.as_secs_f32())
     });
@@ -323,5 +344,5 @@ fn told(sidecar: &Sidecar<'_>, what: &str, paused: Paused) -> Result<(), Failed>
     if paused.longest > PAUSE_MOST {
         return Err(format!("the download paused for {:?}\n{}", paused.longest, tail(&sidecar.process.log())).into());
     }
-    sidecar.page("web", "web")
+    Ok(())
 }

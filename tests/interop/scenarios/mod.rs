@@ -19,6 +19,7 @@ mod keys;
 mod lasting;
 mod leave;
 mod link;
+mod link_v6;
 mod names;
 mod nat;
 mod nat_changes;
@@ -261,7 +262,7 @@ const PATHS: [Scenario; 6] = [
     scenario!(paths::a_peer_homed_in_another_region_is_reached_there),
 ];
 
-const NAT: [Scenario; 6] = [
+const NAT: [Scenario; 10] = [
     scenario!(nat::every_pair_of_networks_gets_the_path_that_tailscaled_gets).within(120).leaking(),
     scenario!(nat_changes::a_peer_that_restarts_is_found_in_seconds).within(90).leaking(),
     scenario!(nat_changes::a_nat_that_gets_another_address_interrupts_for_seconds).within(90).leaking(),
@@ -269,6 +270,10 @@ const NAT: [Scenario; 6] = [
     scenario!(nat_changes::a_machine_that_refuses_datagrams_and_destroys_sockets_interrupts_for_moments)
         .within(120)
         .leaking(),
+    scenario!(link_v6::newer_addresses_of_one_network_cut_nothing).within(90).leaking(),
+    scenario!(link_v6::another_link_stops_no_relayed_download).within(90).leaking(),
+    scenario!(link_v6::another_address_stops_no_relayed_download).within(90).leaking(),
+    scenario!(link_v6::another_address_stops_no_download_and_is_told_to_peers).within(90).leaking(),
     scenario!(nat_changes::a_peer_whose_nat_gets_another_address_is_followed).within(120).leaking(),
 ];
 

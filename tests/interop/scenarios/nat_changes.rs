@@ -168,7 +168,8 @@ fn go_on(answers: &[AtomicUsize; 2]) {
     }
 }
 
-fn network(networks: &[Network], kind: Kind) -> Result<&Network, Failed> {
+/// The network of a kind.
+pub(super) fn network(networks: &[Network], kind: Kind) -> Result<&Network, Failed> {
     Ok(networks.iter().find(|network| network.kind == kind).ok_or("no such network")?)
 }
 

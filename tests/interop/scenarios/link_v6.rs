@@ -1,0 +1,156 @@
+//! The machine's network becomes another where there is only IPv6: what may be cut is cut and made anew, and no more.
+
+use libtest_mimic::Failed;
+
+use super::link::{self, BACK_MOST, Back, CONTROL, DERP, Paused};
+use super::nat_changes::network;
+use crate::bed::Bed;
+use crate::nat::{CONTROL6, Kind, Network};
+use crate::nat_nodes::Peer;
+use crate::process::{output, tail, until};
+use crate::sidecar::Sidecar;
+
+/// By DERP alone.
+const RELAYED: [&str; 2] = ["--transport", "derp"];
+
+/// A sidecar in the network without IPv4, and a peer in another one. Ends with the host as it was.
+struct Six<'a> {
+    sidecar: Sidecar<'a>,
+    network: &'a Network,
+    peer: &'a Peer,
+}
+
+/// Addresses of the same prefix beside the first, as privacy addresses come: the kernel leaves from the newest, and what
+/// came from the first serves on.
+pub(crate) fn newer_addresses_of_one_network_cut_nothing(bed: &Bed) -> Result<(), Failed> {
+    let six = Six::begin(bed, &RELAYED)?;
+    let (host, log) = (&six.network.host, || six.sidecar.process.log());
+    let connections = || [CONTROL, DERP].map(|made| log().matches(made).count());
+    let before = connections();
+    let paused = six.download(|| {
+        for last in [3, 4] {
+            let address = format!("{}:{last}", six.network.lan6(0));
+            host.ip(&format!("addr add {address}/64 dev eth0"))?;
+            // It is found to be nobody else's first.
+            until(BACK_MOST, "packets from the newer address", || Ok((six.source()? == address).then_some(())))?;
+        }
+        until(BACK_MOST, "two changes in the log", || Ok((link::changes(&six.sidecar).len() > 1).then_some(None)))
+    })?;
+    six.bounded("newer IPv6 addresses, relayed", &paused)?;
+    let changes = link::changes(&six.sidecar);
+    match connections() == before && changes.iter().all(|change| !change.contains("default route")) {
+        true => Ok(()),
+        false => {
+            Err(format!("{before:?} connections became {:?}: {changes:?}\n{}", connections(), tail(&log())).into())
+        }
+    }
+}
+
+/// By another interface and prefix: what comes from the first one's address would be lost there.
+pub(crate) fn another_link_stops_no_relayed_download(bed: &Bed) -> Result<(), Failed> {
+    let six = Six::begin(bed, &RELAYED)?;
+    let (host, first, second) = (&six.network.host, six.network.lan6(0), six.network.lan6(1));
+    let paused = six.download(|| {
+        host.nft(&format!(
+            "table inet foreign {{ chain out {{ type filter hook output priority 0; \
+             oifname eth1 ip6 saddr {first}:2 drop; }}; }}"
+        ))?;
+        host.ip(&format!(
+            "addr add {second}:2/64 dev eth1 nodad\nroute replace default via {second}:1 dev eth1\n\
+             route del {first}:/64 dev eth0"
+        ))?;
+        link::back(&six.sidecar, "the default route moved")
+    })?;
+    six.bounded("another interface, IPv6, relayed", &paused)
+}
+
+/// Another address instead of the first.
+pub(crate) fn another_address_stops_no_relayed_download(bed: &Bed) -> Result<(), Failed> {
+    let six = Six::begin(bed, &RELAYED)?;
+    let paused = six.download(|| six.renumber())?;
+    six.bounded("another IPv6 address, relayed", &paused)
+}
+
+/// The same with a direct path. Control, and peers through it, hear of the new address, and of the old one no more.
+pub(crate) fn another_address_stops_no_download_and_is_told_to_peers(bed: &Bed) -> Result<(), Failed> {
+    let six = Six::begin(bed, &[])?;
+    let (old, new) = (format!("{}:2", six.network.lan6(0)).parse()?, format!("{}:3", six.network.lan6(0)).parse()?);
+    let told = || {
+        let told = six.peer.endpoints_of(&six.sidecar.hostname)?;
+        let knows = |ip: std::net::IpAddr| told.iter().any(|endpoint| endpoint.ip() == ip);
+        Ok::<_, Failed>((knows(old), knows(new)))
+    };
+    until(BACK_MOST, "control to know the first address", || Ok((told()? == (true, false)).then_some(())))?;
+    let paused = six.download(|| {
+        let back = six.renumber()?;
+        until(BACK_MOST, "control to know only the new address", || Ok((told()? == (false, true)).then_some(())))?;
+        Ok(back)
+    })?;
+    six.bounded("another IPv6 address", &paused)
+}
+
+impl<'a> Six<'a> {
+    fn begin(bed: &'a Bed, args: &[&str]) -> Result<Self, Failed> {
+        let nat = bed.nat()?;
+        let (network, peer) = (network(&nat.internet.clients, Kind::Six)?, nat.peer(Kind::Six)?);
+        restore(network)?;
+        let router = network.router.as_ref().ok_or("no router")?;
+        for device in ["lan0", "lan1"] {
+            link::slow_down(router, device)?;
+        }
+        let sidecar = nat.servers.launch(bed, Kind::Six, &network.host).args(args).ready()?;
+        let six = Self { sidecar, network, peer };
+        six.sidecar.page(&peer.address, &peer.name)?;
+        Ok(six)
+    }
+
+    fn download(&self, change: impl FnOnce() -> Result<Option<Back>, Failed> + Send) -> Result<Paused, Failed> {
+        link::download_from(&self.sidecar, &self.peer.address, change)
+    }
+
+    /// Holds the pause to the bound of all such changes. A page afterwards is as ever.
+    fn bounded(&self, what: &str, paused: &Paused) -> Result<(), Failed> {
+        link::bounded(&self.sidecar, what, paused)?;
+        self.sidecar.page(&self.peer.address, &self.peer.name)
+    }
+
+    /// Puts another address in place of the first.
+    fn renumber(&self) -> Result<Option<Back>, Failed> {
+        let lan = self.network.lan6(0);
+        let lines = format!("addr del {lan}:2/64 dev eth0\naddr add {lan}:3/64 dev eth0 nodad");
+        self.network.host.ip(&lines)?;
+        link::back(&self.sidecar, "an address is gone")
+    }
+
+    /// The address that packets to control leave from.
+    fn source(&self) -> Result<String, Failed> {
+        let mut command = self.network.host.command("ip");
+        command.args(["-6", "route", "get", CONTROL6]);
+        let route = output(command)?;
+        Ok(route.split_whitespace().skip_while(|word| *word != "src").nth(1).unwrap_or_default().to_owned())
+    }
+}
+
+impl Drop for Six<'_> {
+    fn drop(&mut self) {
+        let _ = restore(self.network);
+    }
+}
+
+/// The network as it was made, at full speed.
+fn restore(network: &Network) -> Result<(), Failed> {
+    let (host, lan) = (&network.host, network.lan6(0));
+    host.nft("table inet foreign { }\ndelete table inet foreign")?;
+    host.ip(&format!(
+        "addr flush dev eth0 scope global\naddr flush dev eth1 scope global\n\
+         addr add {lan}:2/64 dev eth0 nodad\nroute replace default via {lan}:1 dev eth0"
+    ))?;
+    let router = network.router.as_ref().ok_or("no router")?;
+    for device in ["lan0", "lan1"] {
+        let mut command = router.command("tc");
+        // There is none before the first of these scenarios.
+        command.args(["qdisc", "del", "dev", device, "root"]);
+        let _ = output(command);
+    }
+    Ok(())
+}
