@@ -268,6 +268,21 @@ impl Internet {
 }
 
 impl Network {
+    /// Numbers the host as a carrier does, or as before: an address of the range that tailnets have theirs from. IPv6 stays.
+    ///
+    /// # Errors
+    /// With what `ip` said.
+    pub(crate) fn number_like_a_carrier(&self, like: bool) -> Result<(), Failed> {
+        let Some(router) = &self.router else { return Err("an open network has no LAN".into()) };
+        let (own, carrier) = (format!("192.168.{}", self.number), "100.64.0".to_owned());
+        let (from, to) = if like { (own, carrier) } else { (carrier, own) };
+        router.ip(&format!("addr del {from}.1/24 dev lan0\naddr add {to}.1/24 dev lan0"))?;
+        self.host.ip(&format!(
+            "addr del {from}.2/24 dev eth0\naddr add {to}.2/24 dev eth0\nroute replace default via {to}.1 dev eth0"
+        ))?;
+        Ok(())
+    }
+
     /// What the addresses of one of its LANs begin with: that of `eth0`, or the next. A colon and the host follow.
     pub(crate) fn lan6(&self, link: u8) -> String {
         format!("2001:db8:{}:", self.number + 100 * link)

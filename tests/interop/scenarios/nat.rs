@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 
+use super::nat_changes::network;
 use crate::bed::Bed;
 use crate::nat::{Kind, Network, Way};
 use crate::nat_nodes::{Client, Peer, Start, side_by_side};
@@ -135,6 +136,27 @@ pub(crate) fn every_pair_of_networks_gets_the_path_that_tailscaled_gets(bed: &Be
     }
     table(&trips);
     judge(&trips)
+}
+
+/// A host whose IPv4 address is of the range that tailnets have theirs from, which no peer is told, with IPv6 beside: a
+/// peer without IPv6 is reached directly all the same.
+pub(crate) fn a_carriers_address_leads_directly_to_a_peer(bed: &Bed) -> Result<(), Failed> {
+    let nat = bed.nat()?;
+    let (network, peer) = (network(&nat.internet.clients, Kind::Dual)?, nat.peer(Kind::Open)?);
+    network.number_like_a_carrier(true)?;
+    let direct = || {
+        let client = nat.servers.tailcar(bed, Kind::Dual, &network.host)?;
+        peer.knows(&client)?;
+        let mut trip = Trip::begin("a carrier's address".to_owned(), &client, peer, Way::DirectV4)?;
+        until(Duration::from_secs(10), "a direct path from a carrier's address", || {
+            trip.echo()?;
+            trip.look()?;
+            Ok((trip.way() == Way::DirectV4).then_some(()))
+        })
+    };
+    let result = direct();
+    network.number_like_a_carrier(false)?;
+    result
 }
 
 /// A NAT that maps to another port for each destination has us tell what every STUN server saw.
