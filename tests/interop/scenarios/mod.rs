@@ -262,9 +262,10 @@ const PATHS: [Scenario; 6] = [
     scenario!(paths::a_peer_homed_in_another_region_is_reached_there),
 ];
 
-const NAT: [Scenario; 11] = [
+const NAT: [Scenario; 12] = [
     scenario!(nat::every_pair_of_networks_gets_the_path_that_tailscaled_gets).within(120).leaking(),
     scenario!(nat::a_carriers_address_leads_directly_to_a_peer).within(90).leaking(),
+    scenario!(nat::an_ipv6_address_without_a_route_delays_no_join).within(90).leaking(),
     scenario!(nat_changes::a_peer_that_restarts_is_found_in_seconds).within(90).leaking(),
     scenario!(nat_changes::a_nat_that_gets_another_address_interrupts_for_seconds).within(90).leaking(),
     scenario!(nat_changes::a_nat_that_forgets_its_mappings_interrupts_for_seconds).within(120).leaking(),

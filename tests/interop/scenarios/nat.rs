@@ -159,6 +159,27 @@ pub(crate) fn a_carriers_address_leads_directly_to_a_peer(bed: &Bed) -> Result<(
     result
 }
 
+/// An IPv6 address without a route, as containers have: servers that are refused by the kernel are not waited for.
+pub(crate) fn an_ipv6_address_without_a_route_delays_no_join(bed: &Bed) -> Result<(), Failed> {
+    /// Half of what waiting for slower servers takes.
+    const MORE_MOST: Duration = Duration::from_millis(250);
+    let nat = bed.nat()?;
+    let host = &network(&nat.internet.clients, Kind::Open)?.host;
+    let join = || {
+        let begun = Instant::now();
+        nat.servers.tailcar(bed, Kind::Open, host).map(|_| begun.elapsed())
+    };
+    // The better of two, on a machine that has other things to do.
+    let best = || Ok::<_, Failed>(join()?.min(join()?));
+    let without = best()?;
+    host.ip("addr add fd00::5/64 dev wan0 nodad")?;
+    let with = best();
+    host.ip("addr del fd00::5/64 dev wan0")?;
+    let with = with?;
+    say(&format!("         ready after {without:.2?}, with an IPv6 address that leads nowhere {with:.2?}"));
+    if with < without + MORE_MOST { Ok(()) } else { Err(format!("ready after {with:?}, not {without:?}").into()) }
+}
+
 /// A NAT that maps to another port for each destination has us tell what every STUN server saw.
 fn all_mappings_are_told(peer: &Peer) -> Result<(), Failed> {
     until(Duration::from_secs(10), "two mappings of the hard client at control", || {
