@@ -5,6 +5,7 @@
 //! waits for the home region. Source: Tailscale, net/netcheck.
 
 mod begin;
+mod choice;
 mod doubt;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -29,13 +30,6 @@ use crate::wire::tailcfg::map::EndpointType;
 
 /// Between full rounds. Source: Tailscale, net/netcheck, `fullReportInterval`.
 const FULL_INTERVAL: Duration = Duration::from_secs(300);
-/// How long a home's relay may be away before another home is looked for: a restart takes less.
-const HOME_GRACE: Duration = Duration::from_secs(5);
-/// Between two searches for another home while none admits us.
-const HOME_SEARCH: Duration = Duration::from_secs(15);
-/// A home that stayed away is not chosen again for so long, unless it admits us: else every full round moves there
-/// and back where a relay fails whose STUN server answers.
-const FAILED: Duration = Duration::from_secs(1800);
 /// Between small rounds, at least and at most. Source: Tailscale, wgengine/magicsock, `shouldDoPeriodicReSTUNLocked`.
 const REFRESH: std::ops::Range<f64> = 20.0..26.0;
 /// Rounds that events ask for come no closer.
@@ -140,27 +134,6 @@ impl Netcheck {
     /// Whether datagrams of that family can be sent.
     pub(super) fn has_family(&self, v6: bool) -> bool {
         self.endpoints.has_family(v6)
-    }
-
-    /// Whether the home's relay has admitted us. One that stays away is looked for elsewhere after [`HOME_GRACE`].
-    pub(super) fn set_home_alive(&mut self, alive: bool, now: Instant) {
-        if alive || self.home_alive || self.watched != self.host.home {
-            self.alive_at = Some(now);
-            self.watched = self.host.home;
-        }
-        self.home_alive = alive;
-        let away = !alive && self.host.home.is_some();
-        self.away_at = away.then(|| self.away_at.unwrap_or(now + HOME_GRACE));
-    }
-
-    /// A region's relay has admitted us: it may be home, whatever was before.
-    pub(super) fn note_admitted(&mut self, region: RegionId) {
-        self.failed.remove(&region);
-    }
-
-    /// Whether the home may stay: it is connected, or was, or was chosen, a moment ago.
-    fn home_may_stay(&self, now: Instant) -> bool {
-        self.home_alive || self.alive_at.is_some_and(|at| now.duration_since(at) < HOME_GRACE)
     }
 
     pub(super) fn set_map(&mut self, map: &Arc<DerpMap>, now: Instant) {
@@ -274,11 +247,7 @@ impl Netcheck {
         if self.full_at.is_some_and(|at| at <= now) {
             self.start(true, now);
         }
-        if self.away_at.is_some_and(|at| at <= now) {
-            self.away_at = Some(now + HOME_SEARCH);
-            self.suspect = self.host.home;
-            self.start(true, now);
-        }
+        self.search_home(now);
         if self.refresh_at.is_some_and(|at| at <= now) {
             let used = self.used_at.is_some_and(|at| now.duration_since(at) < ACTIVE);
             self.refresh_at = used.then(|| now + self.refresh_interval());
@@ -335,28 +304,6 @@ impl Netcheck {
         if self.round.as_ref().is_some_and(|round| round.is_over(now)) {
             self.round = None;
         }
-    }
-
-    /// Chooses by what the round has measured. If nobody answered it is our own line that is down: that says nothing of
-    /// any region, and the home stays.
-    fn choose_home(&mut self, answered: bool, now: Instant) {
-        let suspect = self.suspect.take();
-        if !answered && self.host.home.is_some() {
-            return;
-        }
-        self.failed.extend(suspect.map(|home| (home, now)));
-        self.failed.retain(|_, at| now.duration_since(*at) < FAILED);
-        let mut latencies = self.latencies.best(now);
-        if latencies.keys().any(|region| !self.failed.contains_key(region)) {
-            latencies.retain(|region, _| !self.failed.contains_key(region));
-        }
-        let chosen = home::choose(&self.map, self.host.home, &latencies, self.home_may_stay(now));
-        self.set_home(chosen.or_else(|| home::without_measurement(&self.map, &self.key)));
-    }
-
-    fn set_home(&mut self, home: Option<RegionId>) {
-        self.host.home = home;
-        self.host.netinfo.preferred_derp = home.unwrap_or_default();
     }
 
     /// Tells what changed; latencies alone are no change.

@@ -1,0 +1,69 @@
+//! When a round of netcheck moves the home, and when a home that is away is looked for elsewhere.
+
+use std::time::{Duration, Instant};
+
+use super::super::home;
+use super::Netcheck;
+use crate::netmap::RegionId;
+
+/// How long a home's relay may be away before another home is looked for: a restart takes less.
+const HOME_GRACE: Duration = Duration::from_secs(5);
+/// Between two searches for another home while none admits us.
+const HOME_SEARCH: Duration = Duration::from_secs(15);
+/// A home that stayed away is not chosen again for so long, unless it admits us: else every full round moves there
+/// and back where a relay fails whose STUN server answers.
+const FAILED: Duration = Duration::from_secs(1800);
+
+impl Netcheck {
+    /// Whether the home's relay has admitted us. One that stays away is looked for elsewhere after [`HOME_GRACE`].
+    pub(in crate::engine::magicsock) fn set_home_alive(&mut self, alive: bool, now: Instant) {
+        if alive || self.home_alive || self.watched != self.host.home {
+            self.alive_at = Some(now);
+            self.watched = self.host.home;
+        }
+        self.home_alive = alive;
+        let away = !alive && self.host.home.is_some();
+        self.away_at = away.then(|| self.away_at.unwrap_or(now + HOME_GRACE));
+    }
+
+    /// A region's relay has admitted us: it may be home, whatever was before.
+    pub(in crate::engine::magicsock) fn note_admitted(&mut self, region: RegionId) {
+        self.failed.remove(&region);
+    }
+
+    /// Whether the home may stay: it is connected, or was, or was chosen, a moment ago.
+    pub(super) fn home_may_stay(&self, now: Instant) -> bool {
+        self.home_alive || self.alive_at.is_some_and(|at| now.duration_since(at) < HOME_GRACE)
+    }
+
+    /// Looks for another home once this one has been away for long enough.
+    pub(super) fn search_home(&mut self, now: Instant) {
+        if self.away_at.is_some_and(|at| at <= now) {
+            self.away_at = Some(now + HOME_SEARCH);
+            self.suspect = self.host.home;
+            self.start(true, now);
+        }
+    }
+
+    /// Chooses by what the round has measured. If nobody answered it is our own line that is down: that says nothing of
+    /// any region, and the home stays.
+    pub(super) fn choose_home(&mut self, answered: bool, now: Instant) {
+        let suspect = self.suspect.take();
+        if !answered && self.host.home.is_some() {
+            return;
+        }
+        self.failed.extend(suspect.map(|home| (home, now)));
+        self.failed.retain(|_, at| now.duration_since(*at) < FAILED);
+        let mut latencies = self.latencies.best(now);
+        if latencies.keys().any(|region| !self.failed.contains_key(region)) {
+            latencies.retain(|region, _| !self.failed.contains_key(region));
+        }
+        let chosen = home::choose(&self.map, self.host.home, &latencies, self.home_may_stay(now));
+        self.set_home(chosen.or_else(|| home::without_measurement(&self.map, &self.key)));
+    }
+
+    pub(super) fn set_home(&mut self, home: Option<RegionId>) {
+        self.host.home = home;
+        self.host.netinfo.preferred_derp = home.unwrap_or_default();
+    }
+}
