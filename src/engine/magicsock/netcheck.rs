@@ -332,3 +332,6 @@ impl Netcheck {
         Duration::from_secs_f64(self.rng.random_range(REFRESH))
     }
 }
+
+#[cfg(test)]
+mod tests;

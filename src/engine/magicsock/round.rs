@@ -178,10 +178,11 @@ impl Round {
         self.first_answer.or(self.first_https).is_some()
     }
 
-    /// Whether any server answered by IPv6, or by UDP at all; `None` when none was asked.
+    /// Whether any server answered by IPv6, or by UDP at all; `None` when none was asked, or can have answered yet.
     pub(super) fn worked(&self) -> (Option<bool>, Option<bool>) {
-        let v6 = self.targets.keys().any(|(_, v6)| *v6).then(|| self.answered.iter().any(|(_, v6)| *v6));
-        let udp = (!self.targets.is_empty()).then_some(!self.answered.is_empty());
+        let known = |asked: bool, answered: bool| (answered || asked && self.settled).then_some(answered);
+        let v6 = known(self.targets.keys().any(|(_, v6)| *v6), self.answered.iter().any(|(_, v6)| *v6));
+        let udp = known(!self.targets.is_empty(), !self.answered.is_empty());
         (v6, udp)
     }
 

@@ -1,0 +1,177 @@
+//! What is concluded of networks with several regions, in virtual time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::{HostState, Netcheck};
+use crate::engine::{Output, Transport};
+use crate::key::NodePrivate;
+use crate::netmap::RegionId;
+use crate::wire::stun;
+use crate::wire::tailcfg::derp::{DerpMap, DerpMapUpdate};
+
+const INSIDE: &str = "192.168.1.2:5";
+const INSIDE_V6: &str = "[2001:db8::2]:5";
+const OUTSIDE: &str = "203.0.113.1:1";
+const OUTSIDE_V6: &str = "[2001:db8::2]:1";
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn millis(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// Something on its way to us.
+enum Answer {
+    Stun(stun::TransactionId, SocketAddr),
+    Https(RegionId, Option<Duration>),
+}
+
+/// One of us, and the regions around.
+struct Network {
+    netcheck: Netcheck,
+    now: Instant,
+    /// How long the STUN servers of a region take; who is not here is silent.
+    stun: BTreeMap<RegionId, Duration>,
+    /// The same by HTTPS; who is not here fails after three seconds.
+    https: BTreeMap<RegionId, Duration>,
+    /// The relays that admit us.
+    relays: BTreeSet<RegionId>,
+    /// Whether IPv6 leads anywhere.
+    v6_works: bool,
+    in_flight: Vec<(Instant, Answer)>,
+    told: Vec<HostState>,
+    /// Who was asked by HTTPS.
+    probed: Vec<RegionId>,
+}
+
+impl Network {
+    /// Regions with literal addresses, each as far away as said, whose relays admit us.
+    fn new(transport: Transport, regions: &[(RegionId, u64)]) -> Self {
+        let node = |id: RegionId| {
+            let (v4, v6) = (format!("198.51.100.{id}"), format!("2001:db8:ff::{id}"));
+            json!({"HostName": format!("derp{id}.example"), "IPv4": v4, "IPv6": v6})
+        };
+        let mut network = Self {
+            netcheck: Netcheck::new(transport, NodePrivate::random().public(), [7; 32]),
+            now: Instant::now(),
+            stun: regions.iter().map(|(id, latency)| (*id, millis(*latency))).collect(),
+            https: BTreeMap::new(),
+            relays: regions.iter().map(|(id, _)| *id).collect(),
+            v6_works: true,
+            in_flight: Vec::new(),
+            told: Vec::new(),
+            probed: Vec::new(),
+        };
+        network.netcheck.set_local_endpoints(vec![addr(INSIDE)].into(), network.now);
+        network.set_map(regions.iter().map(|(id, _)| (*id, node(*id))).collect());
+        network
+    }
+
+    /// The same, some time after start.
+    fn settled(regions: &[(RegionId, u64)]) -> Self {
+        let mut network = Self::new(Transport::Auto, regions);
+        network.run(6_000);
+        network
+    }
+
+    fn set_map(&mut self, nodes: BTreeMap<RegionId, Value>) {
+        let region = |(id, node): (RegionId, Value)| (id.to_string(), json!({"RegionID": id, "Nodes": [node]}));
+        let regions: BTreeMap<String, Value> = nodes.into_iter().map(region).collect();
+        let update: DerpMapUpdate = serde_json::from_value(json!({ "Regions": regions })).unwrap();
+        self.netcheck.set_map(&Arc::new(DerpMap::default().merged(update)), self.now);
+    }
+
+    fn run(&mut self, time: u64) {
+        let end = self.now + millis(time);
+        loop {
+            self.drain();
+            let arrivals = self.in_flight.iter().map(|(at, _)| *at);
+            let next = arrivals.chain(self.netcheck.next_deadline().map(|(at, _)| at)).min();
+            let Some(next) = next.filter(|next| *next <= end) else {
+                self.now = end;
+                return;
+            };
+            self.now = self.now.max(next);
+            self.netcheck.handle_timeout(self.now);
+            let (due, later) = std::mem::take(&mut self.in_flight).into_iter().partition(|(at, _)| *at <= self.now);
+            self.in_flight = later;
+            let due: Vec<(Instant, Answer)> = due;
+            for (_, answer) in due {
+                match answer {
+                    Answer::Stun(transaction, us) => drop(self.netcheck.handle_stun(&transaction, us, self.now)),
+                    Answer::Https(region, latency) => self.netcheck.handle_https_latency(region, latency, self.now),
+                }
+            }
+        }
+    }
+
+    #[expect(clippy::wildcard_enum_match_arm, reason = "netcheck puts nothing else out")]
+    fn drain(&mut self) {
+        self.follow_home();
+        while let Some(output) = self.netcheck.poll_output() {
+            match output {
+                Output::Udp { destination, contents, .. } => {
+                    let transaction = stun::parse_request(&contents).unwrap();
+                    let (region, us) = match destination.ip() {
+                        IpAddr::V4(ip) => (u32::from(ip.octets()[3]), OUTSIDE),
+                        IpAddr::V6(ip) => (u32::from(ip.segments()[7]), OUTSIDE_V6),
+                    };
+                    let delay = self.stun.get(&region).filter(|_| destination.is_ipv4() || self.v6_works);
+                    self.in_flight.extend(delay.map(|it| (self.now + *it, Answer::Stun(transaction, addr(us)))));
+                }
+                Output::ProbeHttps { region } => {
+                    self.probed.push(region);
+                    let latency = self.https.get(&region).copied();
+                    // The connection takes three round trips.
+                    let delay = latency.map_or(millis(3_000), |latency| latency * 4);
+                    self.in_flight.push((self.now + delay, Answer::Https(region, latency)));
+                }
+                Output::HostChanged(host) => self.told.push(host),
+                other => panic!("{other:?}"),
+            }
+            self.follow_home();
+        }
+    }
+
+    /// A relay that is there admits us as soon as it is home.
+    fn follow_home(&mut self) {
+        let alive = self.home().is_some_and(|home| self.relays.contains(&home));
+        if let Some(home) = self.home().filter(|_| alive) {
+            self.netcheck.note_admitted(home);
+        }
+        self.netcheck.set_home_alive(alive, self.now);
+    }
+
+    fn home(&self) -> Option<RegionId> {
+        self.netcheck.host().home
+    }
+}
+
+#[test]
+fn another_address_of_our_own_is_no_word_on_udp() {
+    let mut network = Network::settled(&[(1, 20), (2, 30)]);
+    assert_eq!(network.netcheck.host().netinfo.working_udp, Some(true));
+    network.told.clear();
+    network.netcheck.set_local_endpoints(vec![addr(INSIDE), addr("10.0.0.2:5"), addr(INSIDE_V6)].into(), network.now);
+    network.run(6_000);
+    assert!(network.told.iter().all(|host| host.netinfo.working_udp == Some(true)), "{:?}", network.told);
+    assert!(network.told.iter().all(|host| host.netinfo.working_ipv6 != Some(false)), "{:?}", network.told);
+    assert_eq!(network.netcheck.host().netinfo.working_ipv6, Some(true));
+}
+
+#[test]
+fn a_family_that_nobody_answers_does_not_work() {
+    let mut network = Network::settled(&[(1, 20), (2, 30)]);
+    network.v6_works = false;
+    network.netcheck.set_local_endpoints(vec![addr(INSIDE), addr(INSIDE_V6)].into(), network.now);
+    network.run(6_000);
+    let netinfo = &network.netcheck.host().netinfo;
+    assert_eq!((netinfo.working_udp, netinfo.working_ipv6), (Some(true), Some(false)));
+}
