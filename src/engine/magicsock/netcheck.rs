@@ -59,6 +59,7 @@ pub(super) struct Netcheck {
     map: Arc<DerpMap>,
     endpoints: Endpoints,
     latencies: Latencies,
+    /// The servers that have a name and no address, of both families; asked for anew in each full round.
     resolved: BTreeMap<RegionId, Vec<SocketAddr>>,
     /// Seconds to each region in the newest full round, in the words of [`NetInfo`].
     measured: BTreeMap<String, f64>,
@@ -141,7 +142,6 @@ impl Netcheck {
             return;
         }
         self.map = map.clone();
-        self.resolved.clear();
         if self.host.home.is_some_and(|home| !self.map.regions.contains_key(&home)) {
             self.set_home(None);
         }
@@ -223,8 +223,8 @@ impl Netcheck {
     }
 
     pub(super) fn handle_stun_address(&mut self, region: RegionId, mut servers: Vec<SocketAddr>, now: Instant) {
-        servers.retain(|server| self.has_family(server.is_ipv6()));
         self.resolved.insert(region, servers.clone());
+        servers.retain(|server| self.has_family(server.is_ipv6()));
         if let Some(round) = self.round.as_mut() {
             round.note_resolved(region);
             servers.into_iter().for_each(|server| round.add(region, server, now));

@@ -13,6 +13,7 @@ use crate::key::NodePrivate;
 use crate::netmap::RegionId;
 use crate::wire::stun;
 use crate::wire::tailcfg::derp::{DerpMap, DerpMapUpdate};
+use crate::wire::tailcfg::map::EndpointType;
 
 const INSIDE: &str = "192.168.1.2:5";
 const INSIDE_V6: &str = "[2001:db8::2]:5";
@@ -31,6 +32,7 @@ fn millis(millis: u64) -> Duration {
 enum Answer {
     Stun(stun::TransactionId, SocketAddr),
     Https(RegionId, Option<Duration>),
+    Address(RegionId, Vec<SocketAddr>),
 }
 
 /// One of us, and the regions around.
@@ -49,6 +51,8 @@ struct Network {
     told: Vec<HostState>,
     /// Who was asked by HTTPS.
     probed: Vec<RegionId>,
+    /// How often a name was looked up.
+    lookups: usize,
 }
 
 impl Network {
@@ -68,6 +72,7 @@ impl Network {
             in_flight: Vec::new(),
             told: Vec::new(),
             probed: Vec::new(),
+            lookups: 0,
         };
         network.netcheck.set_local_endpoints(vec![addr(INSIDE)].into(), network.now);
         network.set_map(regions.iter().map(|(id, _)| (*id, node(*id))).collect());
@@ -106,6 +111,7 @@ impl Network {
             for (_, answer) in due {
                 match answer {
                     Answer::Stun(transaction, us) => drop(self.netcheck.handle_stun(&transaction, us, self.now)),
+                    Answer::Address(region, servers) => self.netcheck.handle_stun_address(region, servers, self.now),
                     Answer::Https(region, latency) => self.netcheck.handle_https_latency(region, latency, self.now),
                 }
             }
@@ -133,6 +139,12 @@ impl Network {
                     let delay = latency.map_or(millis(3_000), |latency| latency * 4);
                     self.in_flight.push((self.now + delay, Answer::Https(region, latency)));
                 }
+                Output::ResolveStun { region, port, .. } => {
+                    self.lookups += 1;
+                    let servers = [format!("198.51.100.{region}:{port}"), format!("[2001:db8:ff::{region}]:{port}")];
+                    let servers = servers.iter().map(|server| addr(server)).collect();
+                    self.in_flight.push((self.now, Answer::Address(region, servers)));
+                }
                 Output::HostChanged(host) => self.told.push(host),
                 other => panic!("{other:?}"),
             }
@@ -151,6 +163,11 @@ impl Network {
 
     fn home(&self) -> Option<RegionId> {
         self.netcheck.host().home
+    }
+
+    /// Whether peers are told that servers see us there.
+    fn tells(&self, endpoint: &str) -> bool {
+        self.netcheck.host().endpoints.contains(&(addr(endpoint), EndpointType::Stun))
     }
 }
 
@@ -174,4 +191,25 @@ fn a_family_that_nobody_answers_does_not_work() {
     network.run(6_000);
     let netinfo = &network.netcheck.host().netinfo;
     assert_eq!((netinfo.working_udp, netinfo.working_ipv6), (Some(true), Some(false)));
+}
+
+#[test]
+fn servers_with_a_name_are_found_in_a_network_of_another_family() {
+    let mut network = Network::settled(&[(1, 20)]);
+    network.set_map([(1, json!({"HostName": "derp1.example"}))].into());
+    network.run(6_000);
+    assert!(network.tells(OUTSIDE));
+    network.netcheck.handle_move(vec![addr(INSIDE_V6)].into(), network.now);
+    network.run(6_000);
+    assert!(network.tells(OUTSIDE_V6));
+}
+
+#[test]
+fn names_of_servers_are_looked_up_in_each_full_round() {
+    let mut network = Network::settled(&[(1, 20)]);
+    network.set_map([(1, json!({"HostName": "derp1.example"}))].into());
+    network.run(299_000);
+    assert_eq!(network.lookups, 1);
+    network.run(300_000);
+    assert_eq!(network.lookups, 2);
 }
