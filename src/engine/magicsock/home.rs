@@ -45,11 +45,13 @@ pub(super) fn is_eligible(region: &Region, home: Option<RegionId>) -> bool {
     relays && !region.no_measure_no_home && (!region.avoid || home == Some(region.id))
 }
 
-/// The home by what was measured. `alive` says that the present home is connected, whatever the measurement missed.
+/// The home by the best of what was measured, and how far the present one is now, if that is known. `alive` says that it
+/// is connected, whatever the measurement missed.
 pub(super) fn choose(
     map: &DerpMap,
     home: Option<RegionId>,
     latencies: &BTreeMap<RegionId, Duration>,
+    home_now: Option<Duration>,
     alive: bool,
 ) -> Option<RegionId> {
     let scored = |region: &RegionId, latency: &Duration| {
@@ -69,7 +71,8 @@ pub(super) fn choose(
     let Some((best_latency, best)) = best else {
         return Some(home);
     };
-    let Some(home_latency) = latencies.get(&home).filter(|_| !dead(&home)).map(|latency| scored(&home, latency)) else {
+    let home_now = home_now.or_else(|| latencies.get(&home).copied()).filter(|_| !dead(&home));
+    let Some(home_latency) = home_now.map(|latency| scored(&home, &latency)) else {
         return Some(if alive { home } else { best });
     };
     let too_little = best_latency + ABSOLUTE_GAIN > home_latency || best_latency > home_latency.mul_f64(2.0 / 3.0);
@@ -93,6 +96,16 @@ mod tests {
     fn map(ids: &[RegionId]) -> DerpMap {
         let region = |id: &RegionId| (*id, Region { id: *id, nodes: vec![DerpNode::default()], ..Region::default() });
         DerpMap { regions: ids.iter().map(region).collect(), region_score: BTreeMap::new() }
+    }
+
+    /// [`super::choose`], where the home is as far as it was at best.
+    fn choose(
+        map: &DerpMap,
+        home: Option<RegionId>,
+        latencies: &BTreeMap<RegionId, Duration>,
+        alive: bool,
+    ) -> Option<RegionId> {
+        super::choose(map, home, latencies, None, alive)
     }
 
     fn millis(measured: &[(RegionId, u64)]) -> BTreeMap<RegionId, Duration> {
@@ -119,6 +132,13 @@ mod tests {
         assert_eq!(choose(&map, Some(1), &millis(&[(1, 60), (2, 41)]), true), Some(1));
         assert_eq!(choose(&map, Some(1), &millis(&[(1, 60), (2, 39)]), true), Some(2));
         assert_eq!(choose(&map, Some(1), &millis(&[(1, 12), (2, 3)]), true), Some(1));
+    }
+
+    #[test]
+    fn a_home_that_has_become_slow_is_compared_as_it_is_now() {
+        let (map, best) = (map(&[1, 2]), millis(&[(1, 12), (2, 10)]));
+        assert_eq!(super::choose(&map, Some(1), &best, Some(Duration::from_millis(12)), true), Some(1));
+        assert_eq!(super::choose(&map, Some(1), &best, Some(Duration::from_millis(200)), true), Some(2));
     }
 
     #[test]

@@ -164,8 +164,9 @@ impl Netcheck {
         self.endpoints.set_local(local);
         (self.settled_at, self.moved) = (None, true);
         self.endpoints.forget_seen();
-        // Who could not be reached from there may be reached from here.
+        // Who could not be reached from there may be reached from here, and who was near may be far.
         self.failed.clear();
+        self.latencies = Latencies::default();
         self.start(true, now);
     }
 
@@ -238,7 +239,7 @@ impl Netcheck {
             self.measured.insert(format!("{region}-v4"), latency.as_secs_f64());
         }
         if let Some(round) = self.round.as_mut() {
-            round.answer_https(region, latency.is_some(), now);
+            round.answer_https(region, latency, now);
         }
         self.conclude(now);
     }
@@ -294,10 +295,10 @@ impl Netcheck {
         }
         if !round.settled && round.is_conclusive(now) {
             round.settled = true;
-            let (full, answered) = (round.full, round.is_answered());
+            let heard = round.full.then(|| round.heard().clone());
             (self.settled_at, self.void) = (Some(now), None);
-            if full {
-                self.choose_home(answered, now);
+            if let Some(heard) = heard {
+                self.choose_home(&heard, now);
             }
             self.publish(now);
         }

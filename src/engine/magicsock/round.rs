@@ -37,6 +37,8 @@ pub(super) struct Round {
     targets: BTreeMap<Target, Vec<SocketAddr>>,
     /// Regions whose servers' names are being resolved.
     unresolved: BTreeSet<RegionId>,
+    /// The shortest time in which each region has answered, by UDP or HTTPS.
+    heard: BTreeMap<RegionId, Duration>,
     sent: BTreeMap<TransactionId, (RegionId, SocketAddr, Instant)>,
     answered: BTreeSet<Target>,
     /// Servers to which the machine knows no way.
@@ -58,6 +60,7 @@ impl Round {
             try_at: None,
             targets: BTreeMap::new(),
             unresolved: BTreeSet::new(),
+            heard: BTreeMap::new(),
             sent: BTreeMap::new(),
             answered: BTreeSet::new(),
             refused: BTreeSet::new(),
@@ -111,7 +114,14 @@ impl Round {
         let (region, server, at) = self.sent.remove(transaction)?;
         self.answered.insert((region, server.is_ipv6()));
         self.first_answer.get_or_insert(now);
-        Some((region, server, now.duration_since(at)))
+        let latency = now.duration_since(at);
+        self.note_heard(region, latency);
+        Some((region, server, latency))
+    }
+
+    fn note_heard(&mut self, region: RegionId, latency: Duration) {
+        let shortest = self.heard.entry(region).or_insert(latency);
+        *shortest = latency.min(*shortest);
     }
 
     /// Nothing can be sent there now. It is asked again all the same, since routes come late, but not waited for.
@@ -125,12 +135,13 @@ impl Round {
     }
 
     /// A region's HTTPS answered, or failed.
-    pub(super) fn answer_https(&mut self, region: RegionId, answered: bool, now: Instant) {
+    pub(super) fn answer_https(&mut self, region: RegionId, latency: Option<Duration>, now: Instant) {
         // One that a round before has asked for: nothing is concluded from it here.
         let Some(waiting) = self.https.as_mut() else { return };
         waiting.remove(&region);
-        if answered {
+        if let Some(latency) = latency {
             self.first_https.get_or_insert(now);
+            self.note_heard(region, latency);
         }
     }
 
@@ -173,9 +184,9 @@ impl Round {
         now.duration_since(self.started) >= limit
     }
 
-    /// Whether anybody answered at all, by UDP or HTTPS.
-    pub(super) fn is_answered(&self) -> bool {
-        self.first_answer.or(self.first_https).is_some()
+    /// Who has answered, by UDP or HTTPS, and how fast.
+    pub(super) fn heard(&self) -> &BTreeMap<RegionId, Duration> {
+        &self.heard
     }
 
     /// Whether any server answered by IPv6, or by UDP at all; `None` when none was asked, or can have answered yet.

@@ -1,5 +1,6 @@
 //! When a round of netcheck moves the home, and when a home that is away is looked for elsewhere.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::super::home;
@@ -47,9 +48,9 @@ impl Netcheck {
 
     /// Chooses by what the round has measured. If nobody answered it is our own line that is down: that says nothing of
     /// any region, and the home stays.
-    pub(super) fn choose_home(&mut self, answered: bool, now: Instant) {
+    pub(super) fn choose_home(&mut self, heard: &BTreeMap<RegionId, Duration>, now: Instant) {
         let suspect = self.suspect.take();
-        if !answered && self.host.home.is_some() {
+        if heard.is_empty() && self.host.home.is_some() {
             return;
         }
         self.failed.extend(suspect.map(|home| (home, now)));
@@ -58,7 +59,8 @@ impl Netcheck {
         if latencies.keys().any(|region| !self.failed.contains_key(region)) {
             latencies.retain(|region, _| !self.failed.contains_key(region));
         }
-        let chosen = home::choose(&self.map, self.host.home, &latencies, self.home_may_stay(now));
+        let home_now = self.host.home.and_then(|home| heard.get(&home).copied());
+        let chosen = home::choose(&self.map, self.host.home, &latencies, home_now, self.home_may_stay(now));
         self.set_home(chosen.or_else(|| home::without_measurement(&self.map, &self.key)));
     }
 

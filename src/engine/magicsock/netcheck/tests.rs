@@ -213,3 +213,13 @@ fn names_of_servers_are_looked_up_in_each_full_round() {
     network.run(300_000);
     assert_eq!(network.lookups, 2);
 }
+
+#[test]
+fn a_region_that_was_near_before_a_move_is_measured_anew() {
+    let mut network = Network::settled(&[(1, 5), (2, 50)]);
+    assert_eq!(network.home(), Some(1));
+    network.stun.insert(1, millis(200));
+    network.netcheck.handle_move(vec![addr("10.0.0.2:5")].into(), network.now);
+    network.run(1_000);
+    assert_eq!(network.home(), Some(2));
+}
