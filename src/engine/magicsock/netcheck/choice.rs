@@ -30,6 +30,7 @@ impl Netcheck {
     /// A region's relay has admitted us: it may be home, whatever was before.
     pub(in crate::engine::magicsock) fn note_admitted(&mut self, region: RegionId) {
         self.failed.remove(&region);
+        self.suspect.take_if(|suspect| *suspect == region);
     }
 
     /// Whether the home may stay: it is connected, or was, or was chosen, a moment ago.

@@ -45,6 +45,8 @@ struct Network {
     https: BTreeMap<RegionId, Duration>,
     /// The relays that admit us.
     relays: BTreeSet<RegionId>,
+    /// The one that has admitted us to our home.
+    admitted: Option<RegionId>,
     /// Whether IPv6 leads anywhere.
     v6_works: bool,
     in_flight: Vec<(Instant, Answer)>,
@@ -68,6 +70,7 @@ impl Network {
             stun: regions.iter().map(|(id, latency)| (*id, millis(*latency))).collect(),
             https: BTreeMap::new(),
             relays: regions.iter().map(|(id, _)| *id).collect(),
+            admitted: None,
             v6_works: true,
             in_flight: Vec::new(),
             told: Vec::new(),
@@ -154,11 +157,12 @@ impl Network {
 
     /// A relay that is there admits us as soon as it is home.
     fn follow_home(&mut self) {
-        let alive = self.home().is_some_and(|home| self.relays.contains(&home));
-        if let Some(home) = self.home().filter(|_| alive) {
+        let admitted = self.home().filter(|home| self.relays.contains(home));
+        if let Some(home) = admitted.filter(|_| admitted != self.admitted) {
             self.netcheck.note_admitted(home);
         }
-        self.netcheck.set_home_alive(alive, self.now);
+        self.admitted = admitted;
+        self.netcheck.set_home_alive(admitted.is_some(), self.now);
     }
 
     fn home(&self) -> Option<RegionId> {
@@ -222,4 +226,20 @@ fn a_region_that_was_near_before_a_move_is_measured_anew() {
     network.netcheck.handle_move(vec![addr("10.0.0.2:5")].into(), network.now);
     network.run(1_000);
     assert_eq!(network.home(), Some(2));
+}
+
+#[test]
+fn a_home_that_comes_back_while_another_is_searched_has_not_failed() {
+    let mut network = Network::settled(&[(1, 20), (2, 90)]);
+    network.relays.remove(&1);
+    network.run(5_010);
+    network.relays.insert(1);
+    network.run(6_000);
+    assert_eq!(network.home(), Some(1));
+    network.stun.insert(1, millis(400));
+    network.run(700_000);
+    assert_eq!(network.home(), Some(2), "it is left when it is slow");
+    network.stun.insert(1, millis(20));
+    network.run(700_000);
+    assert_eq!(network.home(), Some(1), "and taken when it is fast");
 }
