@@ -243,3 +243,14 @@ fn a_home_that_comes_back_while_another_is_searched_has_not_failed() {
     network.run(700_000);
     assert_eq!(network.home(), Some(1), "and taken when it is fast");
 }
+
+#[test]
+fn what_the_nat_did_before_a_move_is_not_told_after_it() {
+    let mut network = Network::settled(&[(1, 20), (2, 30)]);
+    assert_eq!(network.netcheck.host().netinfo.mapping_varies_by_dest_ip, Some(false));
+    network.stun.remove(&2);
+    network.netcheck.handle_move(vec![addr("10.0.0.2:5")].into(), network.now);
+    network.run(6_000);
+    let netinfo = &network.netcheck.host().netinfo;
+    assert_eq!((netinfo.working_udp, netinfo.mapping_varies_by_dest_ip), (Some(true), None));
+}
