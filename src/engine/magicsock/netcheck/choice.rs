@@ -18,9 +18,13 @@ const FAILED: Duration = Duration::from_secs(1800);
 impl Netcheck {
     /// Whether the home's relay has admitted us. One that stays away is looked for elsewhere after [`HOME_GRACE`].
     pub(in crate::engine::magicsock) fn set_home_alive(&mut self, alive: bool, now: Instant) {
-        if alive || self.home_alive || self.watched != self.host.home {
-            self.alive_at = Some(now);
+        if self.watched != self.host.home {
             self.watched = self.host.home;
+            // Where all have failed, the home need not go round faster than they are searched.
+            let failed = self.watched.is_some_and(|home| self.failed.contains_key(&home));
+            (self.alive_at, self.away_at) = (Some(now), failed.then_some(now + HOME_SEARCH));
+        } else if alive || self.home_alive {
+            self.alive_at = Some(now);
         }
         self.home_alive = alive;
         let away = !alive && self.host.home.is_some();
@@ -56,12 +60,15 @@ impl Netcheck {
         }
         self.failed.extend(suspect.map(|home| (home, now)));
         self.failed.retain(|_, at| now.duration_since(*at) < FAILED);
+        let home = self.host.home;
         let mut latencies = self.latencies.best(now);
+        // Who is silent now is no place to move to, however near it was.
+        latencies.retain(|region, _| heard.contains_key(region) || Some(*region) == home);
         if latencies.keys().any(|region| !self.failed.contains_key(region)) {
             latencies.retain(|region, _| !self.failed.contains_key(region));
         }
-        let home_now = self.host.home.and_then(|home| heard.get(&home).copied());
-        let chosen = home::choose(&self.map, self.host.home, &latencies, home_now, self.home_may_stay(now));
+        let home_now = home.and_then(|home| heard.get(&home).copied());
+        let chosen = home::choose(&self.map, home, &latencies, home_now, self.home_may_stay(now));
         self.set_home(chosen.or_else(|| home::without_measurement(&self.map, &self.key)));
     }
 

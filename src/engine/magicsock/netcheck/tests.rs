@@ -254,3 +254,36 @@ fn what_the_nat_did_before_a_move_is_not_told_after_it() {
     let netinfo = &network.netcheck.host().netinfo;
     assert_eq!((netinfo.working_udp, netinfo.mapping_varies_by_dest_ip), (Some(true), None));
 }
+
+#[test]
+fn the_home_does_not_move_to_a_region_that_is_silent_now() {
+    let mut network = Network::settled(&[(1, 10), (2, 20), (3, 90)]);
+    for region in [1, 2] {
+        network.relays.remove(&region);
+        network.stun.remove(&region);
+    }
+    network.run(5_000);
+    assert_eq!(network.home(), Some(1));
+    network.run(700);
+    assert_eq!(network.home(), Some(3));
+}
+
+#[test]
+fn a_new_home_that_does_not_admit_us_is_left_as_soon_as_the_old_one() {
+    let mut network = Network::settled(&[(1, 10), (2, 20), (3, 90)]);
+    network.relays = [3].into();
+    network.run(5_500);
+    assert_eq!(network.home(), Some(2));
+    network.run(5_000);
+    assert_eq!(network.home(), Some(3));
+}
+
+#[test]
+fn where_no_relay_admits_us_the_home_moves_four_times_a_minute() {
+    let mut network = Network::settled(&[(1, 10), (2, 20), (3, 90)]);
+    network.relays.clear();
+    network.run(30_000);
+    network.told.clear();
+    network.run(240_000);
+    assert!((15..=17).contains(&network.told.len()), "{}", network.told.len());
+}
