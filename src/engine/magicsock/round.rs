@@ -44,7 +44,7 @@ pub(super) struct Round {
     /// Servers to which the machine knows no way.
     refused: BTreeSet<SocketAddr>,
     first_answer: Option<Instant>,
-    /// Whether endpoints and home have been concluded from it.
+    /// Whether endpoints and home have been concluded from all that has answered.
     pub(super) settled: bool,
     https: Option<BTreeSet<RegionId>>,
     first_https: Option<Instant>,
@@ -120,6 +120,9 @@ impl Round {
     }
 
     fn note_heard(&mut self, region: RegionId, latency: Duration) {
+        // What was concluded before is concluded anew: UDP that seemed blocked is slow, a home is farther than it was, and
+        // each server may see us elsewhere.
+        self.settled = false;
         let shortest = self.heard.entry(region).or_insert(latency);
         *shortest = latency.min(*shortest);
     }
@@ -158,7 +161,7 @@ impl Round {
         let https_done = self.https.as_ref().is_none_or(BTreeSet::is_empty);
         let all_stun = self.unresolved.is_empty() && self.targets.keys().all(|target| self.answered.contains(target));
         if self.first_answer.is_some() {
-            return self.is_complete() || since(self.first_answer);
+            return self.is_complete() || since(self.first_answer) || self.is_over(now);
         }
         if self.https.is_some() {
             return https_done || since(self.first_https) || self.is_over(now);

@@ -47,6 +47,8 @@ struct Network {
     relays: BTreeSet<RegionId>,
     /// The one that has admitted us to our home.
     admitted: Option<RegionId>,
+    /// Whether the NAT gives us another port for each server.
+    hard: bool,
     /// Whether IPv6 leads anywhere.
     v6_works: bool,
     in_flight: Vec<(Instant, Answer)>,
@@ -71,6 +73,7 @@ impl Network {
             https: BTreeMap::new(),
             relays: regions.iter().map(|(id, _)| *id).collect(),
             admitted: None,
+            hard: false,
             v6_works: true,
             in_flight: Vec::new(),
             told: Vec::new(),
@@ -132,8 +135,10 @@ impl Network {
                         IpAddr::V4(ip) => (u32::from(ip.octets()[3]), OUTSIDE),
                         IpAddr::V6(ip) => (u32::from(ip.segments()[7]), OUTSIDE_V6),
                     };
+                    let mut us = addr(us);
+                    us.set_port(if self.hard { region as u16 } else { us.port() });
                     let delay = self.stun.get(&region).filter(|_| destination.is_ipv4() || self.v6_works);
-                    self.in_flight.extend(delay.map(|it| (self.now + *it, Answer::Stun(transaction, addr(us)))));
+                    self.in_flight.extend(delay.map(|it| (self.now + *it, Answer::Stun(transaction, us))));
                 }
                 Output::ProbeHttps { region } => {
                     self.probed.push(region);
@@ -286,4 +291,55 @@ fn where_no_relay_admits_us_the_home_moves_four_times_a_minute() {
     network.told.clear();
     network.run(240_000);
     assert!((15..=17).contains(&network.told.len()), "{}", network.told.len());
+}
+
+#[test]
+fn udp_that_is_slow_is_told_from_udp_that_is_blocked() {
+    let regions = [(1, 1_300), (2, 1_350)];
+    let [mut slow, mut blocked] = [(); 2].map(|()| Network::new(Transport::Auto, &regions));
+    blocked.stun.clear();
+    for network in [&mut slow, &mut blocked] {
+        network.https = [(1, millis(30)), (2, millis(20))].into();
+        network.run(1_250);
+        assert_eq!((network.home(), network.netcheck.host().netinfo.working_udp), (Some(2), Some(false)));
+        network.run(4_000);
+    }
+    assert_eq!((slow.netcheck.host().netinfo.working_udp, slow.tells(OUTSIDE)), (Some(true), true));
+    assert_eq!((blocked.netcheck.host().netinfo.working_udp, blocked.tells(OUTSIDE)), (Some(false), false));
+    assert_eq!(slow.told.last(), Some(slow.netcheck.host()));
+}
+
+#[test]
+fn what_a_server_sees_that_answers_after_the_conclusion_is_told() {
+    let mut network = Network::new(Transport::Auto, &[(1, 20), (2, 800)]);
+    network.hard = true;
+    network.run(600);
+    assert_eq!((network.home(), network.tells("203.0.113.1:2")), (Some(1), false));
+    network.run(300);
+    assert!(network.tells("203.0.113.1:2"));
+    assert_eq!(network.netcheck.host().netinfo.mapping_varies_by_dest_ip, Some(true));
+    assert_eq!(network.told.last(), Some(network.netcheck.host()));
+}
+
+#[test]
+fn a_home_that_answers_after_the_conclusion_is_left_for_a_nearer_one() {
+    let mut network = Network::settled(&[(1, 20), (2, 90)]);
+    network.stun.insert(1, millis(700));
+    network.netcheck.handle_move(vec![addr("10.0.0.2:5")].into(), network.now);
+    network.run(690);
+    assert_eq!(network.home(), Some(1));
+    network.run(20);
+    assert_eq!(network.home(), Some(2));
+}
+
+#[test]
+fn an_answer_in_the_last_moment_of_a_round_is_concluded_from() {
+    let mut network = Network::settled(&[(1, 20), (2, 20)]);
+    network.stun = [(1, millis(2_800))].into();
+    network.run(30_000);
+    network.netcheck.doubt(network.now);
+    assert!(!network.netcheck.freshen(network.now));
+    network.run(3_100);
+    network.netcheck.handle_timeout(network.now);
+    assert!(network.netcheck.freshen(network.now));
 }
