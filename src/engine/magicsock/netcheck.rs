@@ -158,12 +158,11 @@ impl Netcheck {
     /// Our network is another. Servers are asked at once; what they said before is void, since peers would go on
     /// sending to an address that they are told is ours. Nothing is told before one has answered.
     pub(super) fn handle_move(&mut self, local: LocalEndpoints, now: Instant) {
-        if self.transport == Transport::Derp {
-            return;
+        if self.transport != Transport::Derp {
+            self.endpoints.set_local(local);
+            (self.settled_at, self.moved) = (None, true);
+            self.endpoints.forget_seen();
         }
-        self.endpoints.set_local(local);
-        (self.settled_at, self.moved) = (None, true);
-        self.endpoints.forget_seen();
         // Who could not be reached from there may be reached from here, and who was near may be far.
         self.failed.clear();
         self.latencies = Latencies::default();

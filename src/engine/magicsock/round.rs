@@ -27,10 +27,8 @@ type Target = (RegionId, bool);
 /// A round under way.
 #[derive(Debug)]
 pub(super) struct Round {
-    /// Whether all regions take part, and the home may move.
+    /// Whether all regions take part, the home may move, and HTTPS helps out where UDP does not answer.
     pub(super) full: bool,
-    /// Whether HTTPS may help out: nothing is known yet.
-    may_https: bool,
     started: Instant,
     tries: usize,
     try_at: Option<Instant>,
@@ -51,10 +49,9 @@ pub(super) struct Round {
 }
 
 impl Round {
-    pub(super) fn new(full: bool, may_https: bool, now: Instant) -> Self {
+    pub(super) fn new(full: bool, now: Instant) -> Self {
         Self {
             full,
-            may_https,
             started: now,
             tries: 0,
             try_at: None,
@@ -152,7 +149,7 @@ impl Round {
     pub(super) fn wants_https(&self, now: Instant) -> bool {
         let hopeless = self.targets.is_empty() && self.unresolved.is_empty();
         let patient = now.duration_since(self.started) < UDP_PATIENCE;
-        self.may_https && self.https.is_none() && self.first_answer.is_none() && (hopeless || !patient)
+        self.full && self.https.is_none() && self.first_answer.is_none() && (hopeless || !patient)
     }
 
     /// Whether there is something to conclude now: everybody answered, or waiting longer is no use.
@@ -166,7 +163,7 @@ impl Round {
         if self.https.is_some() {
             return https_done || since(self.first_https) || self.is_over(now);
         }
-        (all_stun && !self.may_https) || self.is_over(now)
+        (all_stun && !self.full) || self.is_over(now)
     }
 
     /// Whether every server answered that can be asked.
@@ -202,7 +199,7 @@ impl Round {
 
     pub(super) fn next_deadline(&self) -> Instant {
         let grace = |at: Option<Instant>| at.filter(|_| !self.settled).map(|at| at + GRACE);
-        let https = self.may_https && self.https.is_none() && self.first_answer.is_none();
+        let https = self.full && self.https.is_none() && self.first_answer.is_none();
         let https_at = https.then_some(self.started + UDP_PATIENCE);
         let limit = if self.https.is_some() { REPORT_TIMEOUT } else { STUN_TIMEOUT };
         let first = grace(self.first_answer).or_else(|| grace(self.first_https));

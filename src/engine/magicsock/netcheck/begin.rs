@@ -24,8 +24,7 @@ impl Netcheck {
         }
         self.take_only_home(now);
         self.endpoints.begin_round();
-        let may_https = full && (self.host.home.is_none() || !self.home_may_stay(now));
-        let mut round = Round::new(full, may_https, now);
+        let mut round = Round::new(full, now);
         let map = self.map.clone();
         for (id, region) in map.regions.iter().filter(|(id, _)| self.takes_part(**id, full, now)).collect::<Vec<_>>() {
             let resolved = self.resolved.get(id).map(Vec::as_slice).unwrap_or_default();

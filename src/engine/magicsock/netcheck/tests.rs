@@ -343,3 +343,28 @@ fn an_answer_in_the_last_moment_of_a_round_is_concluded_from() {
     network.netcheck.handle_timeout(network.now);
     assert!(network.netcheck.freshen(network.now));
 }
+
+#[test]
+fn without_udp_a_home_that_has_become_far_is_left() {
+    let mut network = Network::new(Transport::Auto, &[(1, 20), (2, 20)]);
+    network.stun.clear();
+    network.https = [(1, millis(20)), (2, millis(30))].into();
+    network.run(6_000);
+    assert_eq!(network.home(), Some(1));
+    network.https = [(1, millis(200)), (2, millis(10))].into();
+    network.run(300_000);
+    assert_eq!(network.home(), Some(2));
+}
+
+#[test]
+fn by_relays_alone_the_regions_are_measured_anew_after_a_move() {
+    let mut network = Network::new(Transport::Derp, &[(1, 20), (2, 20)]);
+    network.https = [(1, millis(20)), (2, millis(90))].into();
+    network.run(6_000);
+    assert_eq!((network.home(), network.probed.len()), (Some(1), 2));
+    network.https = [(1, millis(300)), (2, millis(20))].into();
+    network.netcheck.handle_move(vec![addr("10.0.0.2:5")].into(), network.now);
+    network.run(2_000);
+    assert_eq!((network.home(), network.probed.len()), (Some(2), 4));
+    assert!(network.netcheck.host().endpoints.is_empty());
+}
