@@ -19,6 +19,7 @@ mod lifecycle;
 mod outbox;
 mod overlap;
 mod ping;
+mod probe;
 mod regions;
 mod relays;
 mod resolve;

@@ -1,27 +1,16 @@
 //! Between the netmap's DERP map, the engine's findings, and what transport and control want of them.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::Empty;
-use hyper::client::conn::http1;
-use hyper::{Request, header};
-use hyper_util::rt::TokioIo;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
-use tracing::debug;
 
 use crate::control::HostReport;
 use crate::engine::HostState;
 use crate::netmap::RegionId;
 use crate::transport::derp::Relay;
 use crate::transport::tls::Check;
-use crate::transport::underlay::{Underlay, authority};
 use crate::wire::tailcfg::derp::{DerpNode, Family, Region};
-
-/// The longest that an HTTPS probe may take.
-const PROBE_LIMIT: Duration = Duration::from_secs(3);
 
 /// What a probe found.
 pub(super) enum Probed {
@@ -58,35 +47,6 @@ fn relay(node: &DerpNode) -> Option<Relay> {
 pub(super) fn report(state: &HostState) -> HostReport {
     let (endpoints, endpoint_types) = state.endpoints.iter().copied().unzip();
     HostReport { endpoints, endpoint_types, net_info: Some(state.netinfo.clone()) }
-}
-
-/// Measures a region by an HTTPS request, for networks that let no UDP pass.
-/// Source: Tailscale, net/netcheck, `measureHTTPSLatency`.
-pub(super) async fn probe_https(region: RegionId, relay: Relay, underlay: Underlay, probes: mpsc::Sender<Probed>) {
-    let latency = match https_latency(&relay, &underlay).await {
-        Ok(latency) => Some(latency),
-        Err(error) => {
-            debug!(region, error, "no answer to an HTTPS probe");
-            None
-        }
-    };
-    // A driver that is gone needs no latency.
-    let _ = probes.send(Probed::Https(region, latency)).await;
-}
-
-/// The time of one request on a connection that is open already, as [`PROBE_LIMIT`] allows.
-async fn https_latency(relay: &Relay, underlay: &Underlay) -> Result<Duration, String> {
-    let measured = timeout(PROBE_LIMIT, async {
-        let io = relay.dial(underlay).await.map_err(|error| error.to_string())?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await.map_err(|error| error.to_string())?;
-        tokio::spawn(connection);
-        let request = Request::head("/derp/latency-check").header(header::HOST, authority(&relay.host, relay.port));
-        let request = request.body(Empty::<Bytes>::new()).map_err(|error| error.to_string())?;
-        let begun = Instant::now();
-        sender.send_request(request).await.map_err(|error| error.to_string())?;
-        Ok(begun.elapsed())
-    });
-    measured.await.unwrap_or_else(|_| Err(format!("no answer within {PROBE_LIMIT:?}")))
 }
 
 /// Looks up a STUN server's name by the machine's own resolver: it is part of the underlay.

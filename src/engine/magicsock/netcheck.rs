@@ -61,7 +61,8 @@ pub(super) struct Netcheck {
     latencies: Latencies,
     /// The servers that have a name and no address, of both families; asked for anew in each full round.
     resolved: BTreeMap<RegionId, Vec<SocketAddr>>,
-    /// Seconds to each region in the newest full round, in the words of [`NetInfo`].
+    /// Seconds to each region by UDP in the newest full round, in the words of [`NetInfo`]. An HTTPS probe may have gone
+    /// by a proxy, and so is of no family. Source: Tailscale, wgengine/magicsock, `updateNetInfo`.
     measured: BTreeMap<String, f64>,
     round: Option<Round>,
     settled_at: Option<Instant>,
@@ -237,7 +238,6 @@ impl Netcheck {
     pub(super) fn handle_https_latency(&mut self, region: RegionId, latency: Option<Duration>, now: Instant) {
         if let Some(latency) = latency {
             self.latencies.record(region, latency, now);
-            self.measured.insert(format!("{region}-v4"), latency.as_secs_f64());
         }
         if let Some(round) = self.round.as_mut() {
             round.answer_https(region, latency, now);

@@ -11,7 +11,7 @@ use crate::key::NodePublic;
 use crate::netmap::RegionId;
 use crate::netstack::Again;
 use crate::node::outbox::Batch;
-use crate::node::regions;
+use crate::node::{probe, regions};
 use crate::transport::derp::Packet;
 use crate::wire::tsmp::Reason;
 
@@ -122,9 +122,9 @@ impl Core {
     }
 
     fn probe(&self, region: RegionId) {
-        let Some(relay) = self.relays(region).and_then(|relays| relays.into_iter().next()) else { return };
+        let relays = self.relays(region).unwrap_or_default();
         let (underlay, probes) = (self.parts.underlay.clone(), self.parts.probes.clone());
-        self.parts.control.spawn(regions::probe_https(region, relay, underlay, probes));
+        self.parts.control.spawn(probe::https(region, relays, underlay, probes));
     }
 }
 

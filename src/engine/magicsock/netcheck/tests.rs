@@ -307,6 +307,7 @@ fn udp_that_is_slow_is_told_from_udp_that_is_blocked() {
     assert_eq!((slow.netcheck.host().netinfo.working_udp, slow.tells(OUTSIDE)), (Some(true), true));
     assert_eq!((blocked.netcheck.host().netinfo.working_udp, blocked.tells(OUTSIDE)), (Some(false), false));
     assert_eq!(slow.told.last(), Some(slow.netcheck.host()));
+    assert!(blocked.netcheck.host().netinfo.derp_latency.is_empty(), "HTTPS is of no family");
 }
 
 #[test]
