@@ -90,6 +90,19 @@ proptest! {
         prop_assert!(took <= Duration::from_secs(12), "{:?}", took);
     }
 
+    /// It is nobody's home then, so only a try can show that it admits us.
+    #[test]
+    fn a_near_region_that_was_gone_for_minutes_becomes_home_again(seed in any::<u8>()) {
+        let mut world = talking([Kind::Easy, Kind::Easy], seed);
+        world.apart = 40;
+        world.set_region(1, false);
+        world.run(SECOND * 300);
+        prop_assert_eq!(world.nodes[0].engine.host_state().home, Some(2));
+        world.set_region(1, true);
+        world.run(SECOND * 605);
+        prop_assert_eq!(world.nodes[0].engine.host_state().home, Some(1));
+    }
+
     #[test]
     fn a_path_that_works_stays_whatever_becomes_of_the_regions(seed in any::<u8>()) {
         let mut world = talking([Kind::Easy, Kind::Easy], seed);

@@ -36,6 +36,8 @@ pub(crate) struct World {
     pub(crate) nodes: Vec<Node>,
     pub(crate) sites: Vec<Nat>,
     pub(crate) regions: BTreeMap<RegionId, bool>,
+    /// So many milliseconds lie between a region and the next.
+    pub(crate) apart: u64,
     pub(crate) weather: Weather,
     /// Whether control tells nodes about each other.
     pub(crate) control_works: bool,
@@ -60,6 +62,7 @@ impl World {
             nodes: (0..2).map(|index| Node::new(index, seed, now)).collect(),
             sites: Vec::new(),
             regions: [(1, true), (2, true)].into(),
+            apart: 1,
             weather: Weather::CALM,
             control_works: true,
             unordered: 0,
@@ -332,7 +335,7 @@ impl World {
         if let Some(region) = region_of(to) {
             let transaction = stun::parse_request(&datagram);
             if let (Ok(transaction), Some(true)) = (transaction, self.regions.get(&region)) {
-                let delay = Duration::from_millis(self.weather.delay.0 + u64::from(region));
+                let delay = Duration::from_millis(self.weather.delay.0 + self.apart * u64::from(region));
                 self.push(delay, Delivery::Udp { from: to, to: from, datagram: stun::response(&transaction, from) });
             }
             return;

@@ -340,6 +340,9 @@ impl Magicsock {
         let home = self.netcheck.host().home;
         self.relays.set_home(home, now);
         self.netcheck.set_home_alive(home.is_some_and(|home| self.relays.is_connected(home)), now);
+        for region in self.netcheck.take_retried() {
+            self.relays.touch(region, now);
+        }
         if self.settled_at == self.netcheck.settled_at() {
             return;
         }

@@ -86,6 +86,8 @@ pub(super) struct Netcheck {
     watched: Option<RegionId>,
     /// Regions that were home and stayed away, and since when: their STUN may answer all the same.
     failed: BTreeMap<RegionId, Instant>,
+    /// Those of them whose relays are to be tried again.
+    retried: Vec<RegionId>,
     /// The home that has been away, until the round about it tells whether others are there.
     suspect: Option<RegionId>,
     /// When another home is looked for, since this one is away.
@@ -118,6 +120,7 @@ impl Netcheck {
             alive_at: None,
             watched: None,
             failed: BTreeMap::new(),
+            retried: Vec::new(),
             suspect: None,
             away_at: None,
             outputs: VecDeque::new(),

@@ -70,6 +70,15 @@ impl Netcheck {
         let home_now = home.and_then(|home| heard.get(&home).copied());
         let chosen = home::choose(&self.map, home, &latencies, home_now, self.home_may_stay(now));
         self.set_home(chosen.or_else(|| home::without_measurement(&self.map, &self.key)));
+        // Where no relay admits us there is enough to try.
+        let retried = self.failed.keys().filter(|region| self.home_alive && heard.contains_key(region));
+        self.retried = retried.copied().collect();
+    }
+
+    /// Regions that have failed and answer now: whether their relays admit us is to be tried, so that a later round may
+    /// choose them.
+    pub(in crate::engine::magicsock) fn take_retried(&mut self) -> Vec<RegionId> {
+        std::mem::take(&mut self.retried)
     }
 
     pub(super) fn set_home(&mut self, home: Option<RegionId>) {
