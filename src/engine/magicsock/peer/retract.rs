@@ -29,6 +29,8 @@ struct Pending {
     due: bool,
     /// When that was last done.
     said_at: Option<Instant>,
+    /// How long the peer's answer may take.
+    limit: Duration,
     /// When it is due again, and after which pause the time after that.
     again: Option<(Instant, Duration)>,
 }
@@ -48,7 +50,8 @@ impl Path {
             return;
         }
         let seen = self.best_candidate().and_then(|best| best.sees_us);
-        self.retraction.pending = Some(Pending { since: now, seen, due: true, said_at: None, again: None });
+        self.retraction.pending =
+            Some(Pending { since: now, seen, due: true, said_at: None, limit: Duration::ZERO, again: None });
     }
 
     /// The peer sees us at `source` from an address, which is the best one or another. Whether that is news to act upon:
@@ -94,28 +97,32 @@ impl Path {
         if !std::mem::take(&mut pending.due) {
             return None;
         }
-        pending.said_at = Some(now);
+        (pending.said_at, pending.limit) = (Some(now), limit);
         pending.again.get_or_insert((now + limit, limit * 2));
         Some(pending.seen)
     }
 
-    /// Whether to call again now: the peer has said nothing since the last call, although packets went out to it since
-    /// `unheard`, and so has not heeded it. When it was last `heard` tells one that has from one that was not asked.
+    /// Whether to call again now: the peer says nothing, although packets went out to it since `unheard`, and so does not
+    /// heed the last call. When it was last `heard` tells one that does from one that was not asked; but until an address
+    /// is trusted again, where we are may be another place by then, of which no pong tells.
     pub(in crate::engine::magicsock) fn retracts_again(
         &mut self,
         unheard: Option<Instant>,
         heard: Option<Instant>,
         now: Instant,
     ) -> bool {
+        let trusted = self.trusted(now).is_some();
         let Some(pending) = self.retraction.pending.as_mut() else { return false };
         let (Some(said_at), Some((_, pause))) = (pending.said_at, pending.again.filter(|(at, _)| *at <= now)) else {
             return false;
         };
-        if heard.is_some_and(|at| at > said_at) || now.duration_since(pending.since) >= TRUST {
+        let heard = heard.is_some_and(|at| at > said_at);
+        if (heard && trusted) || now.duration_since(pending.since) >= TRUST {
             self.retraction.pending = None;
             return false;
         }
-        pending.due = unheard.is_some();
+        // Whoever was heard has time to answer the next packet.
+        pending.due = unheard.is_some_and(|since| !heard || now.duration_since(since) >= pending.limit);
         pending.again = Some((now + pause, if pending.due { pause * 2 } else { pause }));
         pending.due
     }

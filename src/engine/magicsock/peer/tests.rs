@@ -5,7 +5,7 @@ use super::*;
 pub(super) const A: &str = "192.0.2.1:1";
 const B: &str = "192.0.2.2:2";
 /// How long the relay takes to a peer and back, at most.
-const RELAYED: Duration = Duration::from_millis(250);
+pub(super) const RELAYED: Duration = Duration::from_millis(250);
 /// Where peers see us.
 pub(super) const US: &str = "203.0.113.1:1";
 
@@ -212,7 +212,7 @@ fn a_peer_that_falls_silent_is_asked_twice_and_then_reached_by_the_relay_as_well
 }
 
 /// A path in doubt since its peer fell silent at the first instant, and when it has been so.
-fn doubted(start: Instant) -> (Path, Instant, Instant) {
+pub(super) fn doubted(start: Instant) -> (Path, Instant, Instant) {
     let mut path = direct(start);
     let sent = after(start, 1_000);
     path.note_send(sent);
@@ -222,60 +222,6 @@ fn doubted(start: Instant) -> (Path, Instant, Instant) {
             return (path, sent, now);
         }
     }
-}
-
-/// When the peer is called again, in milliseconds after `now`: it is silent since `unheard`, and was heard at `heard`.
-fn called_again(
-    path: &mut Path,
-    now: Instant,
-    unheard: impl Fn(Instant) -> Option<Instant>,
-    heard: Instant,
-) -> Vec<u128> {
-    assert_eq!(path.take_back(RELAYED, now), Some(Some(addr(US))));
-    let mut called = Vec::new();
-    while let Some(at) = path.next_deadline().filter(|at| *at < after(now, 20_000)) {
-        path.handle_timeout(unheard(at), at);
-        if path.retracts_again(unheard(at), Some(heard).filter(|heard| *heard <= at), at) {
-            assert_eq!(path.take_back(RELAYED, at), Some(Some(addr(US))));
-            called.push((at - now).as_millis());
-        }
-    }
-    called
-}
-
-#[test]
-fn what_a_silent_peer_does_not_heed_is_taken_back_again_until_its_trust_ends() {
-    let start = Instant::now();
-    let (mut path, sent, now) = doubted(start);
-    assert_eq!(called_again(&mut path, now, |_| Some(sent), start), [250, 750, 1_750, 3_750]);
-}
-
-/// The relay is gone from the map.
-#[test]
-fn a_call_that_cannot_be_made_is_not_tried_all_the_time() {
-    let start = Instant::now();
-    let (mut path, sent, now) = doubted(start);
-    assert_eq!(path.take_back(RELAYED, now), Some(Some(addr(US))));
-    let at = after(now, 250);
-    path.handle_timeout(Some(sent), at);
-    assert!(path.retracts_again(Some(sent), Some(start), at));
-    assert!(path.next_deadline().is_some_and(|next| next > at));
-}
-
-#[test]
-fn what_the_peer_has_heeded_or_could_not_is_not_taken_back_again() {
-    let start = Instant::now();
-    let (mut path, sent, now) = doubted(start);
-    let heard = after(now, 300);
-    assert_eq!(called_again(&mut path, now, |at| Some(if at < heard { sent } else { heard }), heard), [250]);
-    let (mut path, _, now) = doubted(start);
-    assert_eq!(called_again(&mut path, now, |_| None, start), [0; 0]);
-    let (mut path, _, now) = doubted(start);
-    let sent = after(now, 600);
-    assert_eq!(
-        called_again(&mut path, now, |at| Some(sent).filter(|sent| *sent <= at), start),
-        [750, 1_250, 2_250, 4_250]
-    );
 }
 
 #[test]
