@@ -182,9 +182,11 @@ impl Magicsock {
             let relay = self.relay(slot, entry).filter(|region| self.relays.is_connected(*region));
             let relayed = relay.is_some() && self.transport != Transport::Direct;
             let place = self.places.get_mut(slot).and_then(Option::as_mut);
-            if let Some(probe) = place.and_then(|place| place.path.handle_refused(addr, relayed, now)) {
-                self.outputs.push_back(Output::Resend { peer: entry.peer.key });
-                self.probe(slot, entry, probe, now);
+            if let Some(news) = place.and_then(|place| place.path.handle_refused(addr, relayed, now)) {
+                if news.resend {
+                    self.outputs.push_back(Output::Resend { peer: entry.peer.key });
+                }
+                self.probe(slot, entry, news.probe, now);
                 self.reschedule(slot);
             }
         }

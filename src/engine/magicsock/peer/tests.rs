@@ -280,7 +280,7 @@ fn a_firewall_that_refuses_every_other_datagram_costs_one_call_and_one_repetitio
         let mut alternate = |from: u64| {
             let (mut calls, mut refused, mut restored) = (0, 0, 0);
             for millis in from..from + 1_000 {
-                if let Some(probe) = path.handle_refused(addr(A), relayed, after(start, millis)) {
+                if let Some(News { probe, .. }) = path.handle_refused(addr(A), relayed, after(start, millis)) {
                     assert!(!path.best(after(start, millis)).unwrap().1);
                     assert_eq!(probe.ping.iter().filter(|to| **to == addr(A)).count(), 1);
                     (calls, refused) = (calls + usize::from(probe.call), refused + 1);
@@ -302,7 +302,7 @@ fn a_refusal_concerns_the_trusted_address_alone_and_pings_nobody_twice() {
     path.note_ping(TxId([2; 12]), addr(B), start);
     let now = after(start, 1_000);
     assert_eq!(path.handle_refused(addr(B), true, now), None);
-    assert_eq!(path.handle_refused(addr(A), true, now).unwrap().ping, [addr(A)]);
+    assert_eq!(path.handle_refused(addr(A), true, now).unwrap().probe.ping, [addr(A)]);
 }
 
 #[test]
@@ -310,9 +310,11 @@ fn a_ping_that_is_refused_too_takes_the_path_back_once() {
     let start = Instant::now();
     let mut path = direct(start);
     let now = after(start, 1_000);
-    assert!(path.handle_refused(addr(A), true, now).unwrap().call);
+    let first = path.handle_refused(addr(A), true, now).unwrap();
+    assert!(first.probe.call && first.resend);
     assert_eq!(path.take_back(RELAYED, now), None, "a firewall may refuse some of many");
-    assert_eq!(path.handle_refused(addr(A), true, now), Some(Probe { call: true, ..Probe::default() }));
+    let probe = Probe { call: true, ..Probe::default() };
+    assert_eq!(path.handle_refused(addr(A), true, now), Some(News { probe, ..News::default() }));
     assert_eq!(path.take_back(RELAYED, now), Some(Some(addr(US))));
     assert_eq!(path.handle_refused(addr(A), true, now), None);
 }
