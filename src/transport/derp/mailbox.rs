@@ -14,6 +14,8 @@ use super::Packet;
 struct Shared {
     packets: VecDeque<Packet>,
     capacity: usize,
+    /// How many were ever put in.
+    pushed: u64,
     home: bool,
     closed: bool,
     /// Who sleeps until something changes.
@@ -41,7 +43,8 @@ pub(super) struct Receiver {
 /// A mailbox for at most `capacity` packets.
 pub(super) fn mailbox(capacity: usize) -> (Sender, Receiver) {
     let packets = VecDeque::with_capacity(capacity);
-    let shared = Rc::new(RefCell::new(Shared { packets, capacity, home: false, closed: false, reader: None }));
+    let shared =
+        Rc::new(RefCell::new(Shared { packets, capacity, pushed: 0, home: false, closed: false, reader: None }));
     (Sender { shared: shared.clone() }, Receiver { shared })
 }
 
@@ -54,6 +57,7 @@ impl Sender {
             shared.packets.pop_front();
         }
         shared.packets.push_back(packet);
+        shared.pushed += 1;
         shared.wake();
         !full
     }
@@ -84,6 +88,20 @@ impl Receiver {
     /// Whether no packet waits.
     pub(super) fn is_empty(&self) -> bool {
         self.shared.borrow().packets.is_empty()
+    }
+
+    /// How many packets were put in so far.
+    pub(super) fn pushed(&self) -> u64 {
+        self.shared.borrow().pushed
+    }
+
+    /// Waits until more than `before` packets were put in.
+    pub(super) async fn pushed_since(&self, before: u64) {
+        poll_fn(|cx| {
+            self.register(cx);
+            if self.pushed() > before { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 
     /// Whether the region is home.

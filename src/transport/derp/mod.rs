@@ -197,6 +197,7 @@ impl Task {
         while !self.mailbox.is_closed() {
             // From before the connection, so that the move that ends it is news.
             let mut link = self.underlay.link.news();
+            let before = self.mailbox.pushed();
             let connected = tokio::select! {
                 connected = timeout(CONNECT_LIMIT, self.connect()) => connected,
                 () = self.mailbox.closed() => return,
@@ -212,7 +213,7 @@ impl Task {
             retry.note_loss(&error, begun.elapsed());
             tell(id, Event::Lost(Arc::new(error)));
             tokio::select! {
-                () = retry.pause(&mut link) => {}
+                () = retry.pause(&mut link, self.mailbox.pushed_since(before)) => {}
                 () = self.mailbox.closed() => return,
             }
         }

@@ -1,4 +1,5 @@
-//! When a region that was lost is tried again: nearly at once, then at growing intervals, or as the relay wishes.
+//! When a region that was lost is tried again: nearly at once, then at growing intervals, or as the relay wishes; but
+//! soon where packets wait for a relay that is out of reach.
 
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use tokio::time::{Instant, sleep};
 use super::DerpError;
 use crate::transport::backoff::Backoff;
 use crate::transport::link::News;
+use crate::transport::underlay::UnderlayError;
 
 /// A connection that ends sooner was none: who is turned away after each admission must not come back at once for ever.
 const STEADY: Duration = Duration::from_secs(10);
@@ -15,6 +17,9 @@ const STEADY: Duration = Duration::from_secs(10);
 const WISH_LIMIT: Duration = Duration::from_secs(30);
 /// Between tries while a relay restarts that has asked to be tried.
 const EAGER: Duration = Duration::from_millis(250);
+/// The same, up to twice as long, while packets wait for a relay that cannot be reached: to be back ten seconds after the
+/// network is costs whoever waits for a name all the time that it has. A try costs the relay nothing as long as it fails.
+const WANTED: Duration = Duration::from_secs(1);
 
 /// The pauses between a region's connections.
 pub(super) struct Retry {
@@ -24,12 +29,17 @@ pub(super) struct Retry {
     eager_until: Option<Instant>,
     /// When the relay wants us back.
     reconnect_in: Option<Duration>,
+    /// The pauses while packets wait.
+    wanted: Backoff,
+    /// Whether the relay could not be reached, rather than turned us away.
+    out_of_reach: bool,
 }
 
 impl Retry {
     pub(super) fn new() -> Self {
         let backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
-        Self { backoff, eager: Backoff::new(EAGER, EAGER), eager_until: None, reconnect_in: None }
+        let (eager, wanted) = (Backoff::new(EAGER, EAGER), Backoff::new(WANTED, WANTED));
+        Self { backoff, eager, eager_until: None, reconnect_in: None, wanted, out_of_reach: false }
     }
 
     /// A connection could not be made, or has ended after so long.
@@ -37,6 +47,7 @@ impl Retry {
         if lived >= STEADY {
             self.backoff.reset();
         }
+        self.out_of_reach = is_out_of_reach(error);
         if let DerpError::Restarting { reconnect_in, try_for, .. } = error {
             let reconnect_in = (*reconnect_in).min(WISH_LIMIT);
             self.reconnect_in = Some(reconnect_in);
@@ -45,11 +56,13 @@ impl Retry {
     }
 
     /// Waits until the next try is due. On another network the tries begin anew, unless it is the relay that wishes
-    /// for the pause.
-    pub(super) async fn pause(&mut self, link: &mut News) {
+    /// for the pause. `wanted` ends when packets wait.
+    pub(super) async fn pause(&mut self, link: &mut News, wanted: impl Future<Output = ()>) {
         let wished = self.reconnect_in.is_some();
+        let (delay, soon) = (self.next_delay(), self.wanted.next_delay());
         tokio::select! {
-            () = sleep(self.next_delay()) => {}
+            () = sleep(delay) => {}
+            _ = async { tokio::join!(wanted, sleep(soon)) }, if !wished && self.out_of_reach => {}
             () = link.moved(), if !wished => {
                 self.backoff.reset();
                 sleep(self.next_delay()).await;
@@ -67,6 +80,20 @@ impl Retry {
             Some(until) if Instant::now() < until => self.eager.next_delay(),
             _ => self.backoff.next_delay(),
         }
+    }
+}
+
+/// Whether nothing of the relay's answered, or no longer does.
+fn is_out_of_reach(error: &DerpError) -> bool {
+    match error {
+        DerpError::Underlay(UnderlayError::Resolve { .. } | UnderlayError::Connect { .. })
+        | DerpError::Silent { .. } => true,
+        DerpError::Underlay(UnderlayError::Tls { .. } | UnderlayError::Proxy { .. })
+        | DerpError::Upgrade { .. }
+        | DerpError::Protocol { .. }
+        | DerpError::Closed { .. }
+        | DerpError::Restarting { .. }
+        | DerpError::Empty => false,
     }
 }
 
@@ -122,7 +149,7 @@ mod tests {
         let paused = async |retry: &mut Retry| {
             let (mut news, start) = (link.news(), Instant::now());
             move_once();
-            retry.pause(&mut news).await;
+            retry.pause(&mut news, std::future::pending()).await;
             start.elapsed()
         };
         while retry.next_delay() < Duration::from_secs(5) {}
@@ -132,6 +159,25 @@ mod tests {
         let restarts = DerpError::Restarting { host: "relay".to_owned(), reconnect_in, try_for };
         retry.note_loss(&restarts, Duration::ZERO);
         assert!(paused(&mut retry).await >= reconnect_in);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_relay_out_of_reach_is_tried_soon_where_packets_wait_but_not_one_that_turns_us_away() {
+        let silent = DerpError::Silent { host: "relay".to_owned(), limit: WANTED };
+        let paused = async |error: &DerpError, wanted: bool| {
+            let (mut retry, mut news) = (Retry::new(), Link::moving().0.news());
+            while retry.next_delay() < Duration::from_secs(5) {}
+            retry.note_loss(error, Duration::ZERO);
+            let start = Instant::now();
+            retry
+                .pause(&mut news, async { if wanted { sleep(WANTED / 2).await } else { std::future::pending().await } })
+                .await;
+            start.elapsed()
+        };
+        assert!((WANTED..=2 * WANTED).contains(&paused(&silent, true).await));
+        for (error, wanted) in [(silent, false), (closed(), true)] {
+            assert!(paused(&error, wanted).await >= Duration::from_secs(5), "{error}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

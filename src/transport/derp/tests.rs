@@ -274,3 +274,29 @@ async fn a_relay_that_closes_the_connection_is_said_to_in_our_words() {
     assert_eq!(ending(&unannounced), CLOSED);
     assert_eq!(ending(&io::Error::other("reset")), "reset");
 }
+
+#[tokio::test(flavor = "local", start_paused = true)]
+async fn a_region_out_of_reach_is_tried_more_often_while_packets_are_to_go_there() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let addresses = vec![IpAddr::from([127, 0, 0, 1])];
+    let relay = Relay { host: "relay".to_owned(), addresses, port, check: Check::Insecure };
+    let underlay = Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
+    let id = ConnectionId { region: 1, number: 1 };
+    let (region, task) = Region::new(id, vec![relay], NodePrivate::random(), underlay);
+    let tries = std::rc::Rc::new(std::cell::Cell::new(0));
+    let counted = tries.clone();
+    spawn_local(task.run(move |_, _| counted.set(counted.get() + 1)));
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let in_a_minute = async |packets: usize| {
+        let before = tries.get();
+        for _ in 0..60 {
+            for _ in 0..packets {
+                region.send(Packet { peer: NodePublic::from_bytes([9; 32]), contents: vec![7] });
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        tries.get() - before
+    };
+    assert!((5..=13).contains(&in_a_minute(0).await));
+    assert!((20..=61).contains(&in_a_minute(1).await));
+}
