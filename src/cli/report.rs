@@ -114,11 +114,7 @@ impl Report {
 
     /// Something went wrong that changes nothing else.
     pub(super) fn warn(&self, fault: &Fault) {
-        if self.output.log_format == LogFormat::Json {
-            tracing::warn!(code = fault.code(), "{}", fault.cause());
-        } else {
-            complain(fault);
-        }
+        warn(self.output.log_format, fault);
     }
 
     /// The node is about to leave: nobody should start to use it.
@@ -237,6 +233,15 @@ pub(super) fn abandon(fault: &Fault) {
 fn failed_line(fault: &Fault, exit: u8) -> String {
     let pid = std::process::id();
     Line { v: 1, state: "failed", failure: Some(Failure::new(fault, exit)), pid, ..Line::default() }.text()
+}
+
+/// Something went wrong that changes nothing else, for whoever outlives the [`Report`]'s borrow.
+pub(super) fn warn(format: LogFormat, fault: &Fault) {
+    if format == LogFormat::Json {
+        tracing::warn!(code = fault.code(), remedy = fault.row.remedy, "{}", fault.cause());
+    } else {
+        complain(fault);
+    }
 }
 
 /// A failure for people: what happened, and what to try.

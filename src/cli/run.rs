@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
 use super::farewell::{End, Farewell, leave, unjoined};
-use super::report::Report;
+use super::report::{Report, warn};
 use super::settings::Settings;
 use super::stops::{ENDING, PASSED_ON, Stop, Stops, exit_of};
 use super::threads::{self, Control};
@@ -112,7 +112,7 @@ async fn session(settings: Settings, job: &Job, report: &mut Report, control: Ha
     // Before the pid file, whose readers may send one at once; as process 1 we would not even notice it.
     let mut stops = Stops::watch(&settings.life, signals)?;
     let prepared = prepare(&settings, job, report)?;
-    let Settings { node: mut config, credential, life, listen: _, proxy_auth: _, max_connections: _, output: _ } =
+    let Settings { node: mut config, credential, life, listen: _, proxy_auth: _, max_connections: _, output } =
         settings;
     config.credential = tokio::select! {
         credential = credential.read(config.join_timeout) => Some(credential?),
@@ -122,6 +122,12 @@ async fn session(settings: Settings, job: &Job, report: &mut Report, control: Ha
         stops.watch_stdin()?;
     }
     let node = Node::start(config, control).map_err(|error| Fault::from(&error))?;
+    let cut_off = node.is_cut_off();
+    spawn_local(async move {
+        if cut_off.await {
+            warn(output.log_format, &Fault::from(&fault::UDP_BLOCKED));
+        }
+    });
     let drain = CancellationToken::new();
     let stats = Arc::new(proxy::Stats::default());
     let serve = proxy::serve(prepared.listeners, node.clone(), prepared.proxy, Arc::clone(&stats), drain.clone());

@@ -195,6 +195,9 @@ rows! {
     UNDERLAY_SOCKET: 1303 Relay, exit 71, again NO, NOT_JOINED_REPLY
         "the operating system refused a socket"
         "check the limits of open files and memory, and what the sandbox permits";
+    UDP_BLOCKED: 1304 Relay, exit 75, again YES, NOT_JOINED_REPLY
+        "no UDP comes back from anywhere, and --transport direct allows no relay"
+        "let a firewall pass UDP to any port and its answers, or use --transport auto";
 
     DNS_NO_NAME: 1401 Dns, exit 68, again NO, DNS_ERROR
         "the name does not exist in the tailnet"

@@ -117,6 +117,11 @@ impl Core {
         self.parts.relays.home()
     }
 
+    /// What control is told of our network.
+    pub(super) fn reports(&self) -> watch::Receiver<HostReport> {
+        self.parts.report.subscribe()
+    }
+
     /// The UDP sockets, for the driver to wait on. Dead ones are always ready, and it would do nothing else.
     pub(super) fn udp(&self) -> Option<Rc<Udp>> {
         self.parts.outbox.udp().filter(|_| !self.parts.outbox.is_dead())

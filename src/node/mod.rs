@@ -9,6 +9,7 @@ mod bridge;
 pub mod client;
 pub mod config;
 mod core;
+mod cut_off;
 pub mod datagrams;
 pub mod dial;
 mod direct;
@@ -340,6 +341,19 @@ impl Node {
     /// What was dialled outside the tailnet so far, as `host:port`, and how often.
     pub fn outside(&self) -> BTreeMap<String, u64> {
         self.inner.outside.borrow().destinations().clone()
+    }
+
+    /// Whether no peer can be reached, at least none beyond the networks that this machine is in: relays are not to be
+    /// used, and no UDP comes back. Known a few seconds after the first netmap. The answer does not keep the node.
+    pub fn is_cut_off(&self) -> impl Future<Output = bool> + use<> {
+        let direct = self.inner.config.transport == Transport::Direct;
+        let reports = direct.then(|| self.inner.core.borrow().reports());
+        async move {
+            match reports {
+                Some(reports) => cut_off::is_udp_blocked(reports).await,
+                None => false,
+            }
+        }
     }
 
     /// Opens a connection to `target` through the tailnet, or outside where the user allowed it by name.

@@ -253,12 +253,13 @@ const CONFORMANCE: [Scenario; 12] = [
     scenario!(conformance::credentials_are_asked_for_when_configured),
 ];
 
-const PATHS: [Scenario; 6] = [
+const PATHS: [Scenario; 7] = [
     scenario!(relay::connections_go_on_while_control_and_relay_restart).within(120),
     scenario!(paths::on_one_lan_bytes_go_directly),
     scenario!(paths::a_relayed_connection_becomes_direct_without_breaking).within(120),
     scenario!(paths::a_direct_connection_survives_the_loss_of_udp),
     scenario!(paths::without_relays_the_end_of_udp_is_told_as_what_it_is),
+    scenario!(paths::without_relays_a_network_without_udp_is_told_at_once),
     scenario!(paths::a_peer_homed_in_another_region_is_reached_there),
 ];
 

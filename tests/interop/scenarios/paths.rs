@@ -127,6 +127,25 @@ pub(crate) fn without_relays_the_end_of_udp_is_told_as_what_it_is(bed: &Bed) -> 
         .map(drop)
 }
 
+/// Without relays, a network that lets no UDP pass is told as soon as that is known, with what to do; not by each dial.
+pub(crate) fn without_relays_a_network_without_udp_is_told_at_once(bed: &Bed) -> Result<(), Failed> {
+    let client = &bed.hosts.client;
+    client.nft(BLOCKED)?;
+    let said = Launch::new(bed).args(&["--transport", "direct"]).ready().and_then(|mut sidecar| {
+        // Servers are waited for, for three seconds.
+        sidecar.process.says("TC-1304: no UDP comes back", Duration::from_secs(6))?;
+        sidecar.process.says("try  let a firewall pass UDP", Duration::from_secs(1))
+    });
+    client.nft("delete table inet blocked")?;
+    said?;
+    let silent = Launch::new(bed).args(&["--transport", "direct"]).ready()?;
+    silent.page("web", "web")?;
+    match silent.process.log().contains("TC-1304") {
+        false => Ok(()),
+        true => Err("UDP passes, and is said not to".into()),
+    }
+}
+
 /// `--transport derp` sends nothing to peers; a peer in another region, known by its pin, is reached there.
 ///
 /// Only the way there is the peer's home: it answers by ours, and from then on both may stay in that one.
