@@ -333,7 +333,7 @@ impl Task {
         if !self.known {
             return LoggedOut::NotNeeded;
         }
-        let mut backoff = Backoff::new(FIRST_PAUSE, FIRST_PAUSE);
+        let mut backoff = Backoff::new(FIRST_PAUSE, 2 * FIRST_PAUSE);
         while Instant::now() < deadline {
             match self.try_log_out(deadline).await {
                 Ok(()) => {
