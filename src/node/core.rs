@@ -305,7 +305,7 @@ impl Core {
             }
             Event::Unanswered(pings) => self.shed.pings += pings,
             Event::PeerGone(peer, _) => engine.handle_derp_peer_gone(region, peer, now),
-            Event::Lost(_) => {
+            Event::Doubted | Event::Lost(_) => {
                 engine.handle_derp_lost(region, now);
                 self.parts.relays.set_admitted(region, false, engine.host_state().home);
                 self.say_paths(now);

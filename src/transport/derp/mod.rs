@@ -6,7 +6,9 @@
 //! Source: Tailscale, derp/derphttp/derphttp_client.go and derp/derp_client.go.
 
 mod complaints;
+mod limits;
 mod mailbox;
+mod pulse;
 mod retry;
 mod session;
 mod upgrade;
@@ -91,8 +93,10 @@ pub struct Packet {
 /// What a region's task tells the driver.
 #[derive(Debug)]
 pub enum Event {
-    /// The relay has admitted us.
+    /// The relay has admitted us, or answers again.
     Connected,
+    /// The relay does not answer; the connection is kept for a while.
+    Doubted,
     /// Packets came, WireGuard or disco, each from the node beside it.
     Packets(Vec<(NodePublic, BytesMut)>),
     /// A peer cannot be reached in this region.

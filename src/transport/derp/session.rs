@@ -13,12 +13,13 @@ use std::time::Duration;
 use bytes::BytesMut;
 use crypto_box::aead::{Aead, AeadCore, OsRng};
 use crypto_box::{PublicKey, SalsaBox, SecretKey};
-use serde::Deserialize;
 use tokio::io::AsyncWrite;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::io::{poll_read_buf, poll_write_buf};
 use tracing::debug;
 
+use super::limits::{Limits, ServerInfo};
+use super::pulse::{Due, Pulse};
 use super::{CONNECT_LIMIT, DerpError, Event, Task, ending};
 use crate::key::{DerpPublic, NodePublic};
 use crate::transport::turn;
@@ -30,10 +31,7 @@ use crate::wire::derp::{ClientFrame, FrameError, ServerFrame};
 const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// One write, or flushing what TLS holds of earlier ones (64 KiB at most), may take so long; a relay that takes it more
 /// slowly is gone.
-const WRITE_LIMIT: Duration = Duration::from_secs(15);
-/// A relay that has carried something, and then nothing for so long, is pinged once. What is sent must be acknowledged
-/// soon, or the connection ends; with nothing to send, of a download say, a dead one would not be found for minutes.
-const QUIET: Duration = Duration::from_secs(2);
+pub(super) const WRITE_LIMIT: Duration = Duration::from_secs(15);
 /// Octets that the input has room for: all that came is taken together, since each taking costs a round of everything
 /// above.
 const READ_ROOM: usize = 64 << 10;
@@ -45,15 +43,6 @@ const READ_LEAST: usize = 8 << 10;
 const BATCH: usize = 32;
 /// With so many octets unwritten, packets stay in the queue, where the oldest make room, and pings go unanswered.
 const UNWRITTEN_LIMIT: usize = 16 << 10;
-
-/// What the relay says of its limits, sealed to our key.
-#[derive(Debug, Default, Deserialize)]
-struct ServerInfo {
-    #[serde(default, rename = "TokenBucketBytesPerSecond")]
-    bytes_per_second: u64,
-    #[serde(default, rename = "TokenBucketBytesBurst")]
-    burst: u64,
-}
 
 /// The connection's state.
 pub(super) struct Session<'t, T> {
@@ -73,13 +62,12 @@ pub(super) struct Session<'t, T> {
     silent_at: Instant,
     /// When it has taken nothing for too long, while something waits for it.
     stuck_at: Instant,
-    /// When it is pinged, unless it carries something before.
-    ping_at: Option<Instant>,
-    limits: ServerInfo,
+    pulse: Pulse,
+    /// Whether the socket took no more when it was last tried.
+    full: bool,
+    limits: Limits,
     /// Packets sent before the relay admitted us, and their octets: not yet charged, and lost if it does not.
     early: (usize, usize),
-    /// When what was sent counts as paid by the relay's limits.
-    paid_at: Instant,
     /// Pings that found too much unwritten.
     unanswered: u64,
 }
@@ -99,10 +87,10 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             home: None,
             silent_at: now + CONNECT_LIMIT,
             stuck_at: now,
-            ping_at: None,
-            limits: ServerInfo::default(),
+            pulse: Pulse::default(),
+            full: false,
+            limits: Limits::new(ServerInfo::default(), now),
             early: (0, 0),
-            paid_at: now,
             unanswered: 0,
         }
     }
@@ -111,8 +99,17 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
     /// the relay has admitted us.
     pub(super) async fn run(mut self, mut io: BoxIo) -> (Result<(), DerpError>, bool) {
         let mut timer = pin!(sleep_until(self.silent_at));
-        let ended = poll_fn(|cx| self.poll(&mut io, timer.as_mut(), cx)).await;
-        (ended, self.admitted)
+        let mut link = self.task.underlay.link.news();
+        loop {
+            tokio::select! {
+                biased;
+                ended = poll_fn(|cx| self.poll(&mut io, timer.as_mut(), cx)) => return (ended, self.admitted),
+                () = link.moved() => {}
+            }
+            if self.admitted {
+                self.pulse.note_moved(self.is_writing(), Instant::now());
+            }
+        }
     }
 
     fn poll(
@@ -130,8 +127,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
         self.task.mailbox.register(cx);
         loop {
             let now = Instant::now();
-            if self.ping_at.take_if(|at| *at <= now).is_some() {
-                self.queue(&ClientFrame::Ping(rand::random()));
+            if self.follow_pulse(now)? {
                 self.poll_output(io, cx)?;
             }
             let writing = self.is_writing();
@@ -139,8 +135,8 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             if ends_at <= now {
                 return Poll::Ready(Err(self.silent(writing)));
             }
-            let sends_at = Some(self.sends_at(now)).filter(|at| *at > now && !self.task.mailbox.is_empty());
-            let due = [sends_at, self.ping_at].into_iter().flatten().fold(ends_at, Instant::min);
+            let sends_at = Some(self.limits.sends_at(now)).filter(|at| *at > now && !self.task.mailbox.is_empty());
+            let due = [sends_at, self.pulse.deadline()].into_iter().flatten().fold(ends_at, Instant::min);
             // Most deadlines only move away, and are looked at again when the timer was early.
             if due < timer.deadline() || timer.is_elapsed() {
                 timer.as_mut().reset(due);
@@ -148,6 +144,25 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             ready!(timer.as_mut().poll(cx));
             self.poll_output(io, cx)?;
         }
+    }
+
+    /// Asks for a sign of life, and does what follows when there is none. Returns whether there is something to send.
+    fn follow_pulse(&mut self, now: Instant) -> Result<bool, DerpError> {
+        let mut asks = false;
+        while let Some(due) = self.pulse.due(now) {
+            match due {
+                Due::Ping => {
+                    self.queue(&ClientFrame::Ping(rand::random()));
+                    asks = true;
+                }
+                Due::Doubt => {
+                    debug!(region = self.task.id.region, "derp relay does not answer");
+                    (self.tell)(Event::Doubted);
+                }
+                Due::GiveUp(limit) => return Err(DerpError::Silent { host: self.host.clone(), limit }),
+            }
+        }
+        Ok(asks)
     }
 
     /// Takes what has come, as much as a turn is long. All is heard before an end is.
@@ -167,6 +182,10 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             }
         };
         if taken > 0 {
+            if self.pulse.note_heard() {
+                debug!(region = self.task.id.region, "derp relay answers again");
+                (self.tell)(Event::Connected);
+            }
             self.handle_input()?;
             // Whoever does not admit us cannot have us wait by trickling.
             if self.admitted {
@@ -185,9 +204,16 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             }
             match poll_write_some(io, &mut self.output, cx) {
                 Poll::Ready(written) => self.unflushed = written.map_err(|error| self.closed(&error))?,
-                Poll::Pending => return Ok(()),
+                Poll::Pending => {
+                    self.full = true;
+                    return Ok(());
+                }
             }
-            self.stuck_at = Instant::now() + WRITE_LIMIT;
+            let now = Instant::now();
+            self.stuck_at = now + WRITE_LIMIT;
+            if std::mem::take(&mut self.full) {
+                self.pulse.note_taken(now);
+            }
         }
     }
 
@@ -211,7 +237,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             return;
         }
         let now = Instant::now();
-        if self.sends_at(now) > now {
+        if self.limits.sends_at(now) > now {
             return;
         }
         let (before, most) = (self.output.len(), if self.admitted { BATCH } else { BATCH - self.early.0 });
@@ -220,31 +246,16 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             self.queue(&ClientFrame::SendPacket { to: packet.peer, packet: &packet.contents });
             count += 1;
         }
-        if count > 0 {
-            self.ping_at = Some(now + QUIET);
+        if count == 0 {
+            return;
         }
         let octets = self.output.len() - before;
         if self.admitted {
-            self.charge(octets, now);
+            self.limits.charge(octets, now);
+            self.pulse.note_sent(now);
         } else {
             self.early = (self.early.0 + count, self.early.1 + octets);
         }
-    }
-
-    /// So much was sent under the relay's limits.
-    fn charge(&mut self, octets: usize, now: Instant) {
-        if self.limits.bytes_per_second > 0 {
-            let seconds = octets as f64 / self.limits.bytes_per_second as f64;
-            self.paid_at = self.paid_at.max(now) + Duration::from_secs_f64(seconds);
-        }
-    }
-
-    /// When the relay's limits let us send: so much is not yet paid that the burst does not cover it.
-    fn sends_at(&self, now: Instant) -> Instant {
-        let ServerInfo { bytes_per_second, burst } = self.limits;
-        // Without limits the quotient is no number, and a burst may last longer than any time.
-        let saved = Duration::try_from_secs_f64(burst as f64 / bytes_per_second as f64).unwrap_or(Duration::MAX);
-        now + self.paid_at.saturating_duration_since(now).saturating_sub(saved)
     }
 
     fn queue(&mut self, frame: &ClientFrame<'_>) {
@@ -280,12 +291,15 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             ServerFrame::ServerKey(server) => self.introduce(server),
             ServerFrame::ServerInfo(_) if self.admitted => return Err(self.wrong("a second server info")),
             ServerFrame::ServerInfo(sealed) => {
-                self.limits = self.open_info(&sealed)?;
-                let Self { limits, .. } = &*self;
-                debug!(region, bytes_per_second = limits.bytes_per_second, "derp connected");
+                let info = self.open_info(&sealed)?;
+                debug!(region, bytes_per_second = info.bytes_per_second, "derp connected");
                 self.admitted = true;
-                let (_, octets) = std::mem::take(&mut self.early);
-                self.charge(octets, Instant::now());
+                let ((early, octets), now) = (std::mem::take(&mut self.early), Instant::now());
+                self.limits = Limits::new(info, now);
+                self.limits.charge(octets, now);
+                if early > 0 {
+                    self.pulse.note_sent(now);
+                }
                 self.task.complaints.borrow_mut().note_admitted();
                 (self.tell)(Event::Connected);
             }
@@ -324,7 +338,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
 
     fn tell_packets(&mut self, packets: &mut Vec<(NodePublic, BytesMut)>) {
         if !packets.is_empty() {
-            self.ping_at = Some(Instant::now() + QUIET);
+            self.pulse.note_carried(Instant::now());
             (self.tell)(Event::Packets(std::mem::take(packets)));
         }
     }

@@ -1,0 +1,106 @@
+//! Whether a relay lives: it is asked when it has carried something and then falls silent.
+//!
+//! That the kernel of its machine, or a proxy before it, acknowledges what is sent does not mean that it is read. A relay
+//! that does not answer is doubted first and given up much later: an answer may also wait behind what we or others have
+//! sent into a slow line, where a new connection would fare worse. Whatever comes is a sign of life, and so is that
+//! the socket takes more after it was full. Where the network moved, what was sent before is lost anyway, and a new
+//! connection is made at once.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// A relay that has carried something, and from which then nothing came for so long, is pinged once.
+const QUIET: Duration = Duration::from_secs(2);
+/// When it is doubted for want of an answer. Source: Tailscale, wgengine/magicsock, `maybeCloseDERPsOnRebind` (3 s).
+const ANSWER: Duration = Duration::from_secs(3);
+/// When it is given up: as late as one that takes nothing.
+const PATIENCE: Duration = super::session::WRITE_LIMIT;
+
+/// What is known of a relay's life.
+#[derive(Debug, Default)]
+pub(super) struct Pulse {
+    /// When the relay is pinged, unless something comes before.
+    ping_at: Option<Instant>,
+    /// The question without an answer.
+    asked: Option<Asked>,
+    doubted: bool,
+}
+
+#[derive(Debug)]
+struct Asked {
+    /// Since when its answer is waited for.
+    since: Instant,
+    /// When the relay is given up.
+    patience: Duration,
+}
+
+/// What is to be done now.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Due {
+    /// Send a ping.
+    Ping,
+    /// Nobody should rely on the relay, until something comes.
+    Doubt,
+    /// The relay is gone: it was silent for so long.
+    GiveUp(Duration),
+}
+
+impl Pulse {
+    /// A packet is sent by the relay.
+    pub(super) fn note_sent(&mut self, now: Instant) {
+        if self.asked.is_none() {
+            self.ping_at.get_or_insert(now + QUIET);
+        }
+    }
+
+    /// Packets came by the relay.
+    pub(super) fn note_carried(&mut self, now: Instant) {
+        self.ping_at = Some(now + QUIET);
+    }
+
+    /// Something came from the relay. Returns whether it was doubted.
+    pub(super) fn note_heard(&mut self) -> bool {
+        if self.asked.take().is_some() {
+            self.ping_at = None;
+        }
+        std::mem::take(&mut self.doubted)
+    }
+
+    /// The socket was full and takes more.
+    pub(super) fn note_taken(&mut self, now: Instant) {
+        if let Some(asked) = &mut self.asked {
+            asked.since = now;
+        }
+    }
+
+    /// The way to the relay may be another: it is asked at once. One that was full has more time.
+    pub(super) fn note_moved(&mut self, full: bool, now: Instant) {
+        self.ping_at = Some(now);
+        self.asked = Some(Asked { since: now, patience: if full { PATIENCE } else { ANSWER } });
+    }
+
+    /// When [`due`](Self::due) may have something.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let asked = self.asked.as_ref().map(|asked| {
+            let wait = if self.doubted { asked.patience } else { ANSWER };
+            asked.since + wait
+        });
+        [self.ping_at, asked].into_iter().flatten().min()
+    }
+
+    /// What is due; to be asked until it says nothing.
+    pub(super) fn due(&mut self, now: Instant) -> Option<Due> {
+        if self.ping_at.take_if(|at| *at <= now).is_some() {
+            self.asked.get_or_insert(Asked { since: now, patience: PATIENCE });
+            return Some(Due::Ping);
+        }
+        let Asked { since, patience } = *self.asked.as_ref()?;
+        if since + patience <= now {
+            return Some(Due::GiveUp(patience));
+        }
+        let doubts = since + ANSWER <= now && !self.doubted;
+        self.doubted |= doubts;
+        doubts.then_some(Due::Doubt)
+    }
+}
