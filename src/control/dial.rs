@@ -22,6 +22,7 @@ use url::Url;
 use super::ConnectError;
 use super::noise::{Handshake, NoiseError};
 use crate::key::{MachinePrivate, MachinePublic};
+use crate::transport::places::Places;
 use crate::transport::underlay::{BoxIo, Underlay, UnderlayError, authority};
 
 /// The capability version that we speak: the last before peer relays, which we do not offer.
@@ -146,7 +147,7 @@ impl Dialer {
     async fn open(&self) -> Result<BoxIo, ConnectError> {
         let (host, port) = (self.host(), self.port());
         let opened = if self.url.scheme() == "https" {
-            self.underlay.connect_tls((host, &[]), port, host, self.underlay.tls.trusted()).await
+            self.underlay.connect_tls((host, &Places::named()), port, host, self.underlay.tls.trusted()).await
         } else {
             self.underlay.connect(host, port).await
         };

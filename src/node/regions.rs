@@ -9,6 +9,7 @@ use crate::control::HostReport;
 use crate::engine::HostState;
 use crate::netmap::RegionId;
 use crate::transport::derp::Relay;
+use crate::transport::places::{Families, Places};
 use crate::transport::tls::Check;
 use crate::wire::tailcfg::derp::{DerpNode, Family, Region};
 
@@ -39,8 +40,9 @@ fn relay(node: &DerpNode) -> Option<Relay> {
         Check::Name(node.cert_name.clone())
     };
     let literal = |family: Family| if let Family::At(ip) = family { Some(ip) } else { None };
-    let addresses = [node.ipv4, node.ipv6].into_iter().filter_map(literal).collect();
-    Some(Relay { host: node.host_name.clone(), addresses, port: node.https(), check })
+    let known = [node.ipv4, node.ipv6].into_iter().filter_map(literal).collect();
+    let by_name = Families { v4: node.ipv4 == Family::Resolve, v6: node.ipv6 == Family::Resolve };
+    Some(Relay { host: node.host_name.clone(), places: Places::new(known, by_name), port: node.https(), check })
 }
 
 /// What control is told of the engine's findings.
@@ -77,5 +79,15 @@ mod tests {
         assert_eq!(relay_of(r#"{"HostName":"h"}"#).unwrap().check, Check::Name("h".to_owned()));
         assert_eq!(relay_of(r#"{"HostName":"h","CertName":"c"}"#).unwrap().check, Check::Name("c".to_owned()));
         assert_eq!(relay_of(r#"{"HostName":"h","InsecureForTests":true}"#).unwrap().check, Check::Insecure);
+    }
+
+    #[test]
+    fn a_name_is_for_the_families_that_the_map_leaves_to_it() {
+        let places = |json| relay_of(json).unwrap().places;
+        let (known, v6) = (vec!["1.2.3.4".parse().unwrap()], Families { v4: false, v6: true });
+        assert_eq!(places(r#"{"HostName":"h","IPv4":"1.2.3.4"}"#), Places::new(known.clone(), v6));
+        assert_eq!(places(r#"{"HostName":"h","IPv4":"none"}"#), Places::new(Vec::new(), v6));
+        assert_eq!(places(r#"{"HostName":"h","IPv4":"1.2.3.4","IPv6":"none"}"#), Places::at(&known));
+        assert_eq!(places(r#"{"HostName":"h"}"#), Places::named());
     }
 }

@@ -4,6 +4,7 @@ pub mod backoff;
 pub mod derp;
 pub mod interfaces;
 pub mod link;
+pub mod places;
 pub mod race;
 pub mod tls;
 pub mod turn;

@@ -19,12 +19,12 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, BufReader};
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::net::UdpSocket;
 use tokio_rustls::TlsConnector;
 use url::Url;
 
 use super::link::{Link, Tied};
-use super::race::race;
+use super::places::Places;
 use super::tls::Tls;
 
 /// A byte stream of any make.
@@ -48,9 +48,6 @@ pub fn connect_udp(address: SocketAddr) -> io::Result<UdpSocket> {
     socket.set_nonblocking(true)?;
     UdpSocket::from_std(socket)
 }
-
-/// The pause before the next address of a host is tried beside the last one. Source: RFC 8305, 5 (250 ms).
-const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 
 /// What is read of a connection at once. rustls by itself asks for 4 KiB, and a relay writes records of 2.
 const READ_AHEAD: usize = 64 << 10;
@@ -118,45 +115,44 @@ impl Underlay {
     /// # Errors
     /// [`UnderlayError`]; the caller bounds the time.
     pub async fn connect(&self, host: &str, port: u16) -> Result<BoxIo, UnderlayError> {
-        self.connect_known(host, &[], port).await
+        self.connect_known(host, &Places::named(), port).await
     }
 
-    /// The same for a host whose addresses are known; none are for the machine's resolver to say. A proxy is told the
-    /// name all the same, since it is by names that proxies decide.
+    /// The same for a host of which something is known. A proxy is told the name all the same, since it is by names that
+    /// proxies decide.
     ///
     /// # Errors
     /// [`UnderlayError`]; the caller bounds the time.
-    pub async fn connect_known(&self, host: &str, addresses: &[IpAddr], port: u16) -> Result<BoxIo, UnderlayError> {
-        self.connect_within(host, addresses, port, PATIENCE).await
+    pub async fn connect_known(&self, host: &str, places: &Places, port: u16) -> Result<BoxIo, UnderlayError> {
+        self.connect_within(host, places, port, PATIENCE).await
     }
 
     /// The same, with a limit to how long what is sent may go unacknowledged.
     async fn connect_within(
         &self,
         host: &str,
-        addresses: &[IpAddr],
+        places: &Places,
         port: u16,
         patience: Duration,
     ) -> Result<BoxIo, UnderlayError> {
         match &self.proxy {
             Some(proxy) if !self.bypasses(host) => self.connect_by_proxy(proxy, host, port, patience).await,
-            _ => Ok(Box::new(self.connect_tcp(host, addresses, port, patience).await?)),
+            _ => Ok(Box::new(self.connect_tcp(host, places, port, patience).await?)),
         }
     }
 
-    /// Opens a TLS stream to a relay, at its known addresses if there are any, checking its certificate for `name` as
-    /// `config` says.
+    /// Opens a TLS stream to a relay, checking its certificate for `name` as `config` says.
     ///
     /// # Errors
     /// [`UnderlayError`]; the caller bounds the time.
     pub async fn connect_tls(
         &self,
-        (host, addresses): (&str, &[IpAddr]),
+        (host, places): (&str, &Places),
         port: u16,
         name: &str,
         config: Arc<ClientConfig>,
     ) -> Result<BoxIo, UnderlayError> {
-        let tcp = self.connect_within(host, addresses, port, RELAYS_PATIENCE).await?;
+        let tcp = self.connect_within(host, places, port, RELAYS_PATIENCE).await?;
         let tcp = Box::new(BufReader::with_capacity(READ_AHEAD, tcp));
         start_tls(tcp, host, port, name, config).await
     }
@@ -190,7 +186,7 @@ impl Underlay {
         let proxy_port = proxy.port_or_known_default().unwrap_or(80);
         let failed = |detail: String| UnderlayError::Proxy { proxy: format!("{proxy_host}:{proxy_port}"), detail };
 
-        let tcp = self.connect_tcp(proxy_host, &[], proxy_port, patience).await;
+        let tcp = self.connect_tcp(proxy_host, &Places::named(), proxy_port, patience).await;
         let mut io: BoxIo = Box::new(tcp.map_err(|error| failed(error.to_string()))?);
         if proxy.scheme() == "https" {
             io = start_tls(io, proxy_host, proxy_port, proxy_host, self.tls.trusted()).await?;
@@ -213,19 +209,19 @@ impl Underlay {
         Ok(Box::new(TokioIo::new(upgraded)))
     }
 
-    /// Connects to the first address of `host` that answers; each next one is tried beside the last after a pause. When
-    /// the network moves meanwhile, that begins anew: what was sent before may never be answered.
+    /// Connects to the first address of `host` that answers. When the network moves meanwhile, that begins anew: what was
+    /// sent before may never be answered.
     async fn connect_tcp(
         &self,
         host: &str,
-        known: &[IpAddr],
+        places: &Places,
         port: u16,
         patience: Duration,
     ) -> Result<Tied, UnderlayError> {
         let mut news = self.link.news();
         loop {
             tokio::select! {
-                connected = connect_once(host, known, port) => return Ok(Tied::new(connected?, news, patience)),
+                connected = places.connect(host, port) => return Ok(Tied::new(connected?, news, patience)),
                 () = news.moved() => {}
             }
         }
@@ -285,29 +281,6 @@ fn is_of_tls(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
 }
 
-async fn connect_once(host: &str, known: &[IpAddr], port: u16) -> Result<TcpStream, UnderlayError> {
-    let bare = host.trim_matches(['[', ']']);
-    let resolve = |source| UnderlayError::Resolve { host: host.to_owned(), source };
-    let addresses: Vec<SocketAddr> = match bare.parse::<IpAddr>() {
-        // A relay that is named by its IPv4 address may have an IPv6 one too.
-        _ if !known.is_empty() => known.iter().map(|ip| SocketAddr::new(*ip, port)).collect(),
-        Ok(ip) => vec![SocketAddr::new(ip, port)],
-        Err(_) => tokio::net::lookup_host((bare, port)).await.map_err(resolve)?.collect(),
-    };
-    match race(addresses.into_iter().map(TcpStream::connect), NEXT_ADDRESS).await {
-        Ok(stream) => {
-            // A record of control or a frame of DERP must not wait for an ACK; without the option it is only later.
-            let _ = stream.set_nodelay(true);
-            Ok(stream)
-        }
-        Err(failures) => {
-            let none = || io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-            let source = failures.into_iter().next_back().unwrap_or_else(none);
-            Err(UnderlayError::Connect { host: authority(bare, port), source })
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -364,8 +337,8 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let answered = async |answer: &[u8]| {
             let underlay = underlay(&[]);
-            let config = underlay.tls.trusted();
-            let connect = underlay.connect_tls(("127.0.0.1", &[]), port, "127.0.0.1", config);
+            let (config, places) = (underlay.tls.trusted(), Places::named());
+            let connect = underlay.connect_tls(("127.0.0.1", &places), port, "127.0.0.1", config);
             let answer = async {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 let _ = stream.read(&mut [0; 1]).await.unwrap();

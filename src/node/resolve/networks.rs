@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use super::super::bridge::{Datagrams, Tunnel};
 use super::super::dial::is_public;
 use crate::netmap::{Netmap, is_internet};
+use crate::transport::places::Places;
 use crate::transport::race::race;
 use crate::transport::underlay::{BoxIo, Underlay, connect_udp};
 
@@ -94,7 +95,8 @@ impl Networks {
                 Ok(Box::new(io))
             }
             Network::Underlay => {
-                let connected = timeout(CONNECT_LIMIT, self.underlay.connect_known(host, addresses, port)).await;
+                let connected =
+                    timeout(CONNECT_LIMIT, self.underlay.connect_known(host, &Places::at(addresses), port)).await;
                 connected.map_err(|_| io::ErrorKind::TimedOut)?.map_err(io::Error::other)
             }
         }

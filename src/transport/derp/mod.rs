@@ -15,7 +15,6 @@ mod upgrade;
 
 use std::cell::RefCell;
 use std::io;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +26,7 @@ use self::complaints::Complaints;
 use self::mailbox::{Receiver, Sender, mailbox};
 use self::retry::Retry;
 use self::session::Session;
+use super::places::Places;
 use super::tls::Check;
 use super::underlay::{BoxIo, Underlay, UnderlayError};
 use crate::key::{NodePrivate, NodePublic};
@@ -46,10 +46,10 @@ const QUEUE: usize = 128;
 /// A relay of a region, from the netmap.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Relay {
-    /// The name for SNI, HTTP and, without a literal address, DNS.
+    /// The name for SNI, HTTP and, where not every address is known, DNS.
     pub host: String,
-    /// Its literal addresses; empty for whatever the name resolves to.
-    pub addresses: Vec<IpAddr>,
+    /// Where it is, if it is not reached by a proxy.
+    pub places: Places,
     /// The TCP port.
     pub port: u16,
     /// How its certificate is checked.
@@ -67,7 +67,7 @@ impl Relay {
             Check::Pin(_) | Check::Insecure => &self.host,
         };
         let config = underlay.tls.checked(&self.check);
-        underlay.connect_tls((&self.host, &self.addresses), self.port, name, config).await
+        underlay.connect_tls((&self.host, &self.places), self.port, name, config).await
     }
 }
 

@@ -365,8 +365,8 @@ async fn a_relay_that_closes_the_connection_is_said_to_in_our_words() {
 #[tokio::test(flavor = "local", start_paused = true)]
 async fn a_region_out_of_reach_is_tried_more_often_while_packets_are_to_go_there() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let addresses = vec![IpAddr::from([127, 0, 0, 1])];
-    let relay = Relay { host: "relay".to_owned(), addresses, port, check: Check::Insecure };
+    let places = Places::at(&["127.0.0.1".parse().unwrap()]);
+    let relay = Relay { host: "relay".to_owned(), places, port, check: Check::Insecure };
     let underlay = Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
     let id = ConnectionId { region: 1, number: 1 };
     let (region, task) = Region::new(id, vec![relay], NodePrivate::random(), underlay);

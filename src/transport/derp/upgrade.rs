@@ -79,6 +79,7 @@ mod tests {
     use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, DuplexStream, ReadBuf};
 
     use super::*;
+    use crate::transport::places::Places;
     use crate::transport::tls::Check;
 
     /// A stream that ends as rustls ends one whose other side takes no leave.
@@ -94,7 +95,7 @@ mod tests {
     }
 
     fn relay() -> Relay {
-        Relay { host: "relay".to_owned(), addresses: Vec::new(), port: 443, check: Check::Insecure }
+        Relay { host: "relay".to_owned(), places: Places::named(), port: 443, check: Check::Insecure }
     }
 
     async fn refusal(io: BoxIo) -> String {
