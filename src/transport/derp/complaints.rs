@@ -42,7 +42,8 @@ impl Complaints {
         let region = self.region;
         self.problem.clear();
         // A relay that closes instead of admitting us does not know us: that is no connection that was lost.
-        let lost = admitted && matches!(error, DerpError::Closed { .. } | DerpError::Restarting { .. });
+        let ends = matches!(error, DerpError::Closed { .. } | DerpError::Restarting { .. } | DerpError::Silent { .. });
+        let lost = admitted && ends;
         if lost && self.losses.take() {
             info!(region, %error, "derp connection lost");
             self.lost = true;
@@ -178,6 +179,17 @@ mod tests {
         let problem = log.of(|| ["full", ""].iter().for_each(|problem| complaints.note_problem(problem)));
         let lines = ["WARN derp reports a problem region=7 problem=\"full\"", "WARN derp healthy again region=7"];
         assert_eq!(problem, lines);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_relay_that_falls_silent_is_lost_and_one_that_never_spoke_cannot_be_used() {
+        let (mut complaints, log) = (Complaints::new(7), Log::default());
+        let silent = || DerpError::Silent { host: "relay".to_owned(), limit: Duration::from_secs(15) };
+        let reason = "region=7 error=relay relay was silent for 15s";
+        let lost = log.of(|| complaints.note_loss(&silent(), true));
+        assert_eq!(lost, [format!("INFO derp connection lost {reason}")]);
+        let unusable = log.of(|| complaints.note_loss(&silent(), false));
+        assert_eq!(unusable, [format!("WARN derp region cannot be used {reason}")]);
     }
 
     #[tokio::test(start_paused = true)]
