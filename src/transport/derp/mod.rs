@@ -27,6 +27,7 @@ use self::mailbox::{Receiver, Sender, mailbox};
 use self::retry::Retry;
 use self::session::Session;
 use super::places::Places;
+use super::race::race;
 use super::tls::Check;
 use super::underlay::{BoxIo, Underlay, UnderlayError};
 use crate::key::{NodePrivate, NodePublic};
@@ -36,9 +37,9 @@ use crate::wire::derp::Gone;
 
 /// The longest that connecting to a region may take, all its nodes together. Source: derphttp_client.go, `dialRegion`.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// The longest that one node of a region may take for TCP and TLS before the next is tried.
-const NODE_LIMIT: Duration = Duration::from_secs(3);
-/// How long a plain upgrade may take before a WebSocket is tried: something between us may swallow it.
+/// The pause before the next node of a region is tried beside the last one.
+const NEXT_NODE: Duration = Duration::from_secs(3);
+/// How long a plain upgrade may take, at least, before a WebSocket is tried: something between us may swallow it.
 const UPGRADE_LIMIT: Duration = Duration::from_millis(1500);
 /// Packets that wait for a slow relay. More would only grow the delay: a relay's own queue holds 32.
 const QUEUE: usize = 128;
@@ -202,48 +203,49 @@ impl Task {
             // From before the connection, so that the move that ends it is news.
             let mut link = self.underlay.link.news();
             let before = self.mailbox.pushed();
+            let dialled = Instant::now();
             let connected = tokio::select! {
-                connected = timeout(CONNECT_LIMIT, self.connect()) => connected,
+                connected = self.connect() => connected,
                 () = self.mailbox.closed() => return,
             };
             let begun = Instant::now();
             let (lost, admitted) = match connected {
-                Ok(Ok((io, host))) => Session::new(&self, host, |event| tell(id, event)).run(io).await,
-                Ok(Err(error)) => (Err(error), false),
-                Err(_) => (Err(DerpError::Silent { host: self.first_host(), limit: CONNECT_LIMIT }), false),
+                Ok((io, host)) => Session::new(&self, host, |event| tell(id, event)).run(io).await,
+                Err(error) => (Err(error), false),
             };
             let Err(error) = lost else { return };
             self.complaints.borrow_mut().note_loss(&error, admitted);
             retry.note_loss(&error, begun.elapsed());
+            let spent = begun - dialled;
             tell(id, Event::Lost(Arc::new(error)));
             tokio::select! {
-                () = retry.pause(&mut link, self.mailbox.pushed_since(before)) => {}
+                () = retry.pause(&mut link, spent, self.mailbox.pushed_since(before)) => {}
                 () = self.mailbox.closed() => return,
             }
         }
     }
 
-    fn first_host(&self) -> String {
-        self.relays.first().map(|relay| relay.host.clone()).unwrap_or_default()
-    }
-
-    /// Connects to the first relay that answers, and upgrades the connection.
+    /// Connects to the first relay that answers, and upgrades the connection. A slow one is not given up for the next.
     async fn connect(&self) -> Result<(BoxIo, String), DerpError> {
-        let mut last = DerpError::Empty;
-        for relay in &self.relays {
-            match timeout(NODE_LIMIT, self.connect_relay(relay)).await {
-                Ok(Ok(io)) => return Ok((io, relay.host.clone())),
-                Ok(Err(error)) => last = error,
-                Err(_) => last = DerpError::Silent { host: relay.host.clone(), limit: NODE_LIMIT },
+        let until = Instant::now() + CONNECT_LIMIT;
+        let attempt = async |relay: &Relay| {
+            let (host, limit) = (relay.host.clone(), until.saturating_duration_since(Instant::now()));
+            match timeout(limit, self.connect_relay(relay)).await {
+                Ok(connected) => connected.map(|io| (io, host)),
+                Err(_) => Err(DerpError::Silent { host, limit }),
             }
-        }
-        Err(last)
+        };
+        let connected = race(self.relays.iter().map(attempt), NEXT_NODE).await;
+        connected.map_err(|mut failures| failures.pop().unwrap_or(DerpError::Empty))
     }
 
     /// The plain upgrade first; where something between us lets only WebSockets pass, a WebSocket.
     async fn connect_relay(&self, relay: &Relay) -> Result<BoxIo, DerpError> {
+        let begun = Instant::now();
         let io = relay.dial(&self.underlay).await?;
-        let upgraded = timeout(UPGRADE_LIMIT, upgrade::plain(io, relay)).await;
+        // An upgrade takes one round trip, and what came before took three.
+        let limit = begun.elapsed().max(UPGRADE_LIMIT);
+        let upgraded = timeout(limit, upgrade::plain(io, relay)).await;
         let detail = "no answer".to_owned();
         match upgraded.unwrap_or(Err(DerpError::Upgrade { host: relay.host.clone(), detail })) {
             Err(DerpError::Upgrade { detail, .. }) => {

@@ -58,13 +58,16 @@ impl Retry {
         }
     }
 
-    /// Waits until the next try is due. On another network the tries begin anew, unless it is the relay that wishes
-    /// for the pause. `wanted` ends when packets wait.
-    pub(super) async fn pause(&mut self, link: &mut News, wanted: impl Future<Output = ()>) {
+    /// Waits until the next try is due, of which so much was spent with the last one. On another network the tries begin
+    /// anew, unless it is the relay that wishes for the pause. `wanted` ends when packets wait.
+    pub(super) async fn pause(&mut self, link: &mut News, spent: Duration, wanted: impl Future<Output = ()>) {
         let wished = self.reconnect_in.is_some();
         let (delay, soon) = (self.next_delay(), self.wanted.next_delay());
+        // Packets that are sent into nothing are repeated ever more rarely: a new try after a long one finds a relay
+        // sooner that is back.
+        let left = if wished { delay } else { delay.saturating_sub(spent).max(FIRST_PAUSE) };
         tokio::select! {
-            () = sleep(delay) => {}
+            () = sleep(left) => {}
             _ = async { tokio::join!(wanted, sleep(soon)) }, if !wished && self.out_of_reach => {}
             () = link.moved(), if !wished => {
                 self.backoff.reset();
@@ -102,6 +105,8 @@ fn is_out_of_reach(error: &DerpError) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::future::pending;
+
     use super::*;
     use crate::transport::link::Link;
 
@@ -152,7 +157,7 @@ mod tests {
         let paused = async |retry: &mut Retry| {
             let (mut news, start) = (link.news(), Instant::now());
             move_once();
-            retry.pause(&mut news, std::future::pending()).await;
+            retry.pause(&mut news, Duration::ZERO, pending()).await;
             start.elapsed()
         };
         while retry.next_delay() < LONGEST_PAUSE / 2 {}
@@ -172,14 +177,24 @@ mod tests {
             while retry.next_delay() < LONGEST_PAUSE / 2 {}
             retry.note_loss(error, Duration::ZERO);
             let start = Instant::now();
-            retry
-                .pause(&mut news, async { if wanted { sleep(WANTED / 2).await } else { std::future::pending().await } })
-                .await;
+            let packets = async { if wanted { sleep(WANTED / 2).await } else { pending().await } };
+            retry.pause(&mut news, Duration::ZERO, packets).await;
             start.elapsed()
         };
         assert!((WANTED..=2 * WANTED).contains(&paused(&silent, true).await));
         for (error, wanted) in [(silent, false), (closed(), true)] {
             assert!(paused(&error, wanted).await >= LONGEST_PAUSE / 2, "{error}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_try_took_is_no_part_of_the_pause_after_it() {
+        let (mut retry, link) = (Retry::new(), Link::default());
+        while retry.next_delay() < LONGEST_PAUSE / 2 {}
+        for (spent, pauses) in [(10, 50..=51), (2, 500..=3_001), (0, 2_500..=5_001)] {
+            let start = Instant::now();
+            retry.pause(&mut link.news(), Duration::from_secs(spent), pending()).await;
+            assert!(pauses.contains(&start.elapsed().as_millis()), "{:?} after {spent} s", start.elapsed());
         }
     }
 

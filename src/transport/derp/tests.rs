@@ -30,14 +30,9 @@ impl World {
 
     async fn introduced_on(link: Link) -> (Self, SalsaBox) {
         let (io, mut relay) = tokio::io::duplex(4096);
-        let (packets, mailbox) = mailbox(QUEUE);
         let (tell, events) = mpsc::unbounded_channel();
-        let key = NodePrivate::random();
-        let node = key.public();
-        let underlay = Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link };
-        let id = ConnectionId { region: 1, number: 1 };
-        let complaints = RefCell::new(Complaints::new(1));
-        let task = Task { id, relays: Vec::new(), key, underlay, mailbox, complaints };
+        let (packets, task) = task(Vec::new(), link);
+        let node = task.key.public();
         let tell = move |event| drop(tell.send(event));
         let session = spawn_local(async move { Session::new(&task, "relay".to_owned(), tell).run(Box::new(io)).await });
 
@@ -77,6 +72,12 @@ impl World {
     }
 }
 
+fn task(relays: Vec<Relay>, link: Link) -> (Sender, Task) {
+    let underlay = Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link };
+    let (region, task) = Region::new(ConnectionId { region: 1, number: 1 }, relays, NodePrivate::random(), underlay);
+    (region.mailbox, task)
+}
+
 fn packet() -> Packet {
     Packet { peer: NodePublic::from_bytes([9; 32]), contents: vec![7; 963] }
 }
@@ -106,6 +107,25 @@ async fn read_any_frame(relay: &mut DuplexStream) -> (u8, Vec<u8>) {
     let mut payload = vec![0; BytesMut::from(&head[1..]).get_u32() as usize];
     relay.read_exact(&mut payload).await.unwrap();
     (head[0], payload)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_node_has_all_the_time_there_is_and_the_next_is_tried_beside_it() {
+    // Whoever is not spoken to by TLS accepts all the same.
+    let listeners: Vec<_> = (0..2).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let relays = listeners.iter().map(|listener| {
+        let (host, port) = ("127.0.0.1".to_owned(), listener.local_addr().unwrap().port());
+        Relay { host, places: Places::named(), port, check: Check::Insecure }
+    });
+    let relays: Vec<_> = relays.collect();
+    for count in [1_u32, 2] {
+        let (_packets, task) = task(relays[..count as usize].to_vec(), Link::default());
+        let start = Instant::now();
+        let error = task.connect().await.err().unwrap();
+        assert_eq!(start.elapsed(), CONNECT_LIMIT, "{error}");
+        let left = CONNECT_LIMIT - NEXT_NODE * (count - 1);
+        assert!(matches!(error, DerpError::Silent { limit, .. } if limit == left), "{error}");
+    }
 }
 
 #[tokio::test(flavor = "local", start_paused = true)]
