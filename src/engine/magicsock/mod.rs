@@ -64,6 +64,8 @@ struct Place {
     /// before was last sent again for that.
     gone: bool,
     resent_at: Option<Instant>,
+    /// The peer's home when that was last looked at.
+    home: Option<RegionId>,
 }
 
 /// All paths.
@@ -136,6 +138,7 @@ impl Magicsock {
                         if matches!(change, Change::Restarted(_)) {
                             place.path.doubt();
                         }
+                        self.follow_home(*slot, entry, now);
                     }
                 }
             }
@@ -333,7 +336,14 @@ impl Magicsock {
         self.places[slot].get_or_insert_with(|| {
             let mut path = Path::default();
             path.set_endpoints(&entry.peer.endpoints, now);
-            Box::new(Place { path, shared: None, rotation: 0, gone: false, resent_at: None })
+            Box::new(Place {
+                path,
+                shared: None,
+                rotation: 0,
+                gone: false,
+                resent_at: None,
+                home: entry.peer.home_derp,
+            })
         })
     }
 

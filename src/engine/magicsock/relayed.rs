@@ -45,6 +45,20 @@ impl Magicsock {
         }
     }
 
+    /// Control may have told another home of the peer's: what went to the old one is lost if that is why it moved.
+    pub(super) fn follow_home(&mut self, slot: Slot, entry: &Entry, now: Instant) {
+        let home = entry.peer.home_derp;
+        let Some(place) = self.places.get_mut(slot).and_then(Option::as_mut) else { return };
+        if std::mem::replace(&mut place.home, home) == home {
+            return;
+        }
+        if let PathStatus::Derp { region } = self.status(slot, entry, now)
+            && home == Some(region)
+        {
+            self.outputs.push_back(Output::Resend { peer: entry.peer.key });
+        }
+    }
+
     /// A region says that the peer is not there: what went to it by that region is lost.
     pub(in crate::engine) fn handle_derp_peer_gone(
         &mut self,

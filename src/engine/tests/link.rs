@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::SECOND;
 use super::world::{STUN_SERVER, World};
 use crate::engine::{Output, PathStatus, Transport};
@@ -170,6 +172,26 @@ fn what_went_by_a_relay_that_was_lost_is_sent_again_when_it_is_back() {
     resent(&mut world);
     lose_relay(&mut world);
     assert_eq!(resent(&mut world), 0, "nothing went by it");
+}
+
+#[test]
+fn what_went_to_a_peers_home_is_sent_again_when_the_peer_moves_because_that_is_lost() {
+    let mut world = relayed();
+    let old = world.nodes[1].host.home.unwrap();
+    resent(&mut world);
+    world.besides.insert(1, json!({"HomeDERP": 3 - old}));
+    world.publish_to(0);
+    assert_eq!(resent(&mut world), 0, "the peer still answers by the old one");
+    let mut world = relayed();
+    let (old, now) = (world.nodes[1].host.home.unwrap(), world.now);
+    world.nodes[0].engine.handle_derp_lost(old, now);
+    world.run(Duration::from_millis(1));
+    resent(&mut world);
+    world.besides.insert(1, json!({"HomeDERP": 3 - old}));
+    world.publish_to(0);
+    world.publish_to(0);
+    world.run(Duration::from_millis(1));
+    assert_eq!(resent(&mut world), 1);
 }
 
 /// Node 1's home tells node 0 that node 1 is not there.
