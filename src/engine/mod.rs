@@ -180,6 +180,11 @@ impl Engine {
         self.magicsock.handle_derp_connected(region, true, &self.roster, now);
     }
 
+    /// Control has been told that we live there; until then peers are sent to the home before.
+    pub fn note_told(&mut self, home: Option<RegionId>, now: Instant) {
+        self.magicsock.note_told(home, now);
+    }
+
     /// A region's connection broke. The driver goes on connecting it until [`Output::CloseDerp`].
     pub fn handle_derp_lost(&mut self, region: RegionId, now: Instant) {
         self.magicsock.handle_derp_connected(region, false, &self.roster, now);

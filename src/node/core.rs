@@ -230,6 +230,12 @@ impl Core {
         self.pump(now);
     }
 
+    /// Control has accepted a report of our network.
+    pub(super) fn handle_accepted(&mut self, report: &HostReport, now: Instant) {
+        self.parts.engine.note_told(regions::told_home(report), now);
+        self.pump(now);
+    }
+
     /// The newest netmap that the data plane goes by: what it shows can be dialled.
     pub(super) fn netmap(&self) -> watch::Receiver<Option<Arc<Netmap>>> {
         self.netmap.subscribe()

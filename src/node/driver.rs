@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::core::Shared;
 use super::regions::Probed;
+use crate::control::HostReport;
 use crate::key::NodePrivate;
 use crate::netmap::Netmap;
 use crate::transport::derp::Task;
@@ -19,6 +20,8 @@ use crate::transport::link::{News, State};
 pub(super) struct Inputs {
     pub(super) netmap: watch::Receiver<Option<Arc<Netmap>>>,
     pub(super) node_key: watch::Receiver<NodePrivate>,
+    /// What control was told last of our network.
+    pub(super) accepted: watch::Receiver<HostReport>,
     pub(super) derp_tasks: mpsc::UnboundedReceiver<Task>,
     pub(super) probes: mpsc::Receiver<Probed>,
     pub(super) link: News,
@@ -31,6 +34,7 @@ enum Woken {
     Writable,
     Region(Task),
     NodeKey,
+    Accepted,
     Netmap,
     Probe(Probed),
     Link(State),
@@ -62,6 +66,7 @@ pub(super) async fn run(shared: Shared, mut inputs: Inputs) {
             () = writable => Woken::Writable,
             Some(task) = inputs.derp_tasks.recv() => Woken::Region(task),
             Ok(()) = inputs.node_key.changed() => Woken::NodeKey,
+            Ok(()) = inputs.accepted.changed() => Woken::Accepted,
             Ok(()) = inputs.netmap.changed() => Woken::Netmap,
             Some(probed) = inputs.probes.recv() => Woken::Probe(probed),
             state = inputs.link.next() => Woken::Link(state),
@@ -76,6 +81,7 @@ pub(super) async fn run(shared: Shared, mut inputs: Inputs) {
             Woken::Writable => core.pump(now),
             Woken::Region(task) => keep_connected(&shared, task),
             Woken::NodeKey => core.handle_node_key(&inputs.node_key.borrow_and_update(), now),
+            Woken::Accepted => core.handle_accepted(&inputs.accepted.borrow_and_update(), now),
             Woken::Netmap => {
                 let netmap = inputs.netmap.borrow_and_update().clone();
                 if let Some(netmap) = netmap {

@@ -268,9 +268,9 @@ impl Node {
         let underlay = parts.underlay.clone();
         let core: Shared = Rc::new(RefCell::new(Core::new(parts)));
         let stop = CancellationToken::new();
-        let (netmap, node_key) = (client.netmap.clone(), client.node_key.clone());
+        let (netmap, node_key, accepted) = (client.netmap.clone(), client.node_key.clone(), client.accepted.clone());
         let link = underlay.link.news();
-        let inputs = driver::Inputs { netmap, node_key, derp_tasks, probes, link, stop: stop.clone() };
+        let inputs = driver::Inputs { netmap, node_key, accepted, derp_tasks, probes, link, stop: stop.clone() };
         tokio::task::spawn_local(driver::run(core.clone(), inputs));
         let netmap = core.borrow().netmap();
         let seen =

@@ -51,6 +51,11 @@ pub(super) fn report(state: &HostState) -> HostReport {
     HostReport { endpoints, endpoint_types, net_info: Some(state.netinfo.clone()) }
 }
 
+/// The home that such a report tells.
+pub(super) fn told_home(report: &HostReport) -> Option<RegionId> {
+    report.net_info.as_ref().map(|info| info.preferred_derp).filter(|home| *home != 0)
+}
+
 /// Looks up a STUN server's name by the machine's own resolver: it is part of the underlay.
 pub(super) async fn resolve_stun(region: RegionId, host: String, port: u16, probes: mpsc::Sender<Probed>) {
     let addresses = tokio::net::lookup_host((host.as_str(), port)).await;

@@ -45,6 +45,8 @@ impl Relay {
 pub(super) struct Relays {
     regions: BTreeMap<RegionId, Relay>,
     home: Option<RegionId>,
+    /// The home that control was told last.
+    told: Option<RegionId>,
     sweep_at: Option<Instant>,
     actions: VecDeque<Action>,
 }
@@ -98,6 +100,16 @@ impl Relays {
         }
     }
 
+    /// Control knows by now that we live there. While it cannot be told, peers that speak first go to the home before,
+    /// which is kept; so one that is away is left all the same. Tailscale leaves none then.
+    /// Source: Tailscale, wgengine/magicsock, `maybeSetNearestDERP`.
+    pub(super) fn set_told(&mut self, told: Option<RegionId>, now: Instant) {
+        let old = std::mem::replace(&mut self.told, told).filter(|old| Some(*old) != told);
+        if let Some(relay) = old.and_then(|old| self.regions.get_mut(&old)) {
+            relay.used = now;
+        }
+    }
+
     /// A region that the map no longer holds, or holds otherwise.
     pub(super) fn close(&mut self, region: RegionId) {
         if self.regions.remove(&region).is_some() {
@@ -113,7 +125,8 @@ impl Relays {
             return;
         }
         let idle = |(region, relay): (&RegionId, &Relay)| {
-            (Some(*region) != self.home && now.duration_since(relay.used) >= IDLE).then_some(*region)
+            (![self.home, self.told].contains(&Some(*region)) && now.duration_since(relay.used) >= IDLE)
+                .then_some(*region)
         };
         let stale: Vec<RegionId> = self.regions.iter().filter_map(idle).collect();
         stale.into_iter().for_each(|region| self.close(region));
@@ -171,6 +184,24 @@ mod tests {
         };
         assert!(!closed(&mut relays, moved + SWEEP));
         assert!(closed(&mut relays, moved + IDLE));
+    }
+
+    #[test]
+    fn an_old_home_is_kept_for_as_long_as_control_has_not_heard_of_the_new_one() {
+        let start = Instant::now();
+        let mut relays = Relays::default();
+        relays.set_home(Some(1), start);
+        relays.set_told(Some(1), start);
+        relays.set_home(Some(2), start);
+        let closed = |relays: &mut Relays, now| {
+            relays.handle_timeout(now);
+            actions(relays).contains(&Action::Close(1))
+        };
+        assert!(!closed(&mut relays, start + IDLE * 10));
+        let told = start + IDLE * 10;
+        relays.set_told(Some(2), told);
+        assert!(!closed(&mut relays, told + SWEEP), "peers hear of it a moment later");
+        assert!(closed(&mut relays, told + IDLE + SWEEP));
     }
 
     #[test]

@@ -92,6 +92,11 @@ impl Magicsock {
         self.follow_netcheck(roster, now);
     }
 
+    /// Control has been told that we live there.
+    pub(in crate::engine) fn note_told(&mut self, home: Option<RegionId>, now: Instant) {
+        self.relays.set_told(home, now);
+    }
+
     /// What goes by this region is to be sent again.
     fn resend_by(&mut self, region: RegionId, roster: &Roster, now: Instant) {
         let used = (0..self.places.len()).filter(|slot| self.places[*slot].is_some());
