@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use libtest_mimic::Failed;
 use ring::digest::{SHA256, digest};
+use serde_json::{Value, json};
 
 use crate::authority::Authority;
 use crate::namespace::Namespace;
@@ -15,10 +16,14 @@ use crate::process::Process;
 pub(crate) const HOST: &str = "10.99.0.2";
 /// Its TLS port.
 pub(crate) const PORT: u16 = 8444;
+/// Its region's number.
+pub(crate) const REGION: u64 = 998;
 
 /// A running `derper` and the region file that names it.
 pub(crate) struct Derper {
-    _process: Process,
+    pub(crate) process: Process,
+    /// Its region, as a DERP map has it.
+    pub(crate) region: Value,
     /// The DERP map that headscale merges into its own.
     pub(crate) regions: PathBuf,
 }
@@ -47,7 +52,9 @@ impl Derper {
         fs::create_dir_all(&folder)?;
         let identity = Authority::new("nobody", &folder)?.issue(host.parse()?, &folder)?;
         let regions = folder.join("regions.json");
-        fs::write(&regions, region(&fs::read_to_string(&identity.certificate)?, host, v6)?)?;
+        let region = region(&fs::read_to_string(&identity.certificate)?, host, v6)?;
+        // YAML, for whose reader a region's number must not be a string, as JSON's keys are.
+        fs::write(&regions, format!("regions: {{{REGION}: {region}}}\n"))?;
         let mut command = wan.command(program);
         command.env("HOME", &folder).arg("-certmode=manual").arg("-certdir").arg(&folder);
         // Without a host it listens for both families.
@@ -56,25 +63,23 @@ impl Derper {
         command.arg("-c").arg(folder.join("derper.json"));
         let mut process = Process::start(command, "derper", &folder, false)?;
         process.says("serving on", Duration::from_secs(15))?;
-        Ok(Self { _process: process, regions })
+        Ok(Self { process, region, regions })
     }
 }
 
-/// The region file, with the pin by which Tailscale's clients accept such a certificate.
+/// The region, with the pin by which Tailscale's clients accept such a certificate.
 ///
 /// Source: Tailscale, tailcfg, `DERPNode.CertName`: `sha256-raw:` and the hash of the DER.
-fn region(pem: &str, host: &str, v6: Option<&str>) -> Result<String, Failed> {
+fn region(pem: &str, host: &str, v6: Option<&str>) -> Result<Value, Failed> {
     use base64::Engine as _;
     let body: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
     let der = base64::engine::general_purpose::STANDARD.decode(body)?;
     let pin = hex::encode(digest(&SHA256, &der));
-    let region = serde_json::json!({
-        "regionid": 998, "regioncode": "second", "regionname": "second region",
+    Ok(json!({
+        "regionid": REGION, "regioncode": "second", "regionname": "second region",
         "nodes": [{
-            "name": "998a", "regionid": 998, "hostname": host, "certname": format!("sha256-raw:{pin}"),
+            "name": "998a", "regionid": REGION, "hostname": host, "certname": format!("sha256-raw:{pin}"),
             "ipv4": host, "ipv6": v6.unwrap_or_default(), "stunport": 3478, "derpport": PORT, "canport80": false,
         }],
-    });
-    // YAML, for whose reader a region's number must not be a string, as JSON's keys are.
-    Ok(format!("regions: {{998: {region}}}\n"))
+    }))
 }

@@ -27,6 +27,7 @@ mod paths;
 mod ping;
 mod provision;
 mod relay;
+mod relay_frozen;
 mod routes;
 mod shared;
 mod transfer;
@@ -142,12 +143,13 @@ const LINK: [Scenario; 10] = [
 ];
 
 /// About relays that fail, one after the other on a host of their own.
-const RELAY: [Scenario; 5] = [
+const RELAY: [Scenario; 6] = [
     scenario!(relay::a_relay_that_stops_moves_the_home_and_control_hears_of_it).within(90),
     scenario!(relay::a_relay_with_another_certificate_is_left_for_another_region).within(90),
     scenario!(relay::a_relay_that_restarts_is_awaited_as_it_wishes).within(90),
     scenario!(relay::a_problem_that_a_relay_tells_is_told_and_cleared),
     scenario!(relay::a_relay_that_limits_us_is_waited_for).within(90),
+    scenario!(relay_frozen::a_home_relay_that_freezes_is_left_while_bytes_go_by_it).within(90),
 ];
 
 const CONTROL_GROUP: [Scenario; 1] =

@@ -1,0 +1,98 @@
+//! A relay that hangs: its kernel goes on acknowledging what nobody reads.
+
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use super::relay::{ADDRESS, PEER, echo, join, moved, shuttle};
+use crate::bed::Bed;
+use crate::derper::{Derper, PORT, REGION};
+use crate::process::{Process, output, tail};
+use crate::say;
+use crate::testcontrol::TestControl;
+
+/// Two seconds of quiet, three for an answer, and the rest for a slow machine.
+const DOUBTED: Duration = Duration::from_millis(6_500);
+/// Five more seconds until the home is left, and a measurement.
+const LEFT: Duration = Duration::from_secs(13);
+/// The peer's own move, and what TCP waits before it repeats.
+const PAUSE: Duration = Duration::from_secs(20);
+/// How long bytes go before and after.
+const STEADY: Duration = Duration::from_secs(1);
+
+/// A process that is stopped until this is dropped.
+struct Stopped<'a>(&'a Process);
+
+impl<'a> Stopped<'a> {
+    fn new(process: &'a Process) -> Self {
+        process.signal(Signal::STOP);
+        Self(process)
+    }
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        self.0.signal(Signal::CONT);
+    }
+}
+
+/// The home freezes while an echo goes by it: it is doubted in seconds, home moves, and the echo goes on by the other
+/// region.
+pub(crate) fn a_home_relay_that_freezes_is_left_while_bytes_go_by_it(bed: &Bed) -> Result<(), Failed> {
+    let mut control = TestControl::start_for(bed, &bed.hosts.relayed, ADDRESS)?;
+    bed.hosts.relayed.nft(&format!(
+        "insert rule inet leak out ip daddr {ADDRESS} tcp dport {PORT} counter name control accept\n\
+         insert rule inet leak out ip daddr {ADDRESS} udp dport 3478 counter name stun accept"
+    ))?;
+    let derper =
+        Derper::start_at(&bed.peers.join("derper"), &bed.hosts.wan, &bed.folder.join("frozen"), ADDRESS, None)?;
+    let ours = control.ask("derp_map", json!({ "map": null }))?;
+    // It is home to everybody before there is another.
+    regions(&mut control, &derper, &json!({}))?;
+    let _peer = control.peer(bed, PEER)?;
+    let mut sidecar = join(&control, bed)?;
+    let mut stream = sidecar.dial(PEER, 7)?;
+    echo(&mut stream, b"before")?;
+    regions(&mut control, &derper, &ours["Regions"])?;
+
+    let (stop, stopped) = channel::<()>();
+    let echoing = thread::spawn(move || shuttle(stream, &stopped));
+    thread::sleep(STEADY);
+    let (frozen, start) = (Stopped::new(&derper.process), Instant::now());
+    sidecar.process.says("derp relay does not answer", DOUBTED)?;
+    let doubted = start.elapsed();
+    moved(&mut control, &sidecar, REGION)?;
+    let left = start.elapsed();
+    // It would find out by itself, half a minute later.
+    for args in [["force-prefer-derp", "1"].as_slice(), &["restun"]] {
+        let mut tailscale = bed.hosts.web.command(bed.peers.join("tailscale"));
+        tailscale.arg("--socket").arg(bed.folder.join(PEER).join("tailscaled.sock")).arg("debug").args(args);
+        output(tailscale)?;
+    }
+    // The last echoes are those that go on without it.
+    drop(stop);
+    let (count, pause) = echoing.join().map_err(|_| "the echo panicked")??;
+    drop(frozen);
+    say(&format!(
+        "         doubted after {:.1} s, left after {:.1} s; {count} blocks, longest pause {:.1} s",
+        doubted.as_secs_f32(),
+        left.as_secs_f32(),
+        pause.as_secs_f32()
+    ));
+    sidecar.page(PEER, "web")?;
+    match left < LEFT && pause < PAUSE {
+        true => Ok(()),
+        false => Err(format!("it took too long\n{}", tail(&sidecar.process.log())).into()),
+    }
+}
+
+/// Names the derper's region and others to everybody.
+fn regions(control: &mut TestControl, derper: &Derper, others: &Value) -> Result<(), Failed> {
+    let mut regions = others.clone();
+    regions[REGION.to_string()] = derper.region.clone();
+    control.ask("derp_map", json!({ "map": { "Regions": regions } })).map(drop)
+}
