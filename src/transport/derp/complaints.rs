@@ -1,5 +1,10 @@
 //! What the log says of a region's relays: each complaint and its end once, and of a relay that changes its mind all
 //! the time a few lines of each kind, then one a minute. A problem ends with the connection too, which says so.
+//!
+//! A problem that a relay tells does not move the home, and neither do its limits: it still carries what it is given, as
+//! fast as it says. Two nodes with one key would meet again in the next region, and what lacks there is the other node's
+//! end, which the line asks for. What a relay no longer carries is noticed by itself, and moves the home then.
+//! Source: Tailscale, wgengine/magicsock, `runDerpReader`, which notes a `HealthMessage` and goes on.
 
 use std::time::Duration;
 
