@@ -19,7 +19,7 @@ use rand::{Rng, SeedableRng};
 use super::endpoints::{Endpoints, LocalEndpoints};
 use super::home::{self, Latencies};
 use super::peer::ACTIVE;
-use super::round::Round;
+use super::round::{self, Round};
 use crate::engine::{Output, Transport};
 use crate::key::NodePublic;
 use crate::netmap::RegionId;
@@ -230,7 +230,10 @@ impl Netcheck {
 
     pub(super) fn handle_stun_address(&mut self, region: RegionId, mut servers: Vec<SocketAddr>, now: Instant) {
         self.resolved.insert(region, servers.clone());
-        servers.retain(|server| self.has_family(server.is_ipv6()));
+        let known = self.map.regions.get(&region);
+        let asked = |resolved| known.map(|it| round::servers(it, resolved, |v6| self.has_family(v6)).0);
+        let (before, wanted) = (asked(&[]).unwrap_or_default(), asked(&servers).unwrap_or_default());
+        servers.retain(|server| wanted.contains(server) && !before.contains(server));
         if let Some(round) = self.round.as_mut() {
             round.note_resolved(region);
             servers.into_iter().for_each(|server| round.add(region, server, now));

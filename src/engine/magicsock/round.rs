@@ -207,35 +207,79 @@ impl Round {
     }
 }
 
-/// Where a region's servers answer STUN, as far as addresses are known; and what to resolve if none are.
-pub(super) fn servers(region: &Region, resolved: &[SocketAddr]) -> (Vec<SocketAddr>, Option<(String, u16)>) {
-    let mut known = Vec::new();
-    let mut unresolved = None;
-    for node in &region.nodes {
-        let Some(port) = node.stun() else {
+/// Where a region's servers answer STUN in the families that can be sent, and the name that is to be asked for those of
+/// which no address is known. Source: Tailscale, net/netcheck, `nodeAddrPort`.
+pub(super) fn servers(
+    region: &Region,
+    resolved: &[SocketAddr],
+    has_family: impl Fn(bool) -> bool,
+) -> (Vec<SocketAddr>, Option<(String, u16)>) {
+    let nodes = || region.nodes.iter().filter_map(|node| Some((node, node.stun()?)));
+    let (mut servers, mut unresolved) = (Vec::new(), None);
+    for v6 in [false, true].into_iter().filter(|v6| has_family(*v6)) {
+        let known = nodes().filter_map(|(node, port)| Some(SocketAddr::new(address(node, v6)?, port)));
+        let before = servers.len();
+        servers.extend(known);
+        if servers.len() > before {
             continue;
-        };
-        let addresses = addresses(node);
-        if addresses.is_empty() && (node.ipv4 == Family::Resolve || node.ipv6 == Family::Resolve) {
+        }
+        let Some((node, port)) = nodes().find(|(node, _)| is_named(node, v6)) else { continue };
+        if resolved.is_empty() {
             unresolved.get_or_insert_with(|| (node.host_name.clone(), port));
         }
-        known.extend(addresses.into_iter().map(|ip| SocketAddr::new(ip, port)));
+        servers.extend(resolved.iter().filter(|server| server.is_ipv6() == v6));
     }
-    if !known.is_empty() {
-        return (known, None);
-    }
-    if resolved.is_empty() { (known, unresolved) } else { (resolved.to_vec(), None) }
+    (servers, unresolved)
 }
 
-fn addresses(node: &DerpNode) -> Vec<IpAddr> {
-    if let Some(ip) = node.stun_test_ip {
-        return vec![ip];
-    }
-    let literal: Option<IpAddr> = node.host_name.parse().ok();
-    let of_family = |family: Family, v6: bool| match family {
+fn family(node: &DerpNode, v6: bool) -> Family {
+    if v6 { node.ipv6 } else { node.ipv4 }
+}
+
+/// The server's address of that family, if it is known.
+fn address(node: &DerpNode, v6: bool) -> Option<IpAddr> {
+    let known = match family(node, v6) {
         Family::At(ip) => Some(ip),
-        Family::Resolve => literal.filter(|ip| ip.is_ipv6() == v6),
+        Family::Resolve => node.host_name.parse().ok(),
         Family::Never => None,
     };
-    [of_family(node.ipv4, false), of_family(node.ipv6, true)].into_iter().flatten().collect()
+    node.stun_test_ip.or(known).filter(|ip| ip.is_ipv6() == v6)
+}
+
+/// Whether its addresses of that family are those of its name.
+fn is_named(node: &DerpNode, v6: bool) -> bool {
+    let named = node.stun_test_ip.is_none() && node.host_name.parse::<IpAddr>().is_err();
+    named && family(node, v6) == Family::Resolve
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of a region with this server: whom to ask, and whose name, before and after it is known to lead to both families.
+    fn asked(node: &str, families: [bool; 2]) -> (Vec<String>, Option<String>, Vec<String>) {
+        let region = Region { nodes: vec![serde_json::from_str(node).unwrap()], ..Region::default() };
+        let resolved = ["192.0.2.9:3478", "[2001:db8::9]:3478"].map(|server| server.parse().unwrap());
+        let texts = |servers: Vec<SocketAddr>| servers.iter().map(ToString::to_string).collect();
+        let has_family = |v6: bool| families[usize::from(v6)];
+        let (before, name) = servers(&region, &[], has_family);
+        let (after, _) = servers(&region, &resolved, has_family);
+        (texts(before), name.map(|(host, _)| host), texts(after))
+    }
+
+    #[test]
+    fn a_name_is_asked_for_families_that_can_be_sent_and_are_left_to_it() {
+        let strings = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let (named4, named6, at) = ("192.0.2.9:3478", "[2001:db8::9]:3478", "192.0.2.1:3478");
+        let name = || Some("h".to_owned());
+        let v4_known = r#"{"HostName":"h","IPv4":"192.0.2.1"}"#;
+        assert_eq!(asked(v4_known, [true, false]), (strings(&[at]), None, strings(&[at])));
+        assert_eq!(asked(v4_known, [false, true]), (Vec::new(), name(), strings(&[named6])));
+        assert_eq!(asked(v4_known, [true, true]), (strings(&[at]), name(), strings(&[at, named6])));
+        let v6_only = r#"{"HostName":"h","IPv4":"none"}"#;
+        assert_eq!(asked(v6_only, [true, true]), (Vec::new(), name(), strings(&[named6])));
+        assert_eq!(asked(v6_only, [true, false]), (Vec::new(), None, Vec::new()));
+        assert_eq!(asked(r#"{"HostName":"h"}"#, [true, true]), (Vec::new(), name(), strings(&[named4, named6])));
+        assert_eq!(asked(r#"{"HostName":"192.0.2.1"}"#, [true, true]), (strings(&[at]), None, strings(&[at])));
+    }
 }

@@ -28,14 +28,15 @@ impl Netcheck {
         let map = self.map.clone();
         for (id, region) in map.regions.iter().filter(|(id, _)| self.takes_part(**id, full, now)).collect::<Vec<_>>() {
             let resolved = self.resolved.get(id).map(Vec::as_slice).unwrap_or_default();
-            let (servers, unresolved) = round::servers(region, resolved);
-            for server in servers.into_iter().filter(|server| self.endpoints.has_family(server.is_ipv6())) {
-                round.add(*id, server, now);
-            }
+            let (servers, unresolved) = round::servers(region, resolved, |v6| self.has_family(v6));
             if let Some((host, port)) = unresolved {
-                round.await_address(*id);
+                // Where one family is known, the other one comes when it comes.
+                if servers.is_empty() {
+                    round.await_address(*id);
+                }
                 self.outputs.push_back(Output::ResolveStun { region: *id, host, port });
             }
+            servers.into_iter().for_each(|server| round.add(*id, server, now));
         }
         self.round = Some(round);
         self.send_due(now);
