@@ -20,12 +20,14 @@ use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, BufReader};
 use tokio::net::UdpSocket;
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use url::Url;
 
 use super::link::{Link, Tied};
 use super::places::Places;
 use super::tls::Tls;
+use crate::lapse::Lapse;
 
 /// A byte stream of any make.
 pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -89,8 +91,8 @@ pub enum UnderlayError {
     },
 }
 
-/// How long what is sent may go unacknowledged: beyond that the connection is dead, whatever forgot it. As long as whoever
-/// takes nothing is borne with; a short outage does not end it.
+/// How long what is sent may go unacknowledged, the first of all included: beyond that the connection is dead, whatever
+/// forgot it. As long as whoever takes nothing is borne with; a short outage does not end it.
 const PATIENCE: Duration = Duration::from_secs(16);
 /// The same for relays, whose connection is soon made anew: TCP of whoever sends to us through one repeats 6.2 s after a
 /// loss, and then not until 12.6 s.
@@ -209,8 +211,8 @@ impl Underlay {
         Ok(Box::new(TokioIo::new(upgraded)))
     }
 
-    /// Connects to the first address of `host` that answers. When the network moves meanwhile, that begins anew: what was
-    /// sent before may never be answered.
+    /// Connects to the first address of `host` that answers within `patience`. When the network moves meanwhile, that begins
+    /// anew: what was sent before may never be answered.
     async fn connect_tcp(
         &self,
         host: &str,
@@ -221,7 +223,13 @@ impl Underlay {
         let mut news = self.link.news();
         loop {
             tokio::select! {
-                connected = places.connect(host, port) => return Ok(Tied::new(connected?, news, patience)),
+                connected = timeout(patience, places.connect(host, port)) => {
+                    let silent = |_| UnderlayError::Connect {
+                        host: authority(host, port),
+                        source: io::Error::new(io::ErrorKind::TimedOut, format!("no answer for {}", Lapse(patience))),
+                    };
+                    return Ok(Tied::new(connected.map_err(silent)??, news, patience));
+                }
                 () = news.moved() => {}
             }
         }
@@ -357,5 +365,21 @@ mod tests {
         drop(listener);
         let error = underlay(&[]).connect("127.0.0.1", port).await.err().unwrap();
         assert!(matches!(error, UnderlayError::Connect { host, .. } if host == format!("127.0.0.1:{port}")));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_answers_nothing_is_waited_for_with_patience() {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(1).unwrap();
+        let address = listener.local_addr().unwrap();
+        // Whoever comes to a full queue is not answered.
+        let soon = Duration::from_millis(100);
+        let queued: Vec<_> = (0..8).map_while(|_| std::net::TcpStream::connect_timeout(&address, soon).ok()).collect();
+        assert!(queued.len() < 8, "the queue takes all");
+        let begun = tokio::time::Instant::now();
+        let error = underlay(&[]).connect("127.0.0.1", address.port()).await.err().unwrap();
+        assert!(error.to_string().ends_with("no answer for 16s"), "{error}");
+        assert!((PATIENCE..PATIENCE + soon).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     }
 }
