@@ -105,6 +105,19 @@ fn network(own: &Interface) -> Option<IpNet> {
     IpNet::new(own.ip(), length).ok().map(|net| net.trunc())
 }
 
+/// Whether both are addresses of one interface in one network: where packets from one get through, the other's do.
+pub(super) fn are_siblings(one: IpAddr, other: IpAddr) -> bool {
+    siblings(&if_addrs::get_if_addrs().unwrap_or_default(), one, other)
+}
+
+fn siblings(interfaces: &[Interface], one: IpAddr, other: IpAddr) -> bool {
+    let place = |ip: IpAddr| {
+        let own = interfaces.iter().find(|interface| interface.ip() == ip)?;
+        Some((&own.name, network(own)?))
+    };
+    place(one).is_some_and(|one| place(other) == Some(one))
+}
+
 fn usable(ip: IpAddr) -> bool {
     !is_link_local(ip) && !ip.is_unspecified() && !tailnet_range(ip)
 }
@@ -170,6 +183,16 @@ mod tests {
         many.extend([("eth0", "10.0.0.2/8"), ("eth0", "10.0.0.3/8")]);
         let wanted = ["2001:db8:0:1::1", "2001:db8:0:1::2", "2001:db8:0:2::1", "2001:db8:0:1::ffff"];
         assert_eq!(told(&many), [&wanted[..], &["10.0.0.1", "10.0.0.2", "10.0.0.3"]].concat());
+    }
+
+    #[test]
+    fn siblings_share_interface_and_network() {
+        let own = [("eth0", "10.0.0.1/8"), ("eth0", "10.0.0.2/8"), ("eth0", "192.168.0.1/16"), ("eth1", "10.0.0.3/8")];
+        let own = own.map(|(name, net)| interface(name, net));
+        let are = |one: &str, other: &str| siblings(&own, one.parse().unwrap(), other.parse().unwrap());
+        assert!(are("10.0.0.1", "10.0.0.2") && are("10.0.0.1", "10.0.0.1"));
+        assert!(!are("10.0.0.1", "192.168.0.1") && !are("10.0.0.1", "10.0.0.3"));
+        assert!(!are("10.0.0.1", "10.0.0.9") && !are("10.0.0.9", "10.0.0.9"), "they are not ours");
     }
 
     #[test]

@@ -22,6 +22,7 @@ use tokio_util::sync::ReusableBoxFuture;
 
 use super::snapshot::addresses_now;
 use super::{News, State};
+use crate::transport::interfaces::are_siblings;
 
 /// How long the other side may take to answer a keepalive. Source: Tailscale, the same, which waits 3 s for its pings.
 const ANSWER: Duration = Duration::from_secs(3);
@@ -105,10 +106,12 @@ impl Tied {
 
     /// The way may be another. By another default route, what would be dialled from another address now is: packets
     /// from this one may be lost on the new way, and who has moved does not want the old one. Otherwise another choice
-    /// means little: of several IPv6 addresses the kernel prefers ever newer ones, while the old ones still serve.
+    /// means little, and so does that of an address of the same interface and network: of several IPv6 addresses the
+    /// kernel prefers ever newer ones, while the old ones still serve.
     fn judge(&mut self, rerouted: bool) {
         let chosen = self.remote.and_then(source_for);
-        if rerouted && chosen.is_some() && chosen != self.local {
+        let is_as_good = |chosen| self.local.is_some_and(|local| chosen == local || are_siblings(chosen, local));
+        if rerouted && chosen.is_some_and(|chosen| !is_as_good(chosen)) {
             self.gone = self.gone.or(Some("packets leave from another address now"));
         } else {
             self.ask();

@@ -265,7 +265,7 @@ const PATHS: [Scenario; 7] = [
     scenario!(paths::a_peer_homed_in_another_region_is_reached_there),
 ];
 
-const NAT: [Scenario; 12] = [
+const NAT: [Scenario; 13] = [
     scenario!(nat::every_pair_of_networks_gets_the_path_that_tailscaled_gets).within(120).leaking(),
     scenario!(nat::a_carriers_address_leads_directly_to_a_peer).within(90).leaking(),
     scenario!(nat::an_ipv6_address_without_a_route_delays_no_join).within(90).leaking(),
@@ -276,6 +276,7 @@ const NAT: [Scenario; 12] = [
         .within(120)
         .leaking(),
     scenario!(link_v6::newer_addresses_of_one_network_cut_nothing).within(90).leaking(),
+    scenario!(link_v6::a_newer_route_by_the_same_link_cuts_nothing).within(90).leaking(),
     scenario!(link_v6::another_link_stops_no_relayed_download).within(90).leaking(),
     scenario!(link_v6::another_address_stops_no_relayed_download).within(90).leaking(),
     scenario!(link_v6::another_address_stops_no_download_and_is_told_to_peers).within(90).leaking(),
