@@ -1,7 +1,7 @@
 //! The bed's hosts and the wires between them.
 //!
 //! ```text
-//! wan      bridge 10.99.0.0/24: .1 headscale, DERP 999, STUN; .2 derper, region 998; .2 to .5 tbcontrol; .254 the trap
+//! wan      bridge 10.99.0.0/24: .1 headscale, DERP 999, STUN; .2 derper, region 998; .2 to .6 tbcontrol; .254 the trap
 //! client   10.99.0.21  the sidecar, and who uses it
 //! silent   10.99.0.22  the sidecar of a scenario that runs beside the others for long
 //! killed   10.99.0.23  likewise
@@ -87,6 +87,7 @@ impl Hosts {
         hosts.wan.ip(&format!(
             "link add br0 type bridge\naddr add 10.99.0.1/24 dev br0\naddr add 10.99.0.2/24 dev br0\n\
              addr add 10.99.0.3/24 dev br0\naddr add 10.99.0.4/24 dev br0\naddr add 10.99.0.5/24 dev br0\n\
+             addr add 10.99.0.6/24 dev br0\n\
              addr add {TRAP}/24 dev br0\nlink set br0 up"
         ))?;
         for (host, last) in [

@@ -227,6 +227,14 @@ fn begin<'a>(bed: &'a Bed, args: &[&str]) -> Result<Sidecar<'a>, Failed> {
 }
 
 fn begin_as<'a>(bed: &'a Bed, launch: Launch<'a>) -> Result<Sidecar<'a>, Failed> {
+    reset(bed)?;
+    let sidecar = launch.on(&bed.hosts.link).ready()?;
+    sidecar.page("web", "web")?;
+    Ok(sidecar)
+}
+
+/// The host as it is before the first of these scenarios, behind a wire of a known rate.
+pub(super) fn reset(bed: &Bed) -> Result<(), Failed> {
     let host = &bed.hosts.link;
     restore(host)?;
     host.ip(&format!(
@@ -236,9 +244,7 @@ fn begin_as<'a>(bed: &'a Bed, launch: Launch<'a>) -> Result<Sidecar<'a>, Failed>
     for port in ["p25", "p26"] {
         slow_down(&bed.hosts.wan, port)?;
     }
-    let sidecar = launch.on(host).ready()?;
-    sidecar.page("web", "web")?;
-    Ok(sidecar)
+    Ok(())
 }
 
 /// Takes away the rules of filters and routes that these scenarios make, whether they are there or not.

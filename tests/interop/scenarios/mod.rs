@@ -19,6 +19,7 @@ mod keys;
 mod lasting;
 mod leave;
 mod link;
+mod link_told;
 mod link_v6;
 mod names;
 mod nat;
@@ -129,7 +130,7 @@ const CONN25: [Scenario; 5] = [
 ];
 
 /// About a network that becomes another, one after the other on a host of their own.
-const LINK: [Scenario; 10] = [
+const LINK: [Scenario; 11] = [
     scenario!(link::a_new_address_in_place_of_the_old_one_stops_no_download).within(90),
     scenario!(link::a_new_address_stops_no_relayed_download).within(90),
     scenario!(link::an_interface_that_goes_and_comes_back_stops_no_download).within(90),
@@ -140,6 +141,7 @@ const LINK: [Scenario; 10] = [
     scenario!(link::a_new_address_stops_no_download_in_a_sandbox_without_netlink).within(90),
     scenario!(link::a_rule_that_moves_all_packets_stops_no_relayed_download).within(90),
     scenario!(link::a_download_goes_on_after_a_sleep).within(90),
+    scenario!(link_told::control_is_told_addresses_as_they_come_and_go).within(90),
 ];
 
 /// About relays that fail, one after the other on a host of their own.
