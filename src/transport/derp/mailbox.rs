@@ -52,6 +52,11 @@ impl Sender {
     /// Adds a packet. Returns `false` if the oldest was dropped for it.
     pub(super) fn push(&self, packet: Packet) -> bool {
         let mut shared = self.shared.borrow_mut();
+        if is_initiation(&packet.contents) {
+            // Only the newest makes a session. After an outage a peer would answer the oldest of many, and drop all that
+            // follow within 20 ms. Source: wireguard-go, device/constants.go, `HandshakeInitationRate`.
+            shared.packets.retain(|older| older.peer != packet.peer || !is_initiation(&older.contents));
+        }
         let full = shared.packets.len() == shared.capacity;
         if full {
             shared.packets.pop_front();
@@ -69,6 +74,11 @@ impl Sender {
             shared.wake();
         }
     }
+}
+
+/// Whether it begins a WireGuard handshake. Source: the WireGuard paper, section 5.4.2.
+fn is_initiation(contents: &[u8]) -> bool {
+    contents.len() == 148 && contents.starts_with(&[1, 0, 0, 0])
 }
 
 impl Drop for Sender {
@@ -154,6 +164,21 @@ mod tests {
         assert!(sender.push(packet(2)));
         assert!(!sender.push(packet(3)));
         assert_eq!([receiver.pop(), receiver.pop(), receiver.pop()], [Some(packet(2)), Some(packet(3)), None]);
+    }
+
+    #[test]
+    fn of_several_initiations_to_a_peer_the_newest_is_sent() {
+        let to = |peer: u8, kind: u8, octet: u8| {
+            let mut contents = vec![octet; 148];
+            contents[..4].copy_from_slice(&[kind, 0, 0, 0]);
+            Packet { peer: NodePublic::from_bytes([peer; 32]), contents }
+        };
+        let (sender, receiver) = mailbox(4);
+        for packet in [to(1, 1, 1), to(2, 1, 2), to(1, 4, 3), to(1, 1, 4), to(1, 1, 5)] {
+            assert!(sender.push(packet));
+        }
+        let left = std::iter::from_fn(|| receiver.pop()).collect::<Vec<_>>();
+        assert_eq!(left, [to(2, 1, 2), to(1, 4, 3), to(1, 1, 5)]);
     }
 
     #[tokio::test]
