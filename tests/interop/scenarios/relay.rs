@@ -41,7 +41,7 @@ pub(super) fn join<'a>(control: &TestControl, bed: &'a Bed) -> Result<Sidecar<'a
 }
 
 /// The home that control was told last.
-pub(super) fn home(control: &mut TestControl) -> Result<u64, Failed> {
+fn home(control: &mut TestControl) -> Result<u64, Failed> {
     let told = control.recorded(&Selection { kind: "map", ..Selection::default() })?;
     let ours = told.iter().rev().filter(|record| record.body["Hostinfo"]["Hostname"] != PEER);
     Ok(ours.filter_map(|record| record.body["Hostinfo"]["NetInfo"]["PreferredDERP"].as_u64()).next().unwrap_or(0))
@@ -57,7 +57,7 @@ pub(super) fn moved(control: &mut TestControl, sidecar: &Sidecar<'_>, old: u64) 
 }
 
 /// Asks the echo at the other end of an open connection again and again, until it answers.
-pub(super) fn echo(stream: &mut TcpStream, text: &[u8]) -> Result<(), Failed> {
+fn echo(stream: &mut TcpStream, text: &[u8]) -> Result<(), Failed> {
     stream.set_read_timeout(Some(MOVED))?;
     stream.write_all(text)?;
     let mut back = vec![0; text.len()];
@@ -237,10 +237,7 @@ fn transfer_over_a_restart(bed: &Bed) -> Result<(), Failed> {
 }
 
 /// Has blocks echoed until it is told to stop, and then for a few more: how many, and the longest that one took.
-pub(super) fn shuttle(
-    mut stream: TcpStream,
-    stopped: &std::sync::mpsc::Receiver<()>,
-) -> Result<(u32, Duration), Failed> {
+fn shuttle(mut stream: TcpStream, stopped: &std::sync::mpsc::Receiver<()>) -> Result<(u32, Duration), Failed> {
     let (mut count, mut longest, mut last) = (0_u32, Duration::ZERO, 0);
     while last < 8 {
         if stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Disconnected) {

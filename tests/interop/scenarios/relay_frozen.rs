@@ -1,6 +1,8 @@
 //! A relay that hangs: its kernel goes on acknowledging what nobody reads.
 
-use std::sync::mpsc::channel;
+use std::io::Write as _;
+use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,8 +10,9 @@ use libtest_mimic::Failed;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::relay::{ADDRESS, PEER, echo, join, moved, shuttle};
+use super::relay::{ADDRESS, PEER, join, moved};
 use crate::bed::Bed;
+use crate::client::line;
 use crate::derper::{Derper, PORT, REGION};
 use crate::process::{Process, output, tail};
 use crate::say;
@@ -19,8 +22,8 @@ use crate::testcontrol::TestControl;
 const DOUBTED: Duration = Duration::from_millis(6_500);
 /// Five more seconds until the home is left, and a measurement.
 const LEFT: Duration = Duration::from_secs(13);
-/// The peer's own move, and what TCP waits before it repeats.
-const PAUSE: Duration = Duration::from_secs(20);
+/// The peer's own move, by a measurement that waits three seconds for the frozen relay.
+const WHOLE: Duration = Duration::from_secs(20);
 /// How long bytes go before and after.
 const STEADY: Duration = Duration::from_secs(1);
 
@@ -40,8 +43,8 @@ impl Drop for Stopped<'_> {
     }
 }
 
-/// The home freezes while an echo goes by it: it is doubted in seconds, home moves, and the echo goes on by the other
-/// region.
+/// The home freezes while an upload goes by it: it is doubted in seconds, home moves, and when the peer has moved, too, the
+/// upload goes on by the other region, whole.
 pub(crate) fn a_home_relay_that_freezes_is_left_while_bytes_go_by_it(bed: &Bed) -> Result<(), Failed> {
     let mut control = TestControl::start_for(bed, &bed.hosts.relayed, ADDRESS)?;
     bed.hosts.relayed.nft(&format!(
@@ -55,12 +58,11 @@ pub(crate) fn a_home_relay_that_freezes_is_left_while_bytes_go_by_it(bed: &Bed) 
     regions(&mut control, &derper, &json!({}))?;
     let _peer = control.peer(bed, PEER)?;
     let mut sidecar = join(&control, bed)?;
-    let mut stream = sidecar.dial(PEER, 7)?;
-    echo(&mut stream, b"before")?;
+    let stream = sidecar.dial(PEER, 9)?;
     regions(&mut control, &derper, &ours["Regions"])?;
 
     let (stop, stopped) = channel::<()>();
-    let echoing = thread::spawn(move || shuttle(stream, &stopped));
+    let uploading = thread::spawn(move || upload(stream, &stopped));
     thread::sleep(STEADY);
     let (frozen, start) = (Stopped::new(&derper.process), Instant::now());
     sidecar.process.says("derp relay does not answer", DOUBTED)?;
@@ -73,20 +75,40 @@ pub(crate) fn a_home_relay_that_freezes_is_left_while_bytes_go_by_it(bed: &Bed) 
         tailscale.arg("--socket").arg(bed.folder.join(PEER).join("tailscaled.sock")).arg("debug").args(args);
         output(tailscale)?;
     }
-    // The last echoes are those that go on without it.
     drop(stop);
-    let (count, pause) = echoing.join().map_err(|_| "the echo panicked")??;
+    let sent = uploading.join().map_err(|_| "the upload panicked")??;
+    let whole = start.elapsed();
     drop(frozen);
     say(&format!(
-        "         doubted after {:.1} s, left after {:.1} s; {count} blocks, longest pause {:.1} s",
+        "         doubted after {:.1} s, left after {:.1} s; {} KiB whole after {:.1} s",
         doubted.as_secs_f32(),
         left.as_secs_f32(),
-        pause.as_secs_f32()
+        sent >> 10,
+        whole.as_secs_f32()
     ));
     sidecar.page(PEER, "web")?;
-    match left < LEFT && pause < PAUSE {
+    match left < LEFT && whole < WHOLE {
         true => Ok(()),
         false => Err(format!("it took too long\n{}", tail(&sidecar.process.log())).into()),
+    }
+}
+
+/// Has octets discarded until it is told to stop; how many, once all of them were counted at the other end.
+fn upload(mut stream: TcpStream, stopped: &Receiver<()>) -> Result<usize, Failed> {
+    const BLOCK: [u8; 16 << 10] = [0x5a; 16 << 10];
+    let mut sent = 0;
+    while stopped.try_recv() != Err(TryRecvError::Disconnected) {
+        stream.set_write_timeout(Some(WHOLE))?;
+        stream.write_all(&BLOCK)?;
+        sent += BLOCK.len();
+        thread::sleep(Duration::from_millis(5));
+    }
+    stream.shutdown(Shutdown::Write)?;
+    stream.set_read_timeout(Some(WHOLE))?;
+    let line = line(&mut stream)?;
+    match line.starts_with(&format!("{sent} ")) {
+        true => Ok(sent),
+        false => Err(format!("discarded {line:?} of {sent}").into()),
     }
 }
 
