@@ -29,10 +29,12 @@ enum Way {
     Doubtful(String),
     /// Its peer is out of reach.
     Broken(String),
+    /// Nothing was sent to its peer: others came first, and the time was over.
+    Unasked,
 }
 
 impl Silence {
-    /// Says of a question without an answer what is known of the ways to those who were asked since `begun`.
+    /// Says of a question without an answer, asked since `begun`, what is known of the ways to those who could answer.
     pub(super) fn explained(&self, mut concluded: Concluded, resolvers: &[ResolverAddr], begun: Instant) -> Concluded {
         if let Err(ResolveError::Silent { name, limit, .. }) = &concluded.outcome
             && let Some(error) = self.explain(name, resolvers, *limit, begun)
@@ -59,6 +61,9 @@ impl Silence {
         if peer.online == Some(false) {
             return Way::Broken(format!("{name}, which leads there, is offline"));
         }
+        if self.was_never_asked(peer) {
+            return Way::Unasked;
+        }
         match verdict(&self.core, &peer.key, self.transport, begun) {
             Verdict::TargetSilent { unheard: None } => Way::Fine,
             Verdict::TargetSilent { unheard: Some(lapse) } => {
@@ -74,6 +79,12 @@ impl Silence {
                 Way::Broken(format!("{name}, which leads there, did not answer{by} in {waited}{gap}; it was {heard}"))
             }
         }
+    }
+
+    /// Whether nothing is on its way to a peer, not even a handshake.
+    fn was_never_asked(&self, peer: &Peer) -> bool {
+        let status = self.core.borrow_mut().engine().peer_status(&peer.key, Instant::now());
+        status.is_some_and(|status| !status.established && status.asking_since.is_none())
     }
 
     /// The way by which a peer is spoken to, and when it was heard.
@@ -92,20 +103,22 @@ impl Silence {
 /// Where every way is broken, that is what to mend: a resolver that no question reaches is not to blame.
 fn told(name: &str, ways: Vec<(String, Way)>, limit: Duration) -> ResolveError {
     let (mut broken, mut labels, mut annotated) = (Vec::new(), Vec::new(), Vec::new());
-    let all = ways.len();
+    let mut some_reached = false;
     for (label, way) in ways {
+        some_reached |= matches!(way, Way::Fine | Way::Doubtful(_));
         match way {
-            Way::Fine => annotated.push(label.clone()),
+            Way::Fine => annotated.push(label),
+            Way::Unasked => annotated.push(format!("{label} (not asked yet)")),
             Way::Doubtful(why) => annotated.push(format!("{label} ({why})")),
             Way::Broken(why) => {
                 annotated.push(format!("{label} ({why})"));
                 broken.push(why);
+                labels.push(label);
             }
         }
-        labels.push(label);
     }
     let name = name.to_owned();
-    if broken.len() < all {
+    if some_reached || broken.is_empty() {
         return ResolveError::Silent { name, resolver: annotated.join(", "), limit };
     }
     // Resolvers behind one peer have one reason.
@@ -158,16 +171,23 @@ mod tests {
             inner.core.borrow_mut().handle_netmap(Tailnet::new().with_dns(&[router], &dns), Instant::now());
 
             let (name, limit) = ("git.corp.test".to_owned(), Duration::from_secs(10));
-            let outcome = Err(ResolveError::Silent { name: name.clone(), resolver: String::new(), limit });
-            let concluded = Concluded { outcome, ttl: Duration::ZERO, by: None };
+            let concluded = || Err(ResolveError::Silent { name: name.clone(), resolver: String::new(), limit });
             let asked =
                 ["10.20.0.53:53", "10.20.0.54:53"].map(|addr| ResolverAddr::Plain { addr: addr.parse().unwrap() });
-            let explained = inner.resolvers.silence.explained(concluded, &asked, Instant::now());
+            let explain = || {
+                let concluded = Concluded { outcome: concluded(), ttl: Duration::ZERO, by: None };
+                let explained = inner.resolvers.silence.explained(concluded, &asked, Instant::now());
+                explained.outcome.unwrap_err().to_string()
+            };
+            if online {
+                let unasked = "10.20.0.53:53 (not asked yet), 10.20.0.54:53 (not asked yet)";
+                assert_eq!(explain(), format!("no answer for {name} from {unasked} within 10s"));
+            }
             // The same where the dial has less time than the question.
-            let target = Target { host: Host::Name(name), port: 80 };
+            let target = Target { host: Host::Name(name.clone()), port: 80 };
             let located = locate(inner, before, &target, Instant::now() + inner.config.dial_timeout).await;
             let located = located.err().expect("nobody answers");
-            for told in [explained.outcome.unwrap_err().to_string(), located.to_string()] {
+            for told in [explain(), located.to_string()] {
                 let wanted = format!("{both}which leads there, {why}");
                 assert!(told.starts_with(&wanted) && told.ends_with(end), "{told}");
             }
@@ -184,8 +204,9 @@ mod tests {
             "no answer for a.test from p, q (r is offline), s (r is quiet) within 10s"
         );
         assert_eq!(
-            told(vec![way("p", broken()), way("q", broken())]),
+            told(vec![way("p", broken()), way("u", Way::Unasked), way("q", broken())]),
             "resolver p, q for a.test cannot be reached: r is offline"
         );
+        assert_eq!(told(vec![way("u", Way::Unasked)]), "no answer for a.test from u (not asked yet) within 10s");
     }
 }
