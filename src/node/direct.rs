@@ -154,7 +154,7 @@ pub(super) async fn splice(
             write_for(from_client.as_ref(), &mut to_target, early).await?;
             carried.add_sent(early.len());
             if !early.is_empty() {
-                carried.moved_at.set(Some(Instant::now()));
+                carried.note_moved(Instant::now());
             }
             carry(Side::Client, &mut from_client, &mut to_target, carried).await?;
             // What a client sent to its end arrives, whether or not it waits for the answer.
@@ -202,12 +202,12 @@ async fn carry(
             Side::Client => {
                 write_for(from.as_ref(), to, &buffer[..length]).await?;
                 carried.add_sent(length);
-                carried.moved_at.set(Some(Instant::now()));
+                carried.note_moved(Instant::now());
             }
             Side::Target => {
                 to.write_all(&buffer[..length]).await.map_err(|error| (Side::Client, error))?;
                 carried.add_received(length);
-                carried.moved_at.set(Some(Instant::now()));
+                carried.note_moved(Instant::now());
             }
         }
     }

@@ -48,6 +48,11 @@ impl Carried {
         self.received.set(self.received.get() + bytes as u64);
     }
 
+    /// Bytes move now, be it by other hands than the splice's.
+    pub fn note_moved(&self, now: Instant) {
+        self.moved_at.set(Some(now));
+    }
+
     /// Bytes of both directions.
     pub(super) fn total(&self) -> u64 {
         self.sent.get() + self.received.get()

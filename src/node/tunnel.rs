@@ -171,7 +171,7 @@ impl Splice<'_> {
         let moved_down = self.poll_down(cx);
         let now = Instant::now();
         if self.carried.total() != before {
-            self.carried.moved_at.set(Some(now));
+            self.carried.note_moved(now);
         }
         self.tunnel.pump(now);
         if moved_up? || moved_down? {

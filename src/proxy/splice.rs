@@ -38,6 +38,9 @@ impl Opened {
     pub(super) async fn carry(self, stats: &Arc<Stats>) {
         let Self { tunnel: Tunnel { target, stream, received }, mut client, early } = self;
         let mut counted = Counted { stats, carried: Carried::default(), ended: false, _unfinished: stats.unfinished() };
+        if !received.is_empty() {
+            counted.carried.note_moved(Instant::now());
+        }
         if client.write_all(&received).await.is_err() {
             counted.ended = true;
             return;

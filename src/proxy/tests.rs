@@ -103,6 +103,14 @@ fn whatever_is_cut_at_the_end_is_reset() {
             expect_bytes(&mut client, if version == "1.0" { b"half" } else { b"4\r\nhalf\r\n" }).await;
             cut.push((client, Some(target)));
         }
+        // What comes behind a change of protocols is the tunnel's.
+        let upgrade = "Connection: upgrade\r\nUpgrade: other\r\n\r\n";
+        let (mut client, mut target) = asked(&bed, &format!("GET http://TARGET/ HTTP/1.1\r\n{upgrade}")).await;
+        read_head(&mut target).await;
+        target.write_all(format!("HTTP/1.1 101 Switching Protocols\r\n{upgrade}half").as_bytes()).await.unwrap();
+        read_head(&mut client).await;
+        expect_bytes(&mut client, b"half").await;
+        cut.push((client, Some(target)));
         let mut idle = bed.connect().await;
         idle.write_all(format!("CONNECT {echo} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
         read_head(&mut idle).await;
@@ -113,11 +121,11 @@ fn whatever_is_cut_at_the_end_is_reset() {
         kept.write_all(b"GET http://a.corp/ HTTP/1.1\r\n\r\n").await.unwrap();
         read_head(&mut kept).await;
         bed::settle().await;
-        assert_eq!(bed.stats.counters().active, 9);
-        assert_eq!(bed.stats.counters().unfinished, 6);
+        assert_eq!(bed.stats.counters().active, 10);
+        assert_eq!(bed.stats.counters().unfinished, 7);
         bed.drain.cancel();
         bed::settle().await;
-        assert_eq!(bed.stats.counters().unfinished, 6);
+        assert_eq!(bed.stats.counters().unfinished, 7);
         bed.served.abort();
         bed.until_closed().await;
         let counters = bed.stats.counters();
