@@ -8,11 +8,15 @@ use super::budget::Budget;
 use crate::key::NodePublic;
 use crate::netmap::Netmap;
 
-/// A peer has at most one line in so long. What it says then is how things are by then.
+/// A peer has at most one line in so long, and beside it the end of what that one warned of, which comes at once. What it
+/// says then is how things are by then.
 const PAUSE: Duration = Duration::from_secs(10);
 /// What may get better by itself is said once it has not: a direct path is found after the relay has carried something,
 /// and a relay that restarts is back.
 const SETTLE: Duration = Duration::from_secs(5);
+
+/// What was to be said so long ago was to be said while the machine slept: everything has to settle again.
+const SLEPT: Duration = Duration::from_secs(2);
 
 /// By which kind of way packets reach a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,7 +50,7 @@ struct Peer {
     flows: usize,
     said: Option<Way>,
     said_at: Option<Instant>,
-    unsaid: Option<(News, Instant)>,
+    unsaid: Option<(Way, Instant)>,
     /// It let somebody wait in vain, and nothing has come from it since.
     silent: bool,
     /// It was said to be out of reach, and not yet that it no longer is.
@@ -108,7 +112,9 @@ impl Told {
         };
         let due = match known.unsaid {
             _ if known.said == Some(way) => None,
-            Some((News::Way(unsaid), at)) if unsaid == way => Some(at),
+            Some((unsaid, at)) if unsaid == way => {
+                Some(if now.saturating_duration_since(at) > SLEPT { now + SETTLE } else { at })
+            }
             _ => {
                 let at_once =
                     way == Way::Direct || (known.said, way) == (Some(Way::Direct), Way::Relay) || known.silent;
@@ -121,28 +127,23 @@ impl Told {
             (known.said, known.said_at) = (Some(way), Some(now));
             known.missed |= way == Way::Nothing;
         }
-        self.put_off(peer, due.filter(|_| !says).map(|at| (News::Way(way), at)));
+        self.put_off(peer, due.filter(|_| !says).map(|at| (way, at)));
         says.then_some(News::Way(way))
     }
 
-    /// A peer that was said to be out of reach answers: that is said as soon as it may have a line.
+    /// A peer that was said to be out of reach answers: nobody shall believe in it any longer.
     fn note_again(&mut self, peer: NodePublic, way: Option<Way>, now: Instant) -> Option<News> {
         let known = self.peers.get_mut(&peer)?;
-        let (news, at) = (News::Again(way), known.said_at.map_or(now, |at| now.max(at + PAUSE)));
-        if at > now {
-            self.put_off(peer, Some((news, at)));
-            return None;
-        }
         (known.said, known.said_at, known.missed) = (way, Some(now), false);
         self.put_off(peer, None);
-        Some(news)
+        Some(News::Again(way))
     }
 
     /// A peer did not answer somebody who waited for it. What to say now, if anything.
     pub(super) fn note_silent(&mut self, peer: NodePublic, now: Instant) -> Option<News> {
         let known = self.peers.entry(peer).or_default();
         known.silent = true;
-        if known.unsaid.is_some_and(|(news, _)| news == News::Way(Way::Nothing)) {
+        if known.unsaid.is_some_and(|(way, _)| way == Way::Nothing) {
             // It was to settle; now it has.
             self.put_off(peer, None);
         }
@@ -165,7 +166,7 @@ impl Told {
         }
     }
 
-    fn put_off(&mut self, peer: NodePublic, unsaid: Option<(News, Instant)>) {
+    fn put_off(&mut self, peer: NodePublic, unsaid: Option<(Way, Instant)>) {
         let Some(known) = self.peers.get_mut(&peer) else { return };
         if let Some((_, at)) = std::mem::replace(&mut known.unsaid, unsaid) {
             self.due.remove(&(at, peer));
@@ -251,14 +252,14 @@ mod tests {
         let ((mut told, key), mut now) = (one_in_use(), Instant::now());
         type Back = fn(&mut Told, NodePublic, Instant);
         let ways_back: [(&str, Back); 3] = [
-            ("session", |told, key, now| assert_eq!(told.note(key, Some(Way::Relay), true, now), None)),
+            ("session", |told, key, now| assert!(told.note(key, Some(Way::Relay), true, now).is_some())),
             ("answer", |told, key, _| assert!(told.note_answer(&key))),
             ("unused", |told, key, _| told.forget(&key)),
         ];
         for (name, back) in ways_back {
             assert_eq!(told.note_silent(key, now), Some(News::Way(Way::Nothing)), "before {name}");
             back(&mut told, key, now + Duration::from_secs(1));
-            now += PAUSE;
+            now += 2 * PAUSE;
         }
         assert_eq!(told.note_silent(key, now), Some(News::Way(Way::Nothing)));
     }
@@ -296,17 +297,14 @@ mod tests {
             assert!(told.note_silent(key, now + PAUSE).is_some());
             told.close(&key);
             assert_eq!(told.note(key, Some(Way::Relay), false, now + PAUSE), None, "a path is no answer");
-            // Too soon: it would be a second line within ten seconds.
-            assert_eq!(told.note(key, way, true, now + PAUSE + SETTLE), None);
-            assert_eq!(told.due(now + 2 * PAUSE), [key]);
-            assert_eq!(told.note(key, way, true, now + 2 * PAUSE), Some(News::Again(way)));
-            assert_eq!(told.note(key, way, true, now + 4 * PAUSE), None);
+            assert_eq!(told.note(key, way, true, now + PAUSE), Some(News::Again(way)));
+            assert_eq!(told.note(key, way, true, now + 3 * PAUSE), None);
             assert_eq!(told.next_deadline(), None);
         }
     }
 
     #[test]
-    fn peer_that_comes_and_goes_has_one_line_in_ten_seconds_and_no_end_without_its_warning() {
+    fn peer_that_comes_and_goes_has_one_warning_in_ten_seconds_and_each_its_end() {
         let ((mut told, key), start) = (one_in_use(), Instant::now());
         let mut lines = Vec::new();
         for second in 0..300 {
@@ -319,9 +317,21 @@ mod tests {
             };
             lines.extend(news.map(|news| (second, news)));
         }
-        assert!(lines.windows(2).all(|pair| pair[1].0 - pair[0].0 >= 10), "{lines:?}");
         let ends = |(_, news): &(u64, News)| matches!(news, News::Again(_));
+        let in_time = |pair: &[(u64, News)]| ends(&pair[1]) || pair[1].0 - pair[0].0 >= 10;
+        assert!(lines.windows(2).all(in_time), "{lines:?}");
         assert!(lines.iter().filter(|line| ends(line)).count() > 5, "{lines:?}");
         assert!(!ends(&lines[0]) && !lines.windows(2).any(|pair| ends(&pair[0]) && ends(&pair[1])), "{lines:?}");
+    }
+
+    #[test]
+    fn what_was_to_be_said_during_a_sleep_settles_again() {
+        let ((mut told, key), start) = (one_in_use(), Instant::now());
+        assert_eq!(told.note(key, Some(Way::Nothing), false, start), None);
+        let awake = start + Duration::from_secs(60);
+        assert_eq!(told.due(awake), [key]);
+        assert_eq!(told.note(key, Some(Way::Nothing), false, awake), None);
+        assert_eq!(told.next_deadline(), Some(awake + SETTLE));
+        assert_eq!(told.note(key, Some(Way::Nothing), false, awake + SETTLE), Some(News::Way(Way::Nothing)));
     }
 }
