@@ -12,7 +12,7 @@ pub use table::*;
 use crate::control::{ConnectError, RegisterError};
 use crate::key::AuthKeyError;
 use crate::lapse::Lapse;
-use crate::node::dial::{DirectError, Exhausted, RouteError};
+use crate::node::dial::{DirectError, Exhausted, Gap, RouteError};
 use crate::node::{DialError, JoinStage, NodeError, ResolveError};
 use crate::provision::{CredentialError, MintError};
 use crate::transport::tls::RootsError;
@@ -286,6 +286,7 @@ impl From<&DialError> for Fault {
             DialError::Route(route) => return Self::from(route),
             DialError::Public { .. } => &PUBLIC,
 
+            DialError::PeerSilent { gap: Some(Gap::Direct { .. }), .. } => &PEER_NOT_DIRECT,
             DialError::PeerSilent { .. } => &PEER_SILENT,
             DialError::Unanswered { .. } => &TARGET_SILENT,
             DialError::Rejected { .. } => &PEER_REJECTED,

@@ -255,6 +255,9 @@ rows! {
     TARGET_SILENT: 1604 Peer, exit 69, again YES, SILENT_TARGET
         "the target behind the peer does not answer"
         "likely the grant does not cover this address and port, or the peer cannot reach it";
+    PEER_NOT_DIRECT: 1605 Peer, exit 69, again YES, SILENT_PEER
+        "no direct path to the peer works, and --transport direct allows no relay"
+        "let firewalls on both sides pass UDP to any port and its answers, or use --transport auto";
 
     TCP_REFUSED: 1701 Tcp, exit 69, again YES, RESET
         "the target refused the connection"

@@ -107,7 +107,7 @@ pub(crate) fn without_relays_the_end_of_udp_is_told_as_what_it_is(bed: &Bed) -> 
     let said = sidecar.process.says("paths: peer cannot be reached", Duration::from_secs(15));
     client.nft("delete table inet blocked")?;
     let (refused, _) = (refused?, said?);
-    refused.expect(504, "TC-1601")?;
+    refused.expect(504, "TC-1605")?;
     let text = refused.text();
     if !text.contains("--transport direct allows no relay") {
         return Err(text.into());
