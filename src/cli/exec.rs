@@ -25,6 +25,7 @@ use super::environment::NOT_FOR_CHILDREN;
 use super::report::{Report, complain};
 use super::stops::{ENDING, Stop, Stops};
 use crate::fault::{self, Fault};
+use crate::lapse::Lapse;
 
 /// The exit status when we failed before the command started.
 pub(super) const FAILED_BEFORE: u8 = 125;
@@ -52,7 +53,7 @@ pub(super) async fn run(
     let mut child = start(command, report.proxy_address())?;
     let mut failed = std::pin::pin!(failed);
     let mut idle = std::pin::pin!(idle);
-    let (mut lost, mut kill_at, mut told_to_end) = (false, None, false);
+    let (mut lost, mut kill_at, mut told_to_end, mut remind_at) = (false, None, false, None);
     loop {
         let ending = tokio::select! {
             status = child.wait() => {
@@ -66,14 +67,11 @@ pub(super) async fn run(
             stop = stops.next() => match stop {
                 Stop::Signal(signal) => {
                     let ending = ENDING.contains(&signal);
-                    let again = ending && told_to_end;
-                    told_to_end |= ending;
-                    if again {
-                        tracing::warn!("a second signal; the command is killed");
-                        tell(&child, Signal::KILL);
-                    } else if !terminal_sends(signal) {
-                        tell(&child, signal);
+                    pass_on(&child, signal, ending && told_to_end);
+                    if ending && !told_to_end {
+                        remind_at = Some(Instant::now() + GRACE);
                     }
+                    told_to_end |= ending;
                     continue;
                 }
                 Stop::Parent | Stop::StdinEof | Stop::Lifetime => stop.reason(),
@@ -84,6 +82,11 @@ pub(super) async fn run(
                 continue;
             }
             () = &mut idle, if kill_at.is_none() => String::from("idle"),
+            () = reached(remind_at) => {
+                tracing::warn!("the command was told to end {} ago and runs on; a second signal kills it", Lapse(GRACE));
+                remind_at = None;
+                continue;
+            }
             () = reached(kill_at) => {
                 tell(&child, Signal::KILL);
                 kill_at = None;
@@ -199,6 +202,16 @@ fn tell(child: &Child, signal: Signal) {
 
 fn pid(child: &Child) -> Option<Pid> {
     child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw)
+}
+
+/// Passes a signal on, which the command may heed as it likes; the second one that asks for its end kills it.
+fn pass_on(child: &Child, signal: Signal, kills: bool) {
+    if kills {
+        tracing::warn!("a second signal; the command is killed");
+        tell(child, Signal::KILL);
+    } else if !terminal_sends(signal) {
+        tell(child, signal);
+    }
 }
 
 /// Whether the terminal has sent this signal to the command too: Ctrl-C reaches the whole foreground group, and some

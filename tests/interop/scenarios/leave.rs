@@ -111,6 +111,19 @@ pub(crate) fn exec_passes_signals_both_ways(bed: &Bed) -> Result<(), Failed> {
     if status.code() != Some(5) {
         return Err(format!("a child that ends with 5 at SIGTERM gave {status}").into());
     }
+    bed.headscale().gone(&sidecar.hostname, GONE)?;
+    let marker = bed.folder.join("deaf");
+    let script = format!("trap '' TERM; touch {}; while :; do sleep 0.05; done", marker.to_string_lossy());
+    let mut sidecar = Launch::new(bed).exec().args(&["--", "sh", "-c", &script]).start()?;
+    until(Duration::from_secs(30), "the child to start", || Ok(marker.exists().then_some(())))?;
+    sidecar.process.signal(Signal::TERM);
+    until(Duration::from_secs(20), "a word of the child that does not end", || {
+        Ok(sidecar.process.log().contains("runs on; a second signal kills it").then_some(()))
+    })?;
+    let status = sidecar.terminate()?;
+    if status.code() != Some(128 + 9) {
+        return Err(format!("a child that heeds no SIGTERM gave {status} at the second").into());
+    }
     bed.headscale().gone(&sidecar.hostname, GONE)
 }
 
