@@ -146,13 +146,13 @@ impl Magicsock {
                 self.path_up.push_back(*slot);
                 self.outputs.push_back(Output::PeerChanged { peer: entry.peer.key });
             }
-            if answered.restored {
-                self.outputs.push_back(Output::Resend { peer: entry.peer.key });
-            }
             if answered.remapped {
                 self.netcheck.doubt_mapping(source, now);
                 let round = place.path.discover(now);
                 self.probe(*slot, entry, round, now);
+            }
+            if answered.restored {
+                self.resend(*slot, entry);
             }
         }
     }

@@ -64,8 +64,9 @@ struct Place {
     /// before was last sent again for that.
     gone: bool,
     resent_at: Option<Instant>,
-    /// The peer's home when that was last looked at.
+    /// The peer's home when that was last looked at, and whether it has moved since all was last sent again.
     home: Option<RegionId>,
+    moved: bool,
 }
 
 /// All paths.
@@ -187,7 +188,7 @@ impl Magicsock {
             let place = self.places.get_mut(slot).and_then(Option::as_mut);
             if let Some(news) = place.and_then(|place| place.path.handle_refused(addr, relayed, now)) {
                 if news.resend {
-                    self.outputs.push_back(Output::Resend { peer: entry.peer.key });
+                    self.resend(slot, entry);
                 }
                 self.probe(slot, entry, news.probe, now);
                 self.reschedule(slot);
@@ -343,6 +344,7 @@ impl Magicsock {
                 gone: false,
                 resent_at: None,
                 home: entry.peer.home_derp,
+                moved: false,
             })
         })
     }

@@ -27,6 +27,7 @@ impl Magicsock {
             place.path.replies_by = Some(region);
         }
         place.path.heard_by = Some(region);
+        self.resend_at_home(slot, entry, now);
     }
 
     /// What came by a region was the peer's own: if the region has said that the peer is not there, it is back.
@@ -41,22 +42,40 @@ impl Magicsock {
         // Where a direct path works by now, it has had everything sent again itself.
         if matches!(self.status(slot, entry, now), PathStatus::Derp { .. }) {
             self.place(slot, entry, now).resent_at = Some(now);
-            self.outputs.push_back(Output::Resend { peer: entry.peer.key });
+            self.resend(slot, entry);
         }
     }
 
     /// Control may have told another home of the peer's: what went to the old one is lost if that is why it moved.
     pub(super) fn follow_home(&mut self, slot: Slot, entry: &Entry, now: Instant) {
-        let home = entry.peer.home_derp;
+        let relayed = matches!(self.status(slot, entry, now), PathStatus::Derp { .. });
         let Some(place) = self.places.get_mut(slot).and_then(Option::as_mut) else { return };
-        if std::mem::replace(&mut place.home, home) == home {
+        let moved = std::mem::replace(&mut place.home, entry.peer.home_derp) != entry.peer.home_derp;
+        place.moved |= moved && relayed;
+        self.resend_at_home(slot, entry, now);
+    }
+
+    /// What went to a home that the peer has left is sent again as soon as packets go to the new one: the old one, which
+    /// the peer may have lost without a word, is used for as long as it seems to work.
+    fn resend_at_home(&mut self, slot: Slot, entry: &Entry, now: Instant) {
+        if self.places.get(slot).and_then(Option::as_ref).is_none_or(|place| !place.moved) {
             return;
         }
-        if let PathStatus::Derp { region } = self.status(slot, entry, now)
-            && home == Some(region)
-        {
-            self.outputs.push_back(Output::Resend { peer: entry.peer.key });
+        let at_home = match self.status(slot, entry, now) {
+            PathStatus::Derp { region } => entry.peer.home_derp == Some(region),
+            PathStatus::Direct { .. } | PathStatus::None => false,
+        };
+        if at_home {
+            self.resend(slot, entry);
         }
+    }
+
+    /// Has everything that may be lost on its way to the peer sent again.
+    pub(super) fn resend(&mut self, slot: Slot, entry: &Entry) {
+        if let Some(place) = self.places.get_mut(slot).and_then(Option::as_mut) {
+            place.moved = false;
+        }
+        self.outputs.push_back(Output::Resend { peer: entry.peer.key });
     }
 
     /// A region says that the peer is not there: what went to it by that region is lost.
@@ -72,6 +91,7 @@ impl Magicsock {
             place.path.replies_by.take_if(|by| *by == region);
             place.gone |= lost;
         }
+        self.resend_at_home(slot, entry, now);
     }
 
     pub(in crate::engine) fn handle_derp_connected(
@@ -87,6 +107,7 @@ impl Magicsock {
         if connected {
             self.netcheck.note_admitted(region);
         } else {
+            self.resend_to_homes(roster, now);
             self.netcheck.recheck(now);
         }
         self.follow_netcheck(roster, now);
@@ -97,12 +118,23 @@ impl Magicsock {
         self.relays.set_told(home, now);
     }
 
+    /// A region may lead to nobody any more: see [`resend_at_home`](Self::resend_at_home).
+    pub(super) fn resend_to_homes(&mut self, roster: &Roster, now: Instant) {
+        for slot in 0..self.places.len() {
+            if let Some(entry) = roster.entry(slot) {
+                self.resend_at_home(slot, entry, now);
+            }
+        }
+    }
+
     /// What goes by this region is to be sent again.
     fn resend_by(&mut self, region: RegionId, roster: &Roster, now: Instant) {
-        let used = (0..self.places.len()).filter(|slot| self.places[*slot].is_some());
-        let entries = used.filter_map(|slot| Some((slot, roster.entry(slot)?)));
-        let by_it = entries.filter(|(slot, entry)| self.status(*slot, entry, now) == PathStatus::Derp { region });
-        let resent: Vec<Output> = by_it.map(|(_, entry)| Output::Resend { peer: entry.peer.key }).collect();
-        self.outputs.extend(resent);
+        for slot in 0..self.places.len() {
+            if let (Some(_), Some(entry)) = (&self.places[slot], roster.entry(slot))
+                && self.status(slot, entry, now) == (PathStatus::Derp { region })
+            {
+                self.resend(slot, entry);
+            }
+        }
     }
 }

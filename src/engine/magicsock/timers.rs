@@ -38,7 +38,7 @@ impl Magicsock {
                 self.outputs.push_back(Output::PeerChanged { peer: entry.peer.key });
             }
             if news.resend {
-                self.outputs.push_back(Output::Resend { peer: entry.peer.key });
+                self.resend(slot, entry);
             }
             self.probe(slot, entry, news.probe, now);
             self.reschedule(slot);

@@ -174,24 +174,45 @@ fn what_went_by_a_relay_that_was_lost_is_sent_again_when_it_is_back() {
     assert_eq!(resent(&mut world), 0, "nothing went by it");
 }
 
-#[test]
-fn what_went_to_a_peers_home_is_sent_again_when_the_peer_moves_because_that_is_lost() {
-    let mut world = relayed();
+/// Control tells node 0 that node 1 has moved.
+fn move_home(world: &mut World) -> RegionId {
     let old = world.nodes[1].host.home.unwrap();
-    resent(&mut world);
     world.besides.insert(1, json!({"HomeDERP": 3 - old}));
     world.publish_to(0);
-    assert_eq!(resent(&mut world), 0, "the peer still answers by the old one");
+    old
+}
+
+#[test]
+fn what_went_to_a_peers_home_is_sent_again_when_the_peer_moves_because_that_is_lost() {
     let mut world = relayed();
     let (old, now) = (world.nodes[1].host.home.unwrap(), world.now);
     world.nodes[0].engine.handle_derp_lost(old, now);
     world.run(Duration::from_millis(1));
     resent(&mut world);
-    world.besides.insert(1, json!({"HomeDERP": 3 - old}));
-    world.publish_to(0);
+    move_home(&mut world);
     world.publish_to(0);
     world.run(Duration::from_millis(1));
     assert_eq!(resent(&mut world), 1);
+}
+
+#[test]
+fn what_went_to_a_home_that_the_peer_has_left_is_sent_again_once_it_goes_to_the_new_one() {
+    for denied in [false, true] {
+        let mut world = relayed();
+        resent(&mut world);
+        let old = move_home(&mut world);
+        world.run(Duration::from_millis(1));
+        assert_eq!(resent(&mut world), 0, "the peer still answers by the old one");
+        for _ in 0..2 {
+            let now = world.now;
+            match denied {
+                true => drop(deny_peer(&mut world)),
+                false => world.nodes[0].engine.handle_derp_lost(old, now),
+            }
+            world.run(Duration::from_millis(1));
+        }
+        assert_eq!(resent(&mut world), 1);
+    }
 }
 
 /// Node 1's home tells node 0 that node 1 is not there.
