@@ -18,12 +18,12 @@ use crate::process::{Process, output, tail};
 use crate::say;
 use crate::testcontrol::TestControl;
 
-/// Two seconds of quiet, three for an answer, and the rest for a slow machine.
-const DOUBTED: Duration = Duration::from_millis(6_500);
-/// Five more seconds until the home is left, and a measurement.
-const LEFT: Duration = Duration::from_secs(13);
+/// Two seconds of quiet, three for an answer, and as many for a slow machine.
+const DOUBTED: Duration = Duration::from_secs(10);
+/// Five more seconds until the home is left, a measurement, and another slow one.
+const LEFT: Duration = Duration::from_secs(20);
 /// The peer's own move, by a measurement that waits three seconds for the frozen relay.
-const WHOLE: Duration = Duration::from_secs(20);
+const WHOLE: Duration = Duration::from_secs(30);
 /// How long bytes go before and after.
 const STEADY: Duration = Duration::from_secs(1);
 
