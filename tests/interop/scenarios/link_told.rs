@@ -1,11 +1,9 @@
 //! What control is told when the machine's network becomes another.
 
-use std::time::Duration;
-
 use libtest_mimic::Failed;
 use serde_json::Value;
 
-use super::link::reset;
+use super::link::{BACK_MOST, reset};
 use crate::bed::{Bed, TRAP};
 use crate::process::until;
 use crate::testcontrol::{Selection, TestControl};
@@ -14,8 +12,6 @@ use crate::testcontrol::{Selection, TestControl};
 const ADDRESS: &str = "10.99.0.6";
 /// The ports of its STUN servers.
 const STUN: [u16; 2] = [3479, 3480];
-/// How long control may be without the newest addresses. It takes a look at the network and a round of STUN.
-const TOLD: Duration = Duration::from_secs(10);
 
 /// Control hears of an address beside the first, and of another instead of it, and at no time that UDP does not work: that
 /// the servers' answers take a moment is no sign of it.
@@ -57,7 +53,7 @@ fn slow_answers(bed: &Bed) -> Result<(), Failed> {
 
 /// Waits until the newest report has these addresses and no others, and says that UDP works.
 fn told(control: &mut TestControl, expected: &[&str]) -> Result<(), Failed> {
-    until(TOLD, &format!("control to know {expected:?}"), || {
+    until(BACK_MOST, &format!("control to know {expected:?}"), || {
         let reports = reports(control)?;
         let Some(last) = reports.last() else { return Ok(None) };
         let listed = last["Endpoints"].as_array().into_iter().flatten().filter_map(Value::as_str);
