@@ -56,7 +56,7 @@ pub(crate) fn a_connector_that_stops_is_replaced_until_it_is_back(bed: &Bed) -> 
         }
         let (name, _) = apps.fresh('n', "app.test");
         // Whether control calls it offline by then or not, it is named, and what is known of it.
-        let text = fails(&sidecar, &name, "TC-140", Duration::from_secs(8))?;
+        let text = fails(&sidecar, &name, &["TC-1404", "TC-1405"], Duration::from_secs(8))?;
         if !["nothing has come from conn.", "conn.tb.example, which leads there, "].iter().any(|why| text.contains(why))
         {
             return Err(text.into());

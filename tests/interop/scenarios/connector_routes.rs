@@ -22,7 +22,7 @@ pub(crate) fn a_route_that_is_never_approved_has_its_code(bed: &Bed) -> Result<(
         apps.ask("auto_approve", json!({ "on": true, "withhold": ["10.30.0.86/32"] }))?;
         let sidecar = apps.launch(bed).args(&["--dial-timeout", "2s"]).ready()?;
         let start = Instant::now();
-        let told = fails(&sidecar, "never.app.test", "TC-1506", Duration::from_secs(4))?;
+        let told = fails(&sidecar, "never.app.test", &["TC-1506"], Duration::from_secs(4))?;
         // A quarter of the dial is kept for connecting.
         if start.elapsed() < Duration::from_millis(1400) {
             return Err(format!("given up after {:?}", start.elapsed()).into());
@@ -45,11 +45,9 @@ pub(crate) fn a_route_that_is_withdrawn_is_asked_for_anew(bed: &Bed) -> Result<(
         served(&sidecar, "withdrawn.app.test")?;
         let asked = apps.asked("withdrawn.app.test", Which::First);
         apps.ask("auto_approve", json!({ "on": true, "withhold": ["10.30.0.87/32"] }))?;
-        until(
-            PATIENCE,
-            "the route to be gone",
-            || Ok(fails(&sidecar, "withdrawn.app.test", "TC-1506", PATIENCE).ok()),
-        )?;
+        until(PATIENCE, "the route to be gone", || {
+            Ok(fails(&sidecar, "withdrawn.app.test", &["TC-1506"], PATIENCE).ok())
+        })?;
         if apps.asked("withdrawn.app.test", Which::First) == asked {
             return Err("the connector was not asked again".into());
         }
