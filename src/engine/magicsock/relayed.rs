@@ -119,7 +119,7 @@ impl Magicsock {
     }
 
     /// A region may lead to nobody any more: see [`resend_at_home`](Self::resend_at_home).
-    pub(super) fn resend_to_homes(&mut self, roster: &Roster, now: Instant) {
+    fn resend_to_homes(&mut self, roster: &Roster, now: Instant) {
         for slot in 0..self.places.len() {
             if let Some(entry) = roster.entry(slot) {
                 self.resend_at_home(slot, entry, now);
