@@ -3,8 +3,8 @@
 //! That the kernel of its machine, or a proxy before it, acknowledges what is sent does not mean that it is read. A relay
 //! that does not answer is doubted first and given up much later: an answer may also wait behind what we or others have
 //! sent into a slow line, where a new connection would fare worse. Whatever comes is a sign of life, and so is that
-//! the socket takes more after it was full. Where the network moved, what was sent before is lost anyway, and a new
-//! connection is made at once.
+//! the socket takes more after it was full. Where the network moved, what was sent before may be lost, and a new
+//! connection is made soon.
 
 use std::time::Duration;
 
@@ -27,12 +27,18 @@ pub(super) struct Pulse {
     doubted: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Asked {
     /// Since when its answer is waited for.
     since: Instant,
     /// When the relay is given up.
-    patience: Duration,
+    ends_at: Instant,
+}
+
+impl Asked {
+    fn new(now: Instant, patience: Duration) -> Self {
+        Self { since: now, ends_at: now + patience }
+    }
 }
 
 /// What is to be done now.
@@ -70,21 +76,24 @@ impl Pulse {
     /// The socket was full and takes more.
     pub(super) fn note_taken(&mut self, now: Instant) {
         if let Some(asked) = &mut self.asked {
-            asked.since = now;
+            *asked = Asked::new(now, PATIENCE);
         }
     }
 
-    /// The way to the relay may be another: it is asked at once. One that was full has more time.
+    /// The way to the relay may be another: it is asked at once. One that was full has more time. A question without an
+    /// answer stays open: networks that come and go all the time keep no dead relay.
     pub(super) fn note_moved(&mut self, full: bool, now: Instant) {
         self.ping_at = Some(now);
-        self.asked = Some(Asked { since: now, patience: if full { PATIENCE } else { ANSWER } });
+        let new = Asked::new(now, if full { PATIENCE } else { ANSWER });
+        let asked = self.asked.get_or_insert(new);
+        asked.ends_at = asked.ends_at.min(new.ends_at);
     }
 
     /// When [`due`](Self::due) may have something.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let asked = self.asked.as_ref().map(|asked| {
-            let wait = if self.doubted { asked.patience } else { ANSWER };
-            asked.since + wait
+            let doubts_at = asked.since + ANSWER;
+            if self.doubted { asked.ends_at } else { asked.ends_at.min(doubts_at) }
         });
         [self.ping_at, asked].into_iter().flatten().min()
     }
@@ -92,12 +101,12 @@ impl Pulse {
     /// What is due; to be asked until it says nothing.
     pub(super) fn due(&mut self, now: Instant) -> Option<Due> {
         if self.ping_at.take_if(|at| *at <= now).is_some() {
-            self.asked.get_or_insert(Asked { since: now, patience: PATIENCE });
+            self.asked.get_or_insert(Asked::new(now, PATIENCE));
             return Some(Due::Ping);
         }
-        let Asked { since, patience } = *self.asked.as_ref()?;
-        if since + patience <= now {
-            return Some(Due::GiveUp(patience));
+        let Asked { since, ends_at } = self.asked?;
+        if ends_at <= now {
+            return Some(Due::GiveUp(ends_at - since));
         }
         let doubts = since + ANSWER <= now && !self.doubted;
         self.doubted |= doubts;

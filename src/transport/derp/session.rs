@@ -270,6 +270,9 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
         let mut packets = Vec::new();
         while let Some(frame) = ServerFrame::parse(&mut self.input).map_err(|error| self.broken(&error))? {
             if let ServerFrame::Packet { from, packet } = frame {
+                if !self.admitted {
+                    return Err(self.wrong("a packet before its server info"));
+                }
                 packets.push((from, packet));
                 continue;
             }

@@ -249,6 +249,20 @@ async fn a_relay_is_asked_at_once_when_the_network_moved_and_left_when_it_does_n
 }
 
 #[tokio::test(flavor = "local", start_paused = true)]
+async fn a_relay_that_does_not_answer_is_left_however_often_the_network_moves() {
+    let (link, move_once) = Link::moving();
+    let world = World::on(link).await;
+    for _ in 0..5 {
+        move_once();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+    let start = Instant::now();
+    let (ended, _) = timeout(Duration::from_secs(1), world.session).await.unwrap().unwrap();
+    assert!(matches!(ended, Err(DerpError::Silent { limit, .. }) if limit.as_secs() == 3), "{ended:?}");
+    assert_eq!(start.elapsed(), Duration::ZERO, "it ended while the network moved");
+}
+
+#[tokio::test(flavor = "local", start_paused = true)]
 async fn a_relay_that_takes_nothing_at_all_is_given_up() {
     let world = World::admitted("{}").await;
     let start = Instant::now();
@@ -318,6 +332,18 @@ async fn a_relay_introduces_itself_and_admits_us_once() {
         let Err(DerpError::Protocol { detail, .. }) = ended else { panic!("{ended:?}") };
         assert!(detail.starts_with("a second server"), "{detail}");
     }
+}
+
+#[tokio::test(flavor = "local", start_paused = true)]
+async fn a_relay_brings_nothing_and_is_not_connected_before_it_admits_us() {
+    let (mut world, _) = World::introduced().await;
+    world.relay.write_all(&frame(0x05, &[[3; 32].as_slice(), b"hello"].concat())).await.unwrap();
+    // It would be pinged, doubted and then heard.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    let _ = world.relay.write_all(&frame(0x06, &[])).await;
+    let (ended, admitted) = world.session.await.unwrap();
+    assert!(matches!(ended, Err(DerpError::Protocol { .. })) && !admitted, "{ended:?}");
+    assert!(world.events.recv().await.is_none());
 }
 
 #[tokio::test(flavor = "local", start_paused = true)]
