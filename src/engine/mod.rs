@@ -190,6 +190,11 @@ impl Engine {
         self.magicsock.handle_derp_connected(region, false, &self.roster, now);
     }
 
+    /// A region that is connected is doubted, or answers again. It has lost nothing so far.
+    pub fn handle_derp_doubt(&mut self, region: RegionId, doubted: bool, now: Instant) {
+        self.magicsock.handle_derp_doubt(region, doubted, &self.roster, now);
+    }
+
     /// The addresses of a STUN server; none when its name does not resolve.
     pub fn handle_stun_address(&mut self, region: RegionId, servers: Vec<SocketAddr>, now: Instant) {
         self.magicsock.handle_stun_address(region, servers, &self.roster, now);

@@ -296,12 +296,16 @@ impl Core {
             return;
         }
         let (engine, netstack, region) = (&mut self.parts.engine, &mut self.parts.netstack, id.region);
+        let works = match event {
+            Event::Connected | Event::Answers => Some(true),
+            Event::Doubted | Event::Lost(_) => Some(false),
+            Event::Packets(_) | Event::Unanswered(_) | Event::PeerGone(..) => None,
+        };
         match event {
-            Event::Connected => {
-                engine.handle_derp_connected(region, now);
-                self.parts.relays.set_admitted(region, true, engine.host_state().home);
-                self.say_paths(now);
-            }
+            Event::Connected => engine.handle_derp_connected(region, now),
+            Event::Lost(_) => engine.handle_derp_lost(region, now),
+            Event::Doubted => engine.handle_derp_doubt(region, true, now),
+            Event::Answers => engine.handle_derp_doubt(region, false, now),
             Event::Packets(packets) => {
                 for (peer, mut packet) in packets {
                     if let Some(inner) = engine.handle_derp(region, peer, &mut packet, now) {
@@ -311,11 +315,10 @@ impl Core {
             }
             Event::Unanswered(pings) => self.shed.pings += pings,
             Event::PeerGone(peer, _) => engine.handle_derp_peer_gone(region, peer, now),
-            Event::Doubted | Event::Lost(_) => {
-                engine.handle_derp_lost(region, now);
-                self.parts.relays.set_admitted(region, false, engine.host_state().home);
-                self.say_paths(now);
-            }
+        }
+        if let Some(works) = works {
+            self.parts.relays.set_admitted(region, works, self.parts.engine.host_state().home);
+            self.say_paths(now);
         }
         self.pump(now);
     }

@@ -82,6 +82,13 @@ impl Relays {
         back
     }
 
+    /// A region that is connected seems to work no more, or does again. Nothing is lost by that.
+    pub(super) fn set_doubted(&mut self, region: RegionId, doubted: bool) {
+        if let Some(relay) = self.regions.get_mut(&region) {
+            relay.connected = !doubted;
+        }
+    }
+
     /// We live there now. The old home loses its privilege and is closed when idle.
     pub(super) fn set_home(&mut self, home: Option<RegionId>, now: Instant) {
         if self.home == home {

@@ -113,6 +113,24 @@ impl Magicsock {
         self.follow_netcheck(roster, now);
     }
 
+    /// A region does not answer, or answers again, by the connection that it has: what went there is on its way.
+    pub(in crate::engine) fn handle_derp_doubt(
+        &mut self,
+        region: RegionId,
+        doubted: bool,
+        roster: &Roster,
+        now: Instant,
+    ) {
+        self.relays.set_doubted(region, doubted);
+        if doubted {
+            self.resend_to_homes(roster, now);
+            self.netcheck.recheck(now);
+        } else {
+            self.netcheck.note_answer(region);
+        }
+        self.follow_netcheck(roster, now);
+    }
+
     /// Control has been told that we live there.
     pub(in crate::engine) fn note_told(&mut self, home: Option<RegionId>, now: Instant) {
         self.relays.set_told(home, now);

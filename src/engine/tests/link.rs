@@ -183,6 +183,21 @@ fn move_home(world: &mut World) -> RegionId {
 }
 
 #[test]
+fn what_went_by_a_relay_that_was_only_doubted_is_on_its_way() {
+    let mut world = relayed();
+    resent(&mut world);
+    let home = world.nodes[1].host.home.unwrap();
+    for doubted in [true, false, true] {
+        let now = world.now;
+        world.nodes[0].engine.handle_derp_doubt(home, doubted, now);
+        world.run(SECOND * 6);
+    }
+    assert_eq!(resent(&mut world), 0);
+    lose_relay(&mut world);
+    assert_eq!(resent(&mut world), 1, "it was lost in the end");
+}
+
+#[test]
 fn what_went_to_a_peers_home_is_sent_again_when_the_peer_moves_because_that_is_lost() {
     let mut world = relayed();
     let (old, now) = (world.nodes[1].host.home.unwrap(), world.now);
@@ -197,7 +212,7 @@ fn what_went_to_a_peers_home_is_sent_again_when_the_peer_moves_because_that_is_l
 
 #[test]
 fn what_went_to_a_home_that_the_peer_has_left_is_sent_again_once_it_goes_to_the_new_one() {
-    for denied in [false, true] {
+    for way in 0..3 {
         let mut world = relayed();
         resent(&mut world);
         let old = move_home(&mut world);
@@ -205,9 +220,10 @@ fn what_went_to_a_home_that_the_peer_has_left_is_sent_again_once_it_goes_to_the_
         assert_eq!(resent(&mut world), 0, "the peer still answers by the old one");
         for _ in 0..2 {
             let now = world.now;
-            match denied {
-                true => drop(deny_peer(&mut world)),
-                false => world.nodes[0].engine.handle_derp_lost(old, now),
+            match way {
+                0 => drop(deny_peer(&mut world)),
+                1 => world.nodes[0].engine.handle_derp_lost(old, now),
+                _ => world.nodes[0].engine.handle_derp_doubt(old, true, now),
             }
             world.run(Duration::from_millis(1));
         }

@@ -94,10 +94,12 @@ pub struct Packet {
 /// What a region's task tells the driver.
 #[derive(Debug)]
 pub enum Event {
-    /// The relay has admitted us, or answers again.
+    /// The relay has admitted us.
     Connected,
     /// The relay does not answer; the connection is kept for a while.
     Doubted,
+    /// The relay that was doubted answers: nothing was lost.
+    Answers,
     /// Packets came, WireGuard or disco, each from the node beside it.
     Packets(Vec<(NodePublic, BytesMut)>),
     /// A peer cannot be reached in this region.

@@ -184,7 +184,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
         if taken > 0 {
             if self.pulse.note_heard() {
                 debug!(region = self.task.id.region, "derp relay answers again");
-                (self.tell)(Event::Connected);
+                (self.tell)(Event::Answers);
             }
             self.handle_input()?;
             // Whoever does not admit us cannot have us wait by trickling.

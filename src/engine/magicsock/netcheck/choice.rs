@@ -34,6 +34,11 @@ impl Netcheck {
     /// A region's relay has admitted us: it may be home, whatever was before.
     pub(in crate::engine::magicsock) fn note_admitted(&mut self, region: RegionId) {
         self.failed.remove(&region);
+        self.note_answer(region);
+    }
+
+    /// A region that was doubted answers. One that has failed meanwhile may hang again, and has to admit us anew.
+    pub(in crate::engine::magicsock) fn note_answer(&mut self, region: RegionId) {
         self.suspect.take_if(|suspect| *suspect == region);
     }
 

@@ -250,6 +250,17 @@ fn a_home_that_comes_back_while_another_is_searched_has_not_failed() {
 }
 
 #[test]
+fn a_home_that_was_left_because_it_hung_is_not_taken_back_for_its_answer() {
+    let mut network = Network::settled(&[(1, 20), (2, 90)]);
+    network.relays.remove(&1);
+    network.run(6_000);
+    assert_eq!(network.home(), Some(2));
+    network.netcheck.note_answer(1);
+    network.run(700_000);
+    assert_eq!(network.home(), Some(2));
+}
+
+#[test]
 fn what_the_nat_did_before_a_move_is_not_told_after_it() {
     let mut network = Network::settled(&[(1, 20), (2, 30)]);
     assert_eq!(network.netcheck.host().netinfo.mapping_varies_by_dest_ip, Some(false));
