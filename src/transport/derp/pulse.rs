@@ -73,11 +73,12 @@ impl Pulse {
         std::mem::take(&mut self.doubted)
     }
 
-    /// The socket was full and takes more.
-    pub(super) fn note_taken(&mut self, now: Instant) {
+    /// The socket was full and takes more: the answer is waited for anew. Returns whether the relay was doubted.
+    pub(super) fn note_taken(&mut self, now: Instant) -> bool {
         if let Some(asked) = &mut self.asked {
             *asked = Asked::new(now, PATIENCE);
         }
+        std::mem::take(&mut self.doubted)
     }
 
     /// The way to the relay may be another: it is asked at once. One that was full has more time. A question without an

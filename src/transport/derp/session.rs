@@ -165,6 +165,11 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
         Ok(asks)
     }
 
+    fn end_doubt(&mut self) {
+        debug!(region = self.task.id.region, "derp relay answers again");
+        (self.tell)(Event::Answers);
+    }
+
     /// Takes what has come, as much as a turn is long. All is heard before an end is.
     fn poll_input(&mut self, io: &mut BoxIo, cx: &mut Context<'_>) -> Result<(), DerpError> {
         let mut taken = 0;
@@ -183,8 +188,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
         };
         if taken > 0 {
             if self.pulse.note_heard() {
-                debug!(region = self.task.id.region, "derp relay answers again");
-                (self.tell)(Event::Answers);
+                self.end_doubt();
             }
             self.handle_input()?;
             // Whoever does not admit us cannot have us wait by trickling.
@@ -211,8 +215,8 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
             }
             let now = Instant::now();
             self.stuck_at = now + WRITE_LIMIT;
-            if std::mem::take(&mut self.full) {
-                self.pulse.note_taken(now);
+            if std::mem::take(&mut self.full) && self.pulse.note_taken(now) {
+                self.end_doubt();
             }
         }
     }
