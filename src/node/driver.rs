@@ -32,7 +32,7 @@ pub(super) struct Inputs {
 enum Woken {
     Readable,
     Writable,
-    Region(Task),
+    Region(Box<Task>),
     NodeKey,
     Accepted,
     Netmap,
@@ -64,7 +64,7 @@ pub(super) async fn run(shared: Shared, mut inputs: Inputs) {
         let woken = tokio::select! {
             () = readable => Woken::Readable,
             () = writable => Woken::Writable,
-            Some(task) = inputs.derp_tasks.recv() => Woken::Region(task),
+            Some(task) = inputs.derp_tasks.recv() => Woken::Region(task.into()),
             Ok(()) = inputs.node_key.changed() => Woken::NodeKey,
             Ok(()) = inputs.accepted.changed() => Woken::Accepted,
             Ok(()) = inputs.netmap.changed() => Woken::Netmap,
@@ -79,7 +79,7 @@ pub(super) async fn run(shared: Shared, mut inputs: Inputs) {
         match woken {
             Woken::Readable => core.handle_readable(now),
             Woken::Writable => core.pump(now),
-            Woken::Region(task) => keep_connected(&shared, task),
+            Woken::Region(task) => keep_connected(&shared, *task),
             Woken::NodeKey => core.handle_node_key(&inputs.node_key.borrow_and_update(), now),
             Woken::Accepted => core.handle_accepted(&inputs.accepted.borrow_and_update(), now),
             Woken::Netmap => {

@@ -29,17 +29,22 @@ pub(super) struct Complaints {
     losses: Allowance,
     outages: Allowance,
     problems: Allowance,
+    doubts: Allowance,
     /// Whether it was said that the connection is lost, and that none can be made.
     lost: bool,
     unusable: bool,
+    /// Whether it was said that the relay does not answer.
+    silent: bool,
     /// The problem of the relay's that was said last; empty for none.
     problem: String,
 }
 
 impl Complaints {
     pub(super) fn new(region: RegionId) -> Self {
-        let [losses, outages, problems] = [(); 3].map(|()| Allowance { left: BURST, counted_at: Instant::now() });
-        Self { region, losses, outages, problems, lost: false, unusable: false, problem: String::new() }
+        let full = [(); 4].map(|()| Allowance { left: BURST, counted_at: Instant::now() });
+        let [losses, outages, problems, doubts] = full;
+        let [lost, unusable, silent] = [false; 3];
+        Self { region, losses, outages, problems, doubts, lost, unusable, silent, problem: String::new() }
     }
 
     /// Says why the connection is lost, and why it could not be made again, once until it could.
@@ -62,10 +67,28 @@ impl Complaints {
 
     /// A relay has admitted us. The end of a complaint is as loud as that was.
     pub(super) fn note_admitted(&mut self) {
-        match (std::mem::take(&mut self.unusable), std::mem::take(&mut self.lost)) {
+        let unusable = std::mem::take(&mut self.unusable) | std::mem::take(&mut self.silent);
+        match (unusable, std::mem::take(&mut self.lost)) {
             (true, _) => warn!(region = self.region, "derp region can be used again"),
             (false, true) => info!(region = self.region, "derp region can be used again"),
             (false, false) => {}
+        }
+    }
+
+    /// Says that the relay has not answered for a while; its connection may still be lost for that.
+    pub(super) fn note_doubt(&mut self) {
+        if !self.silent && self.doubts.take() {
+            warn!(region = self.region, "derp relay does not answer");
+            self.silent = true;
+        }
+    }
+
+    /// Says that the relay answers again, as loud as that it does not was said.
+    pub(super) fn note_answer(&mut self) {
+        if std::mem::take(&mut self.silent) {
+            warn!(region = self.region, "derp relay answers again");
+        } else {
+            debug!(region = self.region, "derp relay answers again");
         }
     }
 
@@ -195,6 +218,19 @@ mod tests {
         assert_eq!(lost, [format!("INFO derp connection lost {reason}")]);
         let unusable = log.of(|| complaints.note_loss(&silent(), false));
         assert_eq!(unusable, [format!("WARN derp region cannot be used {reason}")]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_relay_that_hangs_is_told_of_once_and_so_is_its_answer_or_its_return() {
+        let (mut complaints, log) = (Complaints::new(7), Log::default());
+        assert!(log.of(|| complaints.note_answer()).is_empty(), "nobody complained");
+        let hangs = ["WARN derp relay does not answer region=7"];
+        assert_eq!(log.of(|| (0..2).for_each(|_| complaints.note_doubt())), hangs);
+        assert_eq!(log.of(|| complaints.note_answer()), ["WARN derp relay answers again region=7"]);
+        assert_eq!(log.of(|| complaints.note_doubt()), hangs);
+        assert_eq!(log.of(|| complaints.note_loss(&closed(), true)).len(), 1);
+        assert_eq!(log.of(|| complaints.note_admitted()), ["WARN derp region can be used again region=7"]);
+        assert_eq!(log.of(|| (0..10).for_each(|_| (complaints.note_doubt(), complaints.note_answer()).1)).len(), 6);
     }
 
     #[tokio::test(start_paused = true)]

@@ -14,6 +14,8 @@ use tokio::time::Instant;
 const QUIET: Duration = Duration::from_secs(2);
 /// When it is doubted for want of an answer. Source: Tailscale, wgengine/magicsock, `maybeCloseDERPsOnRebind` (3 s).
 const ANSWER: Duration = Duration::from_secs(3);
+/// When a doubt is no moment any more, and users are told: a home is left by then.
+const LASTS: Duration = Duration::from_secs(8);
 /// When it is given up: as late as one that takes nothing.
 const PATIENCE: Duration = super::session::WRITE_LIMIT;
 
@@ -25,6 +27,8 @@ pub(super) struct Pulse {
     /// The question without an answer.
     asked: Option<Asked>,
     doubted: bool,
+    /// Whether that was told.
+    told: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -48,6 +52,8 @@ pub(super) enum Due {
     Ping,
     /// Nobody should rely on the relay, until something comes.
     Doubt,
+    /// Users should know that the relay is doubted.
+    Tell,
     /// The relay is gone: it was silent for so long.
     GiveUp(Duration),
 }
@@ -70,7 +76,7 @@ impl Pulse {
         if self.asked.take().is_some() {
             self.ping_at = None;
         }
-        std::mem::take(&mut self.doubted)
+        self.end_doubt()
     }
 
     /// The socket was full and takes more: the answer is waited for anew. Returns whether the relay was doubted.
@@ -78,6 +84,11 @@ impl Pulse {
         if let Some(asked) = &mut self.asked {
             *asked = Asked::new(now, PATIENCE);
         }
+        self.end_doubt()
+    }
+
+    fn end_doubt(&mut self) -> bool {
+        self.told = false;
         std::mem::take(&mut self.doubted)
     }
 
@@ -92,9 +103,10 @@ impl Pulse {
 
     /// When [`due`](Self::due) may have something.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let asked = self.asked.as_ref().map(|asked| {
-            let doubts_at = asked.since + ANSWER;
-            if self.doubted { asked.ends_at } else { asked.ends_at.min(doubts_at) }
+        let asked = self.asked.as_ref().map(|asked| match (self.doubted, self.told) {
+            (false, _) => asked.ends_at.min(asked.since + ANSWER),
+            (true, false) => asked.ends_at.min(asked.since + LASTS),
+            (true, true) => asked.ends_at,
         });
         [self.ping_at, asked].into_iter().flatten().min()
     }
@@ -111,6 +123,28 @@ impl Pulse {
         }
         let doubts = since + ANSWER <= now && !self.doubted;
         self.doubted |= doubts;
-        doubts.then_some(Due::Doubt)
+        if doubts {
+            return Some(Due::Doubt);
+        }
+        let tells = self.doubted && since + LASTS <= now && !self.told;
+        self.told |= tells;
+        tells.then_some(Due::Tell)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_relay_is_asked_doubted_told_of_and_given_up() {
+        let start = Instant::now();
+        let mut pulse = Pulse::default();
+        pulse.note_sent(start);
+        for (second, due) in [(2, Due::Ping), (5, Due::Doubt), (10, Due::Tell), (17, Due::GiveUp(PATIENCE))] {
+            let now = start + Duration::from_secs(second);
+            assert_eq!((pulse.deadline(), pulse.due(now)), (Some(now), Some(due)));
+            assert!(second == 17 || pulse.due(now).is_none(), "once");
+        }
     }
 }

@@ -159,6 +159,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
                     debug!(region = self.task.id.region, "derp relay does not answer");
                     (self.tell)(Event::Doubted);
                 }
+                Due::Tell => self.task.complaints.borrow_mut().note_doubt(),
                 Due::GiveUp(limit) => return Err(DerpError::Silent { host: self.host.clone(), limit }),
             }
         }
@@ -166,7 +167,7 @@ impl<'t, T: FnMut(Event)> Session<'t, T> {
     }
 
     fn end_doubt(&mut self) {
-        debug!(region = self.task.id.region, "derp relay answers again");
+        self.task.complaints.borrow_mut().note_answer();
         (self.tell)(Event::Answers);
     }
 
