@@ -66,18 +66,30 @@ impl Netcheck {
         self.failed.extend(suspect.map(|home| (home, now)));
         self.failed.retain(|_, at| now.duration_since(*at) < FAILED);
         let home = self.host.home;
-        let mut latencies = self.latencies.best(now);
-        // Who is silent now is no place to move to, however near it was.
-        latencies.retain(|region, _| heard.contains_key(region) || Some(*region) == home);
-        if latencies.keys().any(|region| !self.failed.contains_key(region)) {
+        let chosen = self.next_failed(heard).or_else(|| {
+            let mut latencies = self.latencies.best(now);
+            // Who is silent now is no place to move to, however near it was.
+            latencies.retain(|region, _| heard.contains_key(region) || Some(*region) == home);
             latencies.retain(|region, _| !self.failed.contains_key(region));
-        }
-        let home_now = home.and_then(|home| heard.get(&home).copied());
-        let chosen = home::choose(&self.map, home, &latencies, home_now, self.home_may_stay(now));
+            let home_now = home.and_then(|home| heard.get(&home).copied());
+            home::choose(&self.map, home, &latencies, home_now, self.home_may_stay(now))
+        });
         self.set_home(chosen.or_else(|| home::without_measurement(&self.map, &self.key)));
         // Where no relay admits us there is enough to try.
         let retried = self.failed.keys().filter(|region| self.home_alive && heard.contains_key(region));
         self.retried = retried.copied().collect();
+    }
+
+    /// Where all that answer have failed, the home among them: whose turn it is. The nearest two would be all that are
+    /// ever tried.
+    fn next_failed(&self, heard: &BTreeMap<RegionId, Duration>) -> Option<RegionId> {
+        let home = self.host.home;
+        if heard.keys().chain(&home).any(|region| !self.failed.contains_key(region)) {
+            return None;
+        }
+        let eligible = |id: &RegionId| self.map.regions.get(id).is_some_and(|region| home::is_eligible(region, home));
+        let answering = self.failed.iter().filter(|(id, _)| heard.contains_key(*id) && eligible(id));
+        answering.min_by_key(|(_, at)| **at).map(|(id, _)| *id)
     }
 
     /// Regions that have failed and answer now: whether their relays admit us is to be tried, so that a later round may

@@ -96,3 +96,13 @@ fn by_relays_alone_the_regions_are_measured_anew_after_a_move() {
     assert_eq!((network.home(), network.probed.len()), (Some(2), 4));
     assert!(network.netcheck.host().endpoints.is_empty());
 }
+
+#[test]
+fn where_all_have_failed_each_is_tried_in_turn() {
+    let mut network = Network::settled(&[(1, 10), (2, 20), (3, 90)]);
+    network.relays.clear();
+    network.run(100_000);
+    network.relays = [3].into();
+    network.run(45_000);
+    assert_eq!(network.home(), Some(3));
+}
