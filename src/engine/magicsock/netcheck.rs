@@ -300,6 +300,7 @@ impl Netcheck {
             self.outputs.extend(regions.iter().map(|region| Output::ProbeHttps { region: *region }));
             round.begin_https(regions);
         }
+        let silence = round.take_silence(now);
         if !round.settled && round.is_conclusive(now) {
             round.settled = true;
             let heard = round.full.then(|| round.heard().clone());
@@ -307,6 +308,9 @@ impl Netcheck {
             if let Some(heard) = heard {
                 self.choose_home(&heard, now);
             }
+            self.publish(now);
+        } else if silence && round.settled {
+            // Who is silent is known only now.
             self.publish(now);
         }
         if self.round.as_ref().is_some_and(|round| round.is_over(now)) {

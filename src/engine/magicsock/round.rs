@@ -41,6 +41,10 @@ pub(super) struct Round {
     answered: BTreeSet<Target>,
     /// Servers to which the machine knows no way.
     refused: BTreeSet<SocketAddr>,
+    /// When the first was asked.
+    asked_at: Option<Instant>,
+    /// Whether who has not answered by now is silent, rather than slow.
+    silent: bool,
     first_answer: Option<Instant>,
     /// Whether endpoints and home have been concluded from all that has answered.
     pub(super) settled: bool,
@@ -61,6 +65,8 @@ impl Round {
             sent: BTreeMap::new(),
             answered: BTreeSet::new(),
             refused: BTreeSet::new(),
+            asked_at: None,
+            silent: false,
             first_answer: None,
             settled: false,
             https: None,
@@ -71,6 +77,7 @@ impl Round {
     /// A server to ask.
     pub(super) fn add(&mut self, region: RegionId, server: SocketAddr, now: Instant) {
         self.targets.entry((region, server.is_ipv6())).or_default().push(server);
+        self.asked_at.get_or_insert(now);
         self.tries = 0;
         self.try_at = Some(now);
     }
@@ -168,9 +175,24 @@ impl Round {
 
     /// Whether every server answered that can be asked.
     fn is_complete(&self) -> bool {
-        let is_refused = |servers: &Vec<SocketAddr>| servers.iter().all(|server| self.refused.contains(server));
-        let done = |(target, servers)| self.answered.contains(target) || is_refused(servers);
+        let done = |(target, servers): (_, &Vec<_>)| self.answered.contains(target) || self.is_refused(servers);
         self.unresolved.is_empty() && self.targets.iter().all(done)
+    }
+
+    fn is_refused(&self, servers: &[SocketAddr]) -> bool {
+        servers.iter().all(|server| self.refused.contains(server))
+    }
+
+    /// When who has not answered counts as silent.
+    fn silent_at(&self) -> Option<Instant> {
+        self.asked_at.filter(|_| !self.silent).map(|at| at + STUN_TIMEOUT)
+    }
+
+    /// Whether that has come, as is said once.
+    pub(super) fn take_silence(&mut self, now: Instant) -> bool {
+        let news = self.silent_at().is_some_and(|at| at <= now);
+        self.silent |= news;
+        news
     }
 
     /// Whether late answers are no longer waited for.
@@ -189,12 +211,16 @@ impl Round {
         &self.heard
     }
 
-    /// Whether any server answered by IPv6, or by UDP at all; `None` when none was asked, or can have answered yet.
+    /// Whether any server answered by IPv6, or by UDP at all; `None` when none was asked, or may answer yet: HTTPS settles
+    /// a round sooner than slow UDP.
     pub(super) fn worked(&self) -> (Option<bool>, Option<bool>) {
-        let known = |asked: bool, answered: bool| (answered || asked && self.settled).then_some(answered);
-        let v6 = known(self.targets.keys().any(|(_, v6)| *v6), self.answered.iter().any(|(_, v6)| *v6));
-        let udp = known(!self.targets.is_empty(), !self.answered.is_empty());
-        (v6, udp)
+        let known = |counts: fn(bool) -> bool| {
+            let asked: Vec<_> = self.targets.iter().filter(|((_, v6), _)| counts(*v6)).collect();
+            let answered = self.answered.iter().any(|(_, v6)| counts(*v6));
+            let hopeless = self.settled && asked.iter().all(|(_, servers)| self.is_refused(servers));
+            (answered || !asked.is_empty() && (self.silent || hopeless)).then_some(answered)
+        };
+        (known(|v6| v6), known(|_| true))
     }
 
     pub(super) fn next_deadline(&self) -> Instant {
@@ -203,7 +229,8 @@ impl Round {
         let https_at = https.then_some(self.started + UDP_PATIENCE);
         let limit = if self.https.is_some() { REPORT_TIMEOUT } else { STUN_TIMEOUT };
         let first = grace(self.first_answer).or_else(|| grace(self.first_https));
-        [self.try_at, first, https_at].into_iter().flatten().min().unwrap_or(self.started + limit)
+        let over = self.started + limit;
+        [self.try_at, first, https_at, self.silent_at()].into_iter().flatten().min().map_or(over, |at| at.min(over))
     }
 }
 

@@ -55,8 +55,9 @@ struct Network {
     dialled: BTreeSet<RegionId>,
     /// Whether the NAT gives us another port for each server.
     hard: bool,
-    /// Whether IPv6 leads anywhere.
+    /// Whether IPv6 leads anywhere, and how much longer it takes.
     v6_works: bool,
+    v6_takes: Duration,
     in_flight: Vec<(Instant, Answer)>,
     told: Vec<HostState>,
     /// Who was asked by HTTPS.
@@ -82,6 +83,7 @@ impl Network {
             dialled: BTreeSet::new(),
             hard: false,
             v6_works: true,
+            v6_takes: Duration::ZERO,
             in_flight: Vec::new(),
             told: Vec::new(),
             probed: Vec::new(),
@@ -146,7 +148,8 @@ impl Network {
                     let mut us = addr(us);
                     us.set_port(if self.hard { region as u16 } else { us.port() });
                     let delay = self.stun.get(&region).filter(|_| destination.is_ipv4() || self.v6_works);
-                    self.in_flight.extend(delay.map(|it| (self.now + *it, Answer::Stun(transaction, us))));
+                    let detour = if destination.is_ipv6() { self.v6_takes } else { Duration::ZERO };
+                    self.in_flight.extend(delay.map(|it| (self.now + *it + detour, Answer::Stun(transaction, us))));
                 }
                 Output::ProbeHttps { region } => {
                     self.probed.push(region);

@@ -64,12 +64,15 @@ fn udp_that_is_slow_is_told_from_udp_that_is_blocked() {
     for network in [&mut slow, &mut blocked] {
         network.https = [(1, millis(30)), (2, millis(20))].into();
         network.run(1_250);
-        assert_eq!((network.home(), network.netcheck.host().netinfo.working_udp), (Some(2), Some(false)));
-        network.run(4_000);
+        assert_eq!((network.home(), network.netcheck.host().netinfo.working_udp), (Some(2), None));
+        network.run(1_750);
     }
+    assert!(slow.told.iter().all(|host| host.netinfo.working_udp != Some(false)), "{:?}", slow.told);
     assert_eq!((slow.netcheck.host().netinfo.working_udp, slow.tells(OUTSIDE)), (Some(true), true));
     assert_eq!((blocked.netcheck.host().netinfo.working_udp, blocked.tells(OUTSIDE)), (Some(false), false));
-    assert_eq!(slow.told.last(), Some(slow.netcheck.host()));
+    for network in [&slow, &blocked] {
+        assert_eq!(network.told.last(), Some(network.netcheck.host()));
+    }
     assert!(blocked.netcheck.host().netinfo.derp_latency.is_empty(), "HTTPS is of no family");
 }
 
@@ -95,4 +98,15 @@ fn an_answer_in_the_last_moment_of_a_round_is_concluded_from() {
     network.run(3_100);
     network.netcheck.handle_timeout(network.now);
     assert!(network.netcheck.freshen(network.now));
+}
+
+#[test]
+fn a_family_that_is_slow_is_told_from_one_that_is_blocked() {
+    let mut network = Network::settled(&[(1, 20), (2, 1_300)]);
+    network.v6_takes = millis(700);
+    network.told.clear();
+    network.netcheck.set_local_endpoints(vec![addr(INSIDE), addr(INSIDE_V6)].into(), network.now);
+    network.run(6_000);
+    assert!(network.told.iter().all(|host| host.netinfo.working_ipv6 != Some(false)), "{:?}", network.told);
+    assert_eq!(network.netcheck.host().netinfo.working_ipv6, Some(true));
 }
