@@ -169,6 +169,7 @@ impl Netcheck {
         }
         // Who could not be reached from there may be reached from here, and who was near may be far.
         self.failed.clear();
+        self.spare_home(now);
         self.latencies = Latencies::default();
         let netinfo = &mut self.host.netinfo;
         (netinfo.mapping_varies_by_dest_ip, netinfo.working_udp, netinfo.working_ipv6) = (None, None, None);

@@ -42,6 +42,12 @@ impl Netcheck {
         self.suspect.take_if(|suspect| *suspect == region);
     }
 
+    /// The home is dialled from elsewhere: that it could not be reached before is forgotten.
+    pub(super) fn spare_home(&mut self, now: Instant) {
+        self.suspect = None;
+        (self.alive_at, self.away_at) = (Some(now), (!self.home_alive).then_some(now + HOME_GRACE));
+    }
+
     /// Whether the home may stay: it is connected, or was, or was chosen, a moment ago.
     pub(super) fn home_may_stay(&self, now: Instant) -> bool {
         self.home_alive || self.alive_at.is_some_and(|at| now.duration_since(at) < HOME_GRACE)

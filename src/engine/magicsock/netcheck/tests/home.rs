@@ -106,3 +106,30 @@ fn where_all_have_failed_each_is_tried_in_turn() {
     network.run(45_000);
     assert_eq!(network.home(), Some(3));
 }
+
+#[test]
+fn a_home_that_was_out_of_reach_is_dialled_first_after_a_move() {
+    for gap in [2_000, 5_100, 8_000, 30_000] {
+        let mut network = Network::settled(&[(1, 20), (2, 90)]);
+        let (stun, relays) = (std::mem::take(&mut network.stun), std::mem::take(&mut network.relays));
+        network.run(gap);
+        (network.stun, network.relays) = (stun, relays);
+        network.told.clear();
+        network.move_to("10.0.0.2:5");
+        network.run(10_000);
+        assert_eq!(network.home(), Some(1));
+        assert!(network.told.iter().all(|host| host.home == Some(1)), "{gap} ms: {:?}", network.told);
+    }
+}
+
+#[test]
+fn a_home_that_is_away_is_searched_after_a_move_too() {
+    let mut network = Network::settled(&[(1, 20), (2, 90)]);
+    network.relays.remove(&1);
+    network.run(4_900);
+    network.move_to("10.0.0.2:5");
+    network.run(4_900);
+    assert_eq!(network.home(), Some(1));
+    network.run(200);
+    assert_eq!(network.home(), Some(2));
+}
