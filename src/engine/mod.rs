@@ -27,7 +27,7 @@ use rand::{Rng, SeedableRng};
 use self::egress::{BATCH_LENGTH, Egress};
 use self::inbound::Inbound;
 pub use self::inbound::{Flow, Protocol};
-pub use self::magicsock::{HostState, LocalEndpoints};
+pub use self::magicsock::{HostState, HttpsProbe, LocalEndpoints};
 use self::magicsock::{Magicsock, Via};
 pub use self::output::{Config, NoRoute, Output, PathStatus, PeerStatus, Transport};
 use self::roster::{Change, Roster, Slot};
@@ -200,9 +200,9 @@ impl Engine {
         self.magicsock.handle_stun_address(region, servers, &self.roster, now);
     }
 
-    /// A region's latency by HTTPS; `None` when it did not answer.
-    pub fn handle_https_latency(&mut self, region: RegionId, latency: Option<Duration>, now: Instant) {
-        self.magicsock.handle_https_latency(region, latency, &self.roster, now);
+    /// What came of a probe: the region's latency by HTTPS; `None` when it did not answer.
+    pub fn handle_https_latency(&mut self, of: HttpsProbe, latency: Option<Duration>, now: Instant) {
+        self.magicsock.handle_https_latency(of, latency, &self.roster, now);
     }
 
     /// Our interfaces' addresses with the bound ports, where the ways that packets take are as before; see

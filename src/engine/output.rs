@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{Flow, HostState};
+use super::{Flow, HostState, HttpsProbe};
 use crate::key::{DiscoPrivate, NodePrivate, NodePublic};
 use crate::netmap::RegionId;
 use crate::wire::tsmp;
@@ -78,10 +78,7 @@ pub enum Output {
         port: u16,
     },
     /// Measure a region by HTTPS; answered by [`Engine::handle_https_latency`](super::Engine::handle_https_latency).
-    ProbeHttps {
-        /// The region.
-        region: RegionId,
-    },
+    ProbeHttps(HttpsProbe),
     /// Tell control.
     HostChanged(HostState),
     /// A peer refused a flow that we opened.

@@ -326,7 +326,7 @@ impl Core {
     /// Takes the outcome of a probe that the engine asked for.
     pub(super) fn handle_probe(&mut self, probed: regions::Probed, now: Instant) {
         match probed {
-            regions::Probed::Https(region, latency) => self.parts.engine.handle_https_latency(region, latency, now),
+            regions::Probed::Https(of, latency) => self.parts.engine.handle_https_latency(of, latency, now),
             regions::Probed::Stun(region, addresses) => self.parts.engine.handle_stun_address(region, addresses, now),
         }
         self.pump(now);

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use super::regions::Probed;
+use crate::engine::HttpsProbe;
 use crate::netmap::RegionId;
 use crate::transport::derp::Relay;
 use crate::transport::underlay::{Underlay, authority};
@@ -22,10 +23,10 @@ use crate::transport::underlay::{Underlay, authority};
 const LIMIT: Duration = Duration::from_secs(3);
 
 /// Measures a region by its first relay that answers. There is an outcome always, since netcheck waits for it.
-pub(super) async fn https(region: RegionId, relays: Vec<Relay>, underlay: Underlay, probes: mpsc::Sender<Probed>) {
-    let latency = latency(region, &relays, &underlay).await;
+pub(super) async fn https(of: HttpsProbe, relays: Vec<Relay>, underlay: Underlay, probes: mpsc::Sender<Probed>) {
+    let latency = latency(of.region, &relays, &underlay).await;
     // A driver that is gone needs no latency.
-    let _ = probes.send(Probed::Https(region, latency)).await;
+    let _ = probes.send(Probed::Https(of, latency)).await;
 }
 
 async fn latency(region: RegionId, relays: &[Relay], underlay: &Underlay) -> Option<Duration> {
@@ -106,8 +107,10 @@ mod tests {
         let underlay =
             Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: Arc::default(), link: Link::default() };
         let (probes, mut outcome) = mpsc::channel(1);
-        https(7, regions::relays(&region), underlay, probes).await;
-        let Some(Probed::Https(7, latency)) = outcome.recv().await else { panic!("no outcome") };
+        let of = HttpsProbe { region: 7, round: 3 };
+        https(of, regions::relays(&region), underlay, probes).await;
+        let Some(Probed::Https(probed, latency)) = outcome.recv().await else { panic!("no outcome") };
+        assert_eq!(probed, of);
         latency
     }
 

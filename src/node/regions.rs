@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use crate::control::HostReport;
-use crate::engine::HostState;
+use crate::engine::{HostState, HttpsProbe};
 use crate::netmap::RegionId;
 use crate::transport::derp::Relay;
 use crate::transport::places::{Families, Places};
@@ -16,7 +16,7 @@ use crate::wire::tailcfg::derp::{DerpNode, Family, Region};
 /// What a probe found.
 pub(super) enum Probed {
     /// The time of an HTTPS request to a region; `None` if it failed.
-    Https(RegionId, Option<Duration>),
+    Https(HttpsProbe, Option<Duration>),
     /// The addresses of a region's STUN server.
     Stun(RegionId, Vec<SocketAddr>),
 }

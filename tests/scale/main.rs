@@ -95,7 +95,7 @@ fn drain(engine: &mut Engine, now: Instant) -> usize {
             Output::ConnectDerp { region, .. } => engine.handle_derp_connected(region, now),
             Output::CloseDerp { .. }
             | Output::ResolveStun { .. }
-            | Output::ProbeHttps { .. }
+            | Output::ProbeHttps(_)
             | Output::HostChanged(_)
             | Output::Rejected { .. }
             | Output::Pong { .. }

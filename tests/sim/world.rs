@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use tailcar::engine::{Output, PathStatus};
+use tailcar::engine::{HttpsProbe, Output, PathStatus};
 use tailcar::key::NodePublic;
 use tailcar::netmap::RegionId;
 use tailcar::wire::stun;
@@ -24,7 +24,7 @@ pub(crate) enum Delivery {
     Udp { from: SocketAddr, to: SocketAddr, datagram: Vec<u8> },
     Derp { region: RegionId, from: usize, to: NodePublic, packet: Vec<u8> },
     Connect { node: usize, life: u8, region: RegionId },
-    Https { node: usize, life: u8, region: RegionId },
+    Https { node: usize, life: u8, probe: HttpsProbe },
     Netmap { node: usize },
     Call { node: usize, endpoints: Vec<SocketAddr> },
     Router { site: usize, kind: Kind },
@@ -237,8 +237,8 @@ impl World {
                     self.nodes[index].take_host(host);
                     self.tell(1 - index);
                 }
-                Output::ProbeHttps { region } => {
-                    self.push(DERP_DELAY * 2, Delivery::Https { node: index, life, region });
+                Output::ProbeHttps(probe) => {
+                    self.push(DERP_DELAY * 2, Delivery::Https { node: index, life, probe });
                 }
                 Output::PeerChanged { .. } => self.note_path(index),
                 Output::Resend { .. } => self.nodes[index].resends += 1,
@@ -308,10 +308,10 @@ impl World {
             Delivery::Udp { from, to, datagram } => self.deliver_udp(from, to, datagram),
             Delivery::Derp { region, from, to, packet } => self.deliver_derp(region, from, to, packet),
             Delivery::Connect { node, life, region } => self.connect(node, life, region),
-            Delivery::Https { node, life, region } => {
-                let latency = self.regions.get(&region).is_some_and(|up| *up).then_some(DERP_DELAY);
+            Delivery::Https { node, life, probe } => {
+                let latency = self.regions.get(&probe.region).is_some_and(|up| *up).then_some(DERP_DELAY);
                 if self.nodes[node].life == life {
-                    self.nodes[node].engine.handle_https_latency(region, latency, self.now);
+                    self.nodes[node].engine.handle_https_latency(probe, latency, self.now);
                 }
             }
             Delivery::Netmap { node } => self.tell_now(node),

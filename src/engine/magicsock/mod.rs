@@ -27,8 +27,8 @@ use rand::{Rng, SeedableRng};
 
 use self::derp::{Action, Relays};
 pub use self::endpoints::LocalEndpoints;
-pub use self::netcheck::HostState;
 use self::netcheck::Netcheck;
+pub use self::netcheck::{HostState, HttpsProbe};
 use self::peer::Path;
 use super::roster::{Change, Entry, Roster, Slot};
 use super::{Output, PathStatus, Transport};
@@ -266,12 +266,12 @@ impl Magicsock {
 
     pub(super) fn handle_https_latency(
         &mut self,
-        region: RegionId,
+        of: HttpsProbe,
         latency: Option<Duration>,
         roster: &Roster,
         now: Instant,
     ) {
-        self.netcheck.handle_https_latency(region, latency, now);
+        self.netcheck.handle_https_latency(of, latency, now);
         self.follow_netcheck(roster, now);
     }
 

@@ -50,6 +50,15 @@ pub struct HostState {
     pub home: Option<RegionId>,
 }
 
+/// A measurement of a region by HTTPS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HttpsProbe {
+    /// Which region.
+    pub region: RegionId,
+    /// Which round of netcheck wants to know.
+    pub round: u64,
+}
+
 /// The machine.
 #[derive(Debug)]
 pub(super) struct Netcheck {
@@ -65,6 +74,8 @@ pub(super) struct Netcheck {
     /// by a proxy, and so is of no family. Source: Tailscale, wgengine/magicsock, `updateNetInfo`.
     measured: BTreeMap<String, f64>,
     round: Option<Round>,
+    /// How many there were: what answers an earlier one is none to this.
+    rounds: u64,
     settled_at: Option<Instant>,
     /// Whether our network is another, and no server has answered since.
     moved: bool,
@@ -107,6 +118,7 @@ impl Netcheck {
             resolved: BTreeMap::new(),
             measured: BTreeMap::new(),
             round: None,
+            rounds: 0,
             settled_at: None,
             moved: false,
             void: None,
@@ -242,12 +254,11 @@ impl Netcheck {
         self.handle_timeout(now);
     }
 
-    pub(super) fn handle_https_latency(&mut self, region: RegionId, latency: Option<Duration>, now: Instant) {
+    pub(super) fn handle_https_latency(&mut self, of: HttpsProbe, latency: Option<Duration>, now: Instant) {
+        let Some(round) = self.round.as_mut().filter(|_| of.round == self.rounds) else { return };
+        round.answer_https(of.region, latency, now);
         if let Some(latency) = latency {
-            self.latencies.record(region, latency, now);
-        }
-        if let Some(round) = self.round.as_mut() {
-            round.answer_https(region, latency, now);
+            self.latencies.record(of.region, latency, now);
         }
         self.conclude(now);
     }
@@ -298,7 +309,8 @@ impl Netcheck {
         if round.wants_https(now) {
             let eligible = self.map.regions.values().filter(|region| home::is_eligible(region, None));
             let regions: BTreeSet<RegionId> = eligible.map(|region| region.id).collect();
-            self.outputs.extend(regions.iter().map(|region| Output::ProbeHttps { region: *region }));
+            let probe = |region: &RegionId| Output::ProbeHttps(HttpsProbe { region: *region, round: self.rounds });
+            self.outputs.extend(regions.iter().map(probe));
             round.begin_https(regions);
         }
         let silence = round.take_silence(now);

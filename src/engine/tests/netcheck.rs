@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::SECOND;
 use super::world::{STUN_SERVER, World};
-use crate::engine::{Output, Transport};
+use crate::engine::{HttpsProbe, Output, Transport};
 use crate::wire::tailcfg::map::EndpointType;
 
 fn count(world: &World, what: impl Fn(&Output) -> bool) -> usize {
@@ -64,13 +64,13 @@ fn without_udp_the_regions_are_measured_by_https() {
     world.stun_works = false;
     world.publish();
     world.run(Duration::from_millis(999));
-    assert_eq!(count(&world, |output| matches!(output, Output::ProbeHttps { .. })), 0);
+    assert_eq!(count(&world, |output| matches!(output, Output::ProbeHttps(_))), 0);
     world.run(Duration::from_millis(1));
-    assert_eq!(count(&world, |output| matches!(output, Output::ProbeHttps { .. })), 2);
-    let now = world.now;
-    world.nodes[0].engine.handle_https_latency(1, Some(Duration::from_millis(80)), now);
+    assert_eq!(count(&world, |output| matches!(output, Output::ProbeHttps(_))), 2);
+    let (now, probe) = (world.now, |region| HttpsProbe { region, round: 1 });
+    world.nodes[0].engine.handle_https_latency(probe(1), Some(Duration::from_millis(80)), now);
     assert_eq!(world.nodes[0].engine.host_state().home, None);
-    world.nodes[0].engine.handle_https_latency(2, Some(Duration::from_millis(20)), now);
+    world.nodes[0].engine.handle_https_latency(probe(2), Some(Duration::from_millis(20)), now);
     assert_eq!(world.nodes[0].engine.host_state().home, Some(2));
     world.run(Duration::from_millis(1_999));
     assert_eq!(world.nodes[0].host.netinfo.working_udp, None, "an answer may come");

@@ -241,7 +241,7 @@ impl World {
                     self.nodes[index].outputs.push(Output::HostChanged(host));
                 }
                 other @ (Output::ResolveStun { .. }
-                | Output::ProbeHttps { .. }
+                | Output::ProbeHttps(_)
                 | Output::Rejected { .. }
                 | Output::Pong { .. }
                 | Output::RoutesChanged

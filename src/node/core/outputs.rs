@@ -6,7 +6,7 @@ use std::time::Instant;
 use tracing::debug;
 
 use super::Core;
-use crate::engine::Output;
+use crate::engine::{HttpsProbe, Output};
 use crate::key::NodePublic;
 use crate::netmap::RegionId;
 use crate::netstack::Again;
@@ -43,7 +43,7 @@ impl Core {
                 Output::Derp { region, to, packet } => self.send_derp(region, to, packet),
                 Output::ConnectDerp { region, home } => self.connect_region(region, home),
                 Output::CloseDerp { region } => self.parts.relays.close(region),
-                Output::ProbeHttps { region } => self.probe(region),
+                Output::ProbeHttps(probe) => self.probe(probe),
                 Output::ResolveStun { region, host, port } => {
                     let probes = self.parts.probes.clone();
                     self.parts.control.spawn(regions::resolve_stun(region, host, port, probes));
@@ -121,10 +121,10 @@ impl Core {
         Some(regions::relays(self.newest.as_ref()?.derp.regions.get(&region)?))
     }
 
-    fn probe(&self, region: RegionId) {
-        let relays = self.relays(region).unwrap_or_default();
+    fn probe(&self, of: HttpsProbe) {
+        let relays = self.relays(of.region).unwrap_or_default();
         let (underlay, probes) = (self.parts.underlay.clone(), self.parts.probes.clone());
-        self.parts.control.spawn(probe::https(region, relays, underlay, probes));
+        self.parts.control.spawn(probe::https(of, relays, underlay, probes));
     }
 }
 

@@ -24,6 +24,7 @@ impl Netcheck {
         }
         self.take_only_home(now);
         self.endpoints.begin_round();
+        self.rounds += 1;
         let mut round = Round::new(full, now);
         let map = self.map.clone();
         for (id, region) in map.regions.iter().filter(|(id, _)| self.takes_part(**id, full, now)).collect::<Vec<_>>() {

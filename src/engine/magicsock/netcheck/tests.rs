@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{HostState, Netcheck};
+use super::{HostState, HttpsProbe, Netcheck};
 use crate::engine::{Output, Transport};
 use crate::key::NodePrivate;
 use crate::netmap::RegionId;
@@ -34,7 +34,7 @@ fn millis(millis: u64) -> Duration {
 /// Something on its way to us.
 enum Answer {
     Stun(stun::TransactionId, SocketAddr),
-    Https(RegionId, Option<Duration>),
+    Https(HttpsProbe, Option<Duration>),
     Address(RegionId, Vec<SocketAddr>),
     /// The end of a dial.
     Admitted(RegionId),
@@ -127,7 +127,7 @@ impl Network {
                 match answer {
                     Answer::Stun(transaction, us) => drop(self.netcheck.handle_stun(&transaction, us, self.now)),
                     Answer::Address(region, servers) => self.netcheck.handle_stun_address(region, servers, self.now),
-                    Answer::Https(region, latency) => self.netcheck.handle_https_latency(region, latency, self.now),
+                    Answer::Https(of, latency) => self.netcheck.handle_https_latency(of, latency, self.now),
                     Answer::Admitted(region) => self.admit(region),
                 }
             }
@@ -151,12 +151,12 @@ impl Network {
                     let detour = if destination.is_ipv6() { self.v6_takes } else { Duration::ZERO };
                     self.in_flight.extend(delay.map(|it| (self.now + *it + detour, Answer::Stun(transaction, us))));
                 }
-                Output::ProbeHttps { region } => {
-                    self.probed.push(region);
-                    let latency = self.https.get(&region).copied();
+                Output::ProbeHttps(of) => {
+                    self.probed.push(of.region);
+                    let latency = self.https.get(&of.region).copied();
                     // The connection takes three round trips.
                     let delay = latency.map_or(millis(3_000), |latency| latency * 4);
-                    self.in_flight.push((self.now + delay, Answer::Https(region, latency)));
+                    self.in_flight.push((self.now + delay, Answer::Https(of, latency)));
                 }
                 Output::ResolveStun { region, port, .. } => {
                     self.lookups += 1;

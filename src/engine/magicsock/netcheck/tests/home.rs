@@ -133,3 +133,15 @@ fn a_home_that_is_away_is_searched_after_a_move_too() {
     network.run(200);
     assert_eq!(network.home(), Some(2));
 }
+
+#[test]
+fn an_https_probe_that_fails_late_is_no_word_on_the_network_that_we_are_in_now() {
+    let mut network = Network::new(Transport::Derp, &[(1, 20), (2, 20)]);
+    network.run(2_900);
+    network.https = [(1, millis(100)), (2, millis(50))].into();
+    network.netcheck.handle_move(vec![addr("10.0.0.2:5")].into(), network.now);
+    network.run(390);
+    assert_eq!(network.home(), None);
+    network.run(20);
+    assert_eq!(network.home(), Some(2));
+}
