@@ -73,6 +73,8 @@ pub(super) struct Netcheck {
     /// Seconds to each region by UDP in the newest full round, in the words of [`NetInfo`]. An HTTPS probe may have gone
     /// by a proxy, and so is of no family. Source: Tailscale, wgengine/magicsock, `updateNetInfo`.
     measured: BTreeMap<String, f64>,
+    /// The round that began to measure them.
+    measured_in: u64,
     round: Option<Round>,
     /// How many there were: what answers an earlier one is none to this.
     rounds: u64,
@@ -117,6 +119,7 @@ impl Netcheck {
             latencies: Latencies::default(),
             resolved: BTreeMap::new(),
             measured: BTreeMap::new(),
+            measured_in: 0,
             round: None,
             rounds: 0,
             settled_at: None,
@@ -182,7 +185,7 @@ impl Netcheck {
         // Who could not be reached from there may be reached from here, and who was near may be far.
         self.failed.clear();
         self.spare_home(now);
-        self.latencies = Latencies::default();
+        (self.latencies, self.measured) = (Latencies::default(), BTreeMap::new());
         let netinfo = &mut self.host.netinfo;
         (netinfo.mapping_varies_by_dest_ip, netinfo.working_udp, netinfo.working_ipv6) = (None, None, None);
         self.start(true, now);
@@ -222,6 +225,7 @@ impl Netcheck {
             self.endpoints.forget_before(since, us.is_ipv6());
         }
         self.latencies.record(region, latency, now);
+        self.renew_measured();
         let family = if server.is_ipv6() { "v6" } else { "v4" };
         self.measured.insert(format!("{region}-{family}"), latency.as_secs_f64());
         if std::mem::take(&mut self.moved) {
@@ -314,20 +318,32 @@ impl Netcheck {
             round.begin_https(regions);
         }
         let silence = round.take_silence(now);
-        if !round.settled && round.is_conclusive(now) {
-            round.settled = true;
-            let heard = round.full.then(|| round.heard().clone());
+        let concludes = !round.settled && round.is_conclusive(now);
+        round.settled |= concludes;
+        let (settled, heard) = (round.settled, (concludes && round.full).then(|| round.heard().clone()));
+        if silence {
+            self.renew_measured();
+        }
+        if concludes {
             (self.settled_at, self.void) = (Some(now), None);
-            if let Some(heard) = heard {
-                self.choose_home(&heard, now);
-            }
-            self.publish(now);
-        } else if silence && round.settled {
-            // Who is silent is known only now.
+        }
+        if let Some(heard) = heard {
+            self.choose_home(&heard, now);
+        }
+        // Who is silent may be known only after the conclusion.
+        if concludes || silence && settled {
             self.publish(now);
         }
         if self.round.as_ref().is_some_and(|round| round.is_over(now)) {
             self.round = None;
+        }
+    }
+
+    /// What a full round measures replaces what was measured before, once it is known: control is not told of none.
+    fn renew_measured(&mut self) {
+        let full = self.round.as_ref().is_some_and(|round| round.full);
+        if full && std::mem::replace(&mut self.measured_in, self.rounds) != self.rounds {
+            self.measured.clear();
         }
     }
 

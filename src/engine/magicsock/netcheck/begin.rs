@@ -19,7 +19,6 @@ impl Netcheck {
         }
         if full {
             self.full_at = Some(now + FULL_INTERVAL);
-            self.measured.clear();
             self.resolved.clear();
         }
         self.take_only_home(now);

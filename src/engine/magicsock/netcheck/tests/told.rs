@@ -110,3 +110,21 @@ fn a_family_that_is_slow_is_told_from_one_that_is_blocked() {
     assert!(network.told.iter().all(|host| host.netinfo.working_ipv6 != Some(false)), "{:?}", network.told);
     assert_eq!(network.netcheck.host().netinfo.working_ipv6, Some(true));
 }
+
+#[test]
+fn control_is_told_the_latencies_before_while_they_are_measured_anew() {
+    let mut network = Network::settled(&[(1, 20), (2, 30)]);
+    network.told.clear();
+    network.netcheck.set_local_endpoints(vec![addr(INSIDE), addr("10.0.0.2:5")].into(), network.now);
+    network.run(6_000);
+    network.move_to("10.0.0.3:5");
+    network.run(6_000);
+    let told: Vec<usize> = network.told.iter().map(|host| host.netinfo.derp_latency.len()).collect();
+    assert!(!told.is_empty() && !told.contains(&0), "{told:?}");
+    network.stun.remove(&2);
+    network.run(300_000);
+    assert_eq!(network.netcheck.host().netinfo.derp_latency.len(), 1);
+    network.stun.clear();
+    network.run(300_000);
+    assert!(network.netcheck.host().netinfo.derp_latency.is_empty());
+}
