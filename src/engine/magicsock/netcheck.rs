@@ -68,7 +68,8 @@ pub(super) struct Netcheck {
     map: Arc<DerpMap>,
     endpoints: Endpoints,
     latencies: Latencies,
-    /// The servers that have a name and no address, of both families; asked for anew in each full round.
+    /// The servers that have a name and no address, of both families, as their names led to last; they are looked up anew
+    /// in each full round.
     resolved: BTreeMap<RegionId, Vec<SocketAddr>>,
     /// Seconds to each region by UDP in the newest full round, in the words of [`NetInfo`]. An HTTPS probe may have gone
     /// by a proxy, and so is of no family. Source: Tailscale, wgengine/magicsock, `updateNetInfo`.
@@ -160,6 +161,7 @@ impl Netcheck {
         if Arc::ptr_eq(&self.map, map) || *self.map == **map {
             return;
         }
+        self.resolved.retain(|id, _| self.map.regions.get(id) == map.regions.get(id));
         self.map = map.clone();
         if self.host.home.is_some_and(|home| !self.map.regions.contains_key(&home)) {
             self.set_home(None);
@@ -245,15 +247,17 @@ impl Netcheck {
         }
     }
 
-    pub(super) fn handle_stun_address(&mut self, region: RegionId, mut servers: Vec<SocketAddr>, now: Instant) {
-        self.resolved.insert(region, servers.clone());
+    pub(super) fn handle_stun_address(&mut self, region: RegionId, servers: Vec<SocketAddr>, now: Instant) {
+        // A resolver that fails now was right before. Source: Tailscale, net/netcheck, `nodeAddrPort`, `UseLastGood`.
+        if !servers.is_empty() {
+            self.resolved.insert(region, servers);
+        }
+        let resolved = self.resolved.get(&region).map(Vec::as_slice).unwrap_or_default();
         let known = self.map.regions.get(&region);
-        let asked = |resolved| known.map(|it| round::servers(it, resolved, |v6| self.has_family(v6)).0);
-        let (before, wanted) = (asked(&[]).unwrap_or_default(), asked(&servers).unwrap_or_default());
-        servers.retain(|server| wanted.contains(server) && !before.contains(server));
+        let asked = known.map(|it| round::servers(it, resolved, |v6| self.has_family(v6)).0).unwrap_or_default();
         if let Some(round) = self.round.as_mut() {
             round.note_resolved(region);
-            servers.into_iter().for_each(|server| round.add(region, server, now));
+            round.ask(region, &asked, now);
         }
         self.handle_timeout(now);
     }

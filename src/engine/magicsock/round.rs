@@ -24,15 +24,22 @@ const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A server of a region by one address family; `true` is IPv6.
 type Target = (RegionId, bool);
 
+/// How a target is asked.
+#[derive(Debug)]
+struct Asked {
+    servers: Vec<SocketAddr>,
+    tries: usize,
+    /// When the next one is due; `None` after the last.
+    try_at: Option<Instant>,
+}
+
 /// A round under way.
 #[derive(Debug)]
 pub(super) struct Round {
     /// Whether all regions take part, the home may move, and HTTPS helps out where UDP does not answer.
     pub(super) full: bool,
     started: Instant,
-    tries: usize,
-    try_at: Option<Instant>,
-    targets: BTreeMap<Target, Vec<SocketAddr>>,
+    targets: BTreeMap<Target, Asked>,
     /// Regions whose servers' names are being resolved.
     unresolved: BTreeSet<RegionId>,
     /// The shortest time in which each region has answered, by UDP or HTTPS.
@@ -57,8 +64,6 @@ impl Round {
         Self {
             full,
             started: now,
-            tries: 0,
-            try_at: None,
             targets: BTreeMap::new(),
             unresolved: BTreeSet::new(),
             heard: BTreeMap::new(),
@@ -74,12 +79,16 @@ impl Round {
         }
     }
 
-    /// A server to ask.
-    pub(super) fn add(&mut self, region: RegionId, server: SocketAddr, now: Instant) {
-        self.targets.entry((region, server.is_ipv6())).or_default().push(server);
-        self.asked_at.get_or_insert(now);
-        self.tries = 0;
-        self.try_at = Some(now);
+    /// The servers of a region to ask, as far as is known now.
+    pub(super) fn ask(&mut self, region: RegionId, servers: &[SocketAddr], now: Instant) {
+        for v6 in [false, true] {
+            let servers: Vec<SocketAddr> = servers.iter().copied().filter(|server| server.is_ipv6() == v6).collect();
+            let known = self.targets.get(&(region, v6)).is_some_and(|asked| asked.servers == servers);
+            if !servers.is_empty() && !known {
+                self.asked_at.get_or_insert(now);
+                self.targets.insert((region, v6), Asked { servers, tries: 0, try_at: Some(now) });
+            }
+        }
     }
 
     /// A region whose servers' addresses are not known yet.
@@ -94,15 +103,20 @@ impl Round {
 
     /// The requests that are due now: region and server.
     pub(super) fn due(&mut self, now: Instant) -> Vec<(RegionId, SocketAddr)> {
-        if self.try_at.is_none_or(|at| at > now) {
-            return Vec::new();
-        }
+        let silent = self.targets.iter_mut().filter(|(target, _)| !self.answered.contains(target));
+        let due = silent.filter(|(_, asked)| asked.try_at.is_some_and(|at| at <= now));
+        let ask = |((region, _), asked): (&Target, &mut Asked)| {
+            let server = asked.servers[asked.tries % asked.servers.len()];
+            asked.tries += 1;
+            asked.try_at = (asked.tries < TRIES).then(|| now + TRY_INTERVAL);
+            (*region, server)
+        };
+        due.map(ask).collect()
+    }
+
+    fn try_at(&self) -> Option<Instant> {
         let silent = self.targets.iter().filter(|(target, _)| !self.answered.contains(target));
-        let attempt = self.tries;
-        let due = silent.map(|((region, _), servers)| (*region, servers[attempt % servers.len()])).collect();
-        self.tries += 1;
-        self.try_at = (self.tries < TRIES).then(|| now + TRY_INTERVAL);
-        due
+        silent.filter_map(|(_, asked)| asked.try_at).min()
     }
 
     pub(super) fn note_sent(&mut self, transaction: TransactionId, region: RegionId, server: SocketAddr, now: Instant) {
@@ -175,12 +189,12 @@ impl Round {
 
     /// Whether every server answered that can be asked.
     fn is_complete(&self) -> bool {
-        let done = |(target, servers): (_, &Vec<_>)| self.answered.contains(target) || self.is_refused(servers);
+        let done = |(target, asked)| self.answered.contains(target) || self.is_refused(asked);
         self.unresolved.is_empty() && self.targets.iter().all(done)
     }
 
-    fn is_refused(&self, servers: &[SocketAddr]) -> bool {
-        servers.iter().all(|server| self.refused.contains(server))
+    fn is_refused(&self, asked: &Asked) -> bool {
+        asked.servers.iter().all(|server| self.refused.contains(server))
     }
 
     /// When who has not answered counts as silent.
@@ -217,7 +231,7 @@ impl Round {
         let known = |counts: fn(bool) -> bool| {
             let asked: Vec<_> = self.targets.iter().filter(|((_, v6), _)| counts(*v6)).collect();
             let answered = self.answered.iter().any(|(_, v6)| counts(*v6));
-            let hopeless = self.settled && asked.iter().all(|(_, servers)| self.is_refused(servers));
+            let hopeless = self.settled && asked.iter().all(|(_, asked)| self.is_refused(asked));
             (answered || !asked.is_empty() && (self.silent || hopeless)).then_some(answered)
         };
         (known(|v6| v6), known(|_| true))
@@ -230,19 +244,19 @@ impl Round {
         let limit = if self.https.is_some() { REPORT_TIMEOUT } else { STUN_TIMEOUT };
         let first = grace(self.first_answer).or_else(|| grace(self.first_https));
         let over = self.started + limit;
-        [self.try_at, first, https_at, self.silent_at()].into_iter().flatten().min().map_or(over, |at| at.min(over))
+        [self.try_at(), first, https_at, self.silent_at()].into_iter().flatten().min().map_or(over, |at| at.min(over))
     }
 }
 
-/// Where a region's servers answer STUN in the families that can be sent, and the name that is to be asked for those of
-/// which no address is known. Source: Tailscale, net/netcheck, `nodeAddrPort`.
+/// Where a region's servers answer STUN in the families that can be sent, and the name that stands for those of which
+/// the map tells no address. Source: Tailscale, net/netcheck, `nodeAddrPort`.
 pub(super) fn servers(
     region: &Region,
     resolved: &[SocketAddr],
     has_family: impl Fn(bool) -> bool,
 ) -> (Vec<SocketAddr>, Option<(String, u16)>) {
     let nodes = || region.nodes.iter().filter_map(|node| Some((node, node.stun()?)));
-    let (mut servers, mut unresolved) = (Vec::new(), None);
+    let (mut servers, mut named) = (Vec::new(), None);
     for v6 in [false, true].into_iter().filter(|v6| has_family(*v6)) {
         let known = nodes().filter_map(|(node, port)| Some(SocketAddr::new(address(node, v6)?, port)));
         let before = servers.len();
@@ -251,12 +265,10 @@ pub(super) fn servers(
             continue;
         }
         let Some((node, port)) = nodes().find(|(node, _)| is_named(node, v6)) else { continue };
-        if resolved.is_empty() {
-            unresolved.get_or_insert_with(|| (node.host_name.clone(), port));
-        }
+        named.get_or_insert_with(|| (node.host_name.clone(), port));
         servers.extend(resolved.iter().filter(|server| server.is_ipv6() == v6));
     }
-    (servers, unresolved)
+    (servers, named)
 }
 
 fn family(node: &DerpNode, v6: bool) -> Family {

@@ -19,7 +19,6 @@ impl Netcheck {
         }
         if full {
             self.full_at = Some(now + FULL_INTERVAL);
-            self.resolved.clear();
         }
         self.take_only_home(now);
         self.endpoints.begin_round();
@@ -28,15 +27,15 @@ impl Netcheck {
         let map = self.map.clone();
         for (id, region) in map.regions.iter().filter(|(id, _)| self.takes_part(**id, full, now)).collect::<Vec<_>>() {
             let resolved = self.resolved.get(id).map(Vec::as_slice).unwrap_or_default();
-            let (servers, unresolved) = round::servers(region, resolved, |v6| self.has_family(v6));
-            if let Some((host, port)) = unresolved {
+            let (servers, name) = round::servers(region, resolved, |v6| self.has_family(v6));
+            if let Some((host, port)) = name.filter(|_| full || resolved.is_empty()) {
                 // Where one family is known, the other one comes when it comes.
                 if servers.is_empty() {
                     round.await_address(*id);
                 }
                 self.outputs.push_back(Output::ResolveStun { region: *id, host, port });
             }
-            servers.into_iter().for_each(|server| round.add(*id, server, now));
+            round.ask(*id, &servers, now);
         }
         self.round = Some(round);
         self.send_due(now);

@@ -62,8 +62,12 @@ struct Network {
     told: Vec<HostState>,
     /// Who was asked by HTTPS.
     probed: Vec<RegionId>,
-    /// How often a name was looked up.
+    /// How often a name was looked up, what that takes, and whether it leads anywhere.
     lookups: usize,
+    lookup_takes: Duration,
+    names_work: bool,
+    /// Who was asked by UDP.
+    asked: Vec<RegionId>,
 }
 
 impl Network {
@@ -88,6 +92,9 @@ impl Network {
             told: Vec::new(),
             probed: Vec::new(),
             lookups: 0,
+            lookup_takes: Duration::ZERO,
+            names_work: true,
+            asked: Vec::new(),
         };
         network.netcheck.set_local_endpoints(vec![addr(INSIDE)].into(), network.now);
         network.set_map(regions.iter().map(|(id, _)| (*id, node(*id))).collect());
@@ -145,6 +152,7 @@ impl Network {
                         IpAddr::V4(ip) => (u32::from(ip.octets()[3]), OUTSIDE),
                         IpAddr::V6(ip) => (u32::from(ip.segments()[7]), OUTSIDE_V6),
                     };
+                    self.asked.push(region);
                     let mut us = addr(us);
                     us.set_port(if self.hard { region as u16 } else { us.port() });
                     let delay = self.stun.get(&region).filter(|_| destination.is_ipv4() || self.v6_works);
@@ -161,8 +169,8 @@ impl Network {
                 Output::ResolveStun { region, port, .. } => {
                     self.lookups += 1;
                     let servers = [format!("198.51.100.{region}:{port}"), format!("[2001:db8:ff::{region}]:{port}")];
-                    let servers = servers.iter().map(|server| addr(server)).collect();
-                    self.in_flight.push((self.now, Answer::Address(region, servers)));
+                    let servers = servers.iter().filter(|_| self.names_work).map(|server| addr(server)).collect();
+                    self.in_flight.push((self.now + self.lookup_takes, Answer::Address(region, servers)));
                 }
                 Output::HostChanged(host) => self.told.push(host),
                 other => panic!("{other:?}"),

@@ -128,3 +128,30 @@ fn control_is_told_the_latencies_before_while_they_are_measured_anew() {
     network.run(300_000);
     assert!(network.netcheck.host().netinfo.derp_latency.is_empty());
 }
+
+#[test]
+fn a_name_that_fails_leads_where_it_led_before() {
+    let mut network = Network::settled(&[(1, 20)]);
+    network.set_map([(1, json!({"HostName": "derp1.example"}))].into());
+    network.run(6_000);
+    network.names_work = false;
+    for _ in 0..3 {
+        network.asked.clear();
+        network.run(300_000);
+        assert_eq!((network.asked.as_slice(), network.tells(OUTSIDE)), ([1].as_slice(), true));
+    }
+}
+
+#[test]
+fn names_that_are_found_late_have_nobody_else_asked_again() {
+    let mut network = Network::settled(&[(1, 20), (2, 20), (3, 20)]);
+    network.lookup_takes = millis(250);
+    network.stun.remove(&2);
+    network.asked.clear();
+    let at = json!({"HostName": "derp2.example", "IPv4": "198.51.100.2"});
+    let named = |id: RegionId| (id, json!({"HostName": format!("derp{id}.example")}));
+    network.set_map([named(1), (2, at), named(3)].into());
+    network.run(6_000);
+    let asked = |id: RegionId| network.asked.iter().filter(|region| **region == id).count();
+    assert_eq!([1, 2, 3].map(asked), [1, 3, 1]);
+}
