@@ -98,7 +98,8 @@ pub(super) struct Netcheck {
     alive_at: Option<Instant>,
     /// The home that `alive_at` is about.
     watched: Option<RegionId>,
-    /// Regions that were home and stayed away, and since when: their STUN may answer all the same.
+    /// Regions that were home and stayed away, and since when, until they admit us: else every full round would move
+    /// there and back where a relay fails whose STUN server answers.
     failed: BTreeMap<RegionId, Instant>,
     /// Those of them whose relays are to be tried again.
     retried: Vec<RegionId>,
@@ -161,6 +162,7 @@ impl Netcheck {
         if Arc::ptr_eq(&self.map, map) || *self.map == **map {
             return;
         }
+        self.forget_failed(map);
         self.resolved.retain(|id, _| self.map.regions.get(id) == map.regions.get(id));
         self.map = map.clone();
         if self.host.home.is_some_and(|home| !self.map.regions.contains_key(&home)) {

@@ -6,14 +6,12 @@ use std::time::{Duration, Instant};
 use super::super::home;
 use super::Netcheck;
 use crate::netmap::RegionId;
+use crate::wire::tailcfg::derp::DerpMap;
 
 /// How long a home's relay may be away before another home is looked for: a restart takes less.
 const HOME_GRACE: Duration = Duration::from_secs(5);
 /// Between two searches for another home while none admits us.
 const HOME_SEARCH: Duration = Duration::from_secs(15);
-/// A home that stayed away is not chosen again for so long, unless it admits us: else every full round moves there
-/// and back where a relay fails whose STUN server answers.
-const FAILED: Duration = Duration::from_secs(1800);
 
 impl Netcheck {
     /// Whether the home's relay has admitted us. One that stays away is looked for elsewhere after [`HOME_GRACE`].
@@ -62,6 +60,11 @@ impl Netcheck {
         }
     }
 
+    /// The map is another: a region that has failed is a new one where it changed.
+    pub(super) fn forget_failed(&mut self, map: &DerpMap) {
+        self.failed.retain(|id, _| self.map.regions.get(id) == map.regions.get(id));
+    }
+
     /// Chooses by what the round has measured. If nobody answered it is our own line that is down: that says nothing of
     /// any region, and the home stays.
     pub(super) fn choose_home(&mut self, heard: &BTreeMap<RegionId, Duration>, now: Instant) {
@@ -70,7 +73,6 @@ impl Netcheck {
             return;
         }
         self.failed.extend(suspect.map(|home| (home, now)));
-        self.failed.retain(|_, at| now.duration_since(*at) < FAILED);
         let home = self.host.home;
         let chosen = self.next_failed(heard).or_else(|| {
             let mut latencies = self.latencies.best(now);

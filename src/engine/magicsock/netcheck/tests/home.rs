@@ -145,3 +145,28 @@ fn an_https_probe_that_fails_late_is_no_word_on_the_network_that_we_are_in_now()
     network.run(20);
     assert_eq!(network.home(), Some(2));
 }
+
+#[test]
+fn a_region_that_refuses_is_not_home_until_it_admits_us() {
+    let mut network = Network::settled(&[(1, 20), (2, 90)]);
+    network.relays.remove(&1);
+    network.run(6_000);
+    network.told.clear();
+    network.run(7_200_000);
+    assert_eq!((network.home(), network.told.len()), (Some(2), 0), "{:?}", network.told);
+    network.relays.insert(1);
+    network.run(700_000);
+    assert_eq!(network.home(), Some(1));
+}
+
+#[test]
+fn a_region_that_failed_is_another_in_a_map_that_changes_it() {
+    let mut network = Network::settled(&[(1, 20), (2, 90)]);
+    network.relays.remove(&1);
+    network.run(6_000);
+    network.relays.insert(1);
+    let node = |id: RegionId, host: &str| (id, json!({"HostName": host, "IPv4": format!("198.51.100.{id}")}));
+    network.set_map([node(1, "new.example"), node(2, "derp2.example")].into());
+    network.run(1_000);
+    assert_eq!(network.home(), Some(1));
+}
