@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::super::home;
 use super::Netcheck;
 use crate::netmap::RegionId;
-use crate::wire::tailcfg::derp::DerpMap;
+use crate::wire::tailcfg::derp::{DerpMap, Region};
 
 /// How long a home's relay may be away before another home is looked for: a restart takes less.
 const HOME_GRACE: Duration = Duration::from_secs(5);
@@ -51,12 +51,16 @@ impl Netcheck {
         self.home_alive || self.alive_at.is_some_and(|at| now.duration_since(at) < HOME_GRACE)
     }
 
-    /// Looks for another home once this one has been away for long enough.
+    /// Looks for another home, where there is one, once this one has been away for long enough.
     pub(super) fn search_home(&mut self, now: Instant) {
         if self.away_at.is_some_and(|at| at <= now) {
             self.away_at = Some(now + HOME_SEARCH);
-            self.suspect = self.host.home;
-            self.start(true, now);
+            let home = self.host.home;
+            let fit = |region: &Region| Some(region.id) != home && home::is_eligible(region, home);
+            if self.map.regions.values().any(fit) {
+                self.suspect = home;
+                self.start(true, now);
+            }
         }
     }
 

@@ -170,3 +170,12 @@ fn a_region_that_failed_is_another_in_a_map_that_changes_it() {
     network.run(1_000);
     assert_eq!(network.home(), Some(1));
 }
+
+#[test]
+fn the_only_home_is_not_looked_for_elsewhere() {
+    let mut network = Network::settled(&[(1, 20)]);
+    network.relays.clear();
+    network.asked.clear();
+    network.run(299_000);
+    assert_eq!((network.home(), network.asked.len()), (Some(1), 1), "in a full round");
+}
