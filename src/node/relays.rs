@@ -1,12 +1,14 @@
 //! The DERP connections of the node: which are open, which have admitted us, and which is home.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use tokio::sync::{mpsc, watch};
 
 use crate::key::NodePrivate;
 use crate::netmap::RegionId;
-use crate::transport::derp::{ConnectionId, Packet, Region, Relay, Task};
+use crate::transport::derp::{Complaints, ConnectionId, Packet, Region, Relay, Task};
 use crate::transport::underlay::Underlay;
 
 /// What a connection needs to begin.
@@ -22,6 +24,8 @@ pub(super) struct Relays {
     dialler: Dialler,
     open: BTreeMap<RegionId, (u64, Region)>,
     next_number: u64,
+    /// What was said of each region that was ever open.
+    complaints: BTreeMap<RegionId, Rc<RefCell<Complaints>>>,
     admitted: BTreeSet<RegionId>,
     home: watch::Sender<Option<RegionId>>,
 }
@@ -29,7 +33,7 @@ pub(super) struct Relays {
 impl Relays {
     pub(super) fn new(dialler: Dialler) -> Self {
         let (open, admitted) = (BTreeMap::new(), BTreeSet::new());
-        Self { dialler, open, next_number: 0, admitted, home: watch::Sender::new(None) }
+        Self { dialler, open, next_number: 0, complaints: BTreeMap::new(), admitted, home: watch::Sender::new(None) }
     }
 
     /// The home region once its relay has admitted us.
@@ -41,10 +45,12 @@ impl Relays {
     pub(super) fn connect(&mut self, region: RegionId, relays: Vec<Relay>, home: bool) {
         let Dialler { key, underlay, tasks } = &self.dialler;
         let (next, id) = (&mut self.next_number, region);
+        let complaints = || Rc::new(RefCell::new(Complaints::new(region)));
+        let complaints = self.complaints.entry(region).or_insert_with(complaints);
         let (_, connection) = self.open.entry(region).or_insert_with(|| {
             *next += 1;
             let id = ConnectionId { region: id, number: *next };
-            let (region, task) = Region::new(id, relays, key.clone(), underlay.clone());
+            let (region, task) = Region::new(id, relays, key.clone(), underlay.clone(), complaints.clone());
             // A driver that is gone connects to nobody.
             let _ = tasks.send(task);
             (id.number, region)

@@ -21,9 +21,9 @@ const REFILL: Duration = Duration::from_secs(60);
 /// Characters of a problem that are told: a relay may send a mebibyte of them.
 const PROBLEM_MAX: usize = 200;
 
-/// What was said of one region.
+/// What was said of one region. Outlives its connections: one that cannot be used is tried again and again.
 #[derive(Debug)]
-pub(super) struct Complaints {
+pub struct Complaints {
     region: RegionId,
     /// Each by itself: that connections are lost shall not keep it from being said that none can be made.
     losses: Allowance,
@@ -40,11 +40,17 @@ pub(super) struct Complaints {
 }
 
 impl Complaints {
-    pub(super) fn new(region: RegionId) -> Self {
+    /// Of this region nothing was said yet.
+    pub fn new(region: RegionId) -> Self {
         let full = [(); 4].map(|()| Allowance { left: BURST, counted_at: Instant::now() });
         let [losses, outages, problems, doubts] = full;
         let [lost, unusable, silent] = [false; 3];
         Self { region, losses, outages, problems, doubts, lost, unusable, silent, problem: String::new() }
+    }
+
+    /// A new connection begins, whose relay has told no problem.
+    pub(super) fn begin(&mut self) {
+        self.problem.clear();
     }
 
     /// Says why the connection is lost, and why it could not be made again, once until it could.
@@ -135,13 +141,20 @@ impl Allowance {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
     use std::io::{self, Write};
+    use std::rc::Rc;
     use std::sync::{Arc, Mutex};
 
-    use tokio::time::advance;
+    use tokio::time::{advance, timeout};
     use tracing::subscriber::with_default;
 
     use super::*;
+    use crate::key::NodePrivate;
+    use crate::transport::derp::{ConnectionId, Region};
+    use crate::transport::link::Link;
+    use crate::transport::tls::Tls;
+    use crate::transport::underlay::Underlay;
 
     /// What is logged at info level and above.
     #[derive(Debug, Clone, Default)]
@@ -186,6 +199,23 @@ mod tests {
         assert_eq!(hour(["one", "another"]).await, 5 + 59);
         // The end of what was told is told, of what was not is not.
         assert_eq!(hour(["one", ""]).await, 2 * 60);
+    }
+
+    #[test]
+    fn a_region_that_cannot_be_used_is_told_of_once_however_often_it_is_opened() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        let _entered = runtime.enter();
+        let (complaints, log) = (Rc::new(RefCell::new(Complaints::new(7))), Log::default());
+        let mut lines = Vec::new();
+        for number in 1..4 {
+            let underlay =
+                Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
+            let id = ConnectionId { region: 7, number };
+            let (_region, task) = Region::new(id, Vec::new(), NodePrivate::random(), underlay, complaints.clone());
+            let run = timeout(Duration::from_secs(300), task.run(|_, _| {}));
+            lines.extend(log.of(|| drop(runtime.block_on(run))));
+        }
+        assert_eq!(lines, ["WARN derp region cannot be used region=7 error=the region has no usable relay"]);
     }
 
     #[tokio::test(start_paused = true)]

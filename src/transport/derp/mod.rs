@@ -15,6 +15,7 @@ mod upgrade;
 
 use std::cell::RefCell;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use bytes::BytesMut;
 use tokio::time::{Instant, timeout};
 use tracing::debug;
 
-use self::complaints::Complaints;
+pub use self::complaints::Complaints;
 use self::mailbox::{Receiver, Sender, mailbox};
 use self::retry::Retry;
 use self::session::Session;
@@ -175,14 +176,20 @@ pub struct Task {
     key: NodePrivate,
     underlay: Underlay,
     mailbox: Receiver,
-    complaints: RefCell<Complaints>,
+    complaints: Rc<RefCell<Complaints>>,
 }
 
 impl Region {
-    /// The region of `id`, and the task that keeps it connected.
-    pub fn new(id: ConnectionId, relays: Vec<Relay>, key: NodePrivate, underlay: Underlay) -> (Self, Task) {
+    /// The region of `id`, and the task that keeps it connected, and adds to what was said of the region.
+    pub fn new(
+        id: ConnectionId,
+        relays: Vec<Relay>,
+        key: NodePrivate,
+        underlay: Underlay,
+        complaints: Rc<RefCell<Complaints>>,
+    ) -> (Self, Task) {
         let (sender, receiver) = mailbox(QUEUE);
-        let complaints = RefCell::new(Complaints::new(id.region));
+        complaints.borrow_mut().begin();
         (Self { mailbox: sender }, Task { id, relays, key, underlay, mailbox: receiver, complaints })
     }
 

@@ -82,7 +82,8 @@ impl World {
 
 fn task(relays: Vec<Relay>, link: Link) -> (Sender, Task) {
     let underlay = Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link };
-    let (region, task) = Region::new(ConnectionId { region: 1, number: 1 }, relays, NodePrivate::random(), underlay);
+    let (id, complaints) = (ConnectionId { region: 1, number: 1 }, Rc::new(RefCell::new(Complaints::new(1))));
+    let (region, task) = Region::new(id, relays, NodePrivate::random(), underlay, complaints);
     (region.mailbox, task)
 }
 

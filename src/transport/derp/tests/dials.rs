@@ -28,8 +28,9 @@ async fn a_region_out_of_reach_is_tried_more_often_while_packets_are_to_go_there
     let relay = Relay { host: "relay".to_owned(), places, port, check: Check::Insecure };
     let underlay = Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
     let id = ConnectionId { region: 1, number: 1 };
-    let (region, task) = Region::new(id, vec![relay], NodePrivate::random(), underlay);
-    let tries = std::rc::Rc::new(std::cell::Cell::new(0));
+    let complaints = Rc::new(RefCell::new(Complaints::new(1)));
+    let (region, task) = Region::new(id, vec![relay], NodePrivate::random(), underlay, complaints);
+    let tries = Rc::new(std::cell::Cell::new(0));
     let counted = tries.clone();
     spawn_local(task.run(move |_, _| counted.set(counted.get() + 1)));
     tokio::time::sleep(Duration::from_secs(60)).await;
