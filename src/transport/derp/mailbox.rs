@@ -28,6 +28,17 @@ impl Shared {
             reader.wake();
         }
     }
+
+    /// An initiation that waits for the peer of a newer one. Only the newest makes a session: after an outage a peer would
+    /// answer the oldest of many, and drop all that follow within 20 ms. The newer one takes its place, since at the tail
+    /// of a queue that never empties it would be superseded before it leaves.
+    /// Source: wireguard-go, device/constants.go, `HandshakeInitationRate`.
+    fn superseded(&mut self, newer: &Packet) -> Option<&mut Packet> {
+        if !is_initiation(&newer.contents) {
+            return None;
+        }
+        self.packets.iter_mut().find(|older| older.peer == newer.peer && is_initiation(&older.contents))
+    }
 }
 
 /// The driver's end.
@@ -52,18 +63,17 @@ impl Sender {
     /// Adds a packet. Returns `false` if the oldest was dropped for it.
     pub(super) fn push(&self, packet: Packet) -> bool {
         let mut shared = self.shared.borrow_mut();
-        if is_initiation(&packet.contents) {
-            // Only the newest makes a session. After an outage a peer would answer the oldest of many, and drop all that
-            // follow within 20 ms. Source: wireguard-go, device/constants.go, `HandshakeInitationRate`.
-            shared.packets.retain(|older| older.peer != packet.peer || !is_initiation(&older.contents));
+        shared.pushed += 1;
+        shared.wake();
+        if let Some(older) = shared.superseded(&packet) {
+            older.contents = packet.contents;
+            return true;
         }
         let full = shared.packets.len() == shared.capacity;
         if full {
             shared.packets.pop_front();
         }
         shared.packets.push_back(packet);
-        shared.pushed += 1;
-        shared.wake();
         !full
     }
 
@@ -166,19 +176,36 @@ mod tests {
         assert_eq!([receiver.pop(), receiver.pop(), receiver.pop()], [Some(packet(2)), Some(packet(3)), None]);
     }
 
+    /// As long as an initiation.
+    fn to(peer: u8, kind: u8, octet: u8) -> Packet {
+        let mut contents = vec![octet; 148];
+        contents[..4].copy_from_slice(&[kind, 0, 0, 0]);
+        Packet { peer: NodePublic::from_bytes([peer; 32]), contents }
+    }
+
     #[test]
-    fn of_several_initiations_to_a_peer_the_newest_is_sent() {
-        let to = |peer: u8, kind: u8, octet: u8| {
-            let mut contents = vec![octet; 148];
-            contents[..4].copy_from_slice(&[kind, 0, 0, 0]);
-            Packet { peer: NodePublic::from_bytes([peer; 32]), contents }
-        };
+    fn of_several_initiations_to_a_peer_the_newest_is_sent_where_the_oldest_stood() {
         let (sender, receiver) = mailbox(4);
         for packet in [to(1, 1, 1), to(2, 1, 2), to(1, 4, 3), to(1, 1, 4), to(1, 1, 5)] {
             assert!(sender.push(packet));
         }
         let left = std::iter::from_fn(|| receiver.pop()).collect::<Vec<_>>();
-        assert_eq!(left, [to(2, 1, 2), to(1, 4, 3), to(1, 1, 5)]);
+        assert_eq!(left, [to(1, 1, 5), to(2, 1, 2), to(1, 4, 3)]);
+    }
+
+    #[test]
+    fn an_initiation_that_is_repeated_leaves_a_queue_that_never_empties() {
+        let (sender, receiver) = mailbox(8);
+        let mut left = Vec::new();
+        for round in 0..16 {
+            sender.push(to(2, 4, round));
+            if round % 4 == 3 {
+                sender.push(to(1, 1, round));
+            }
+            // As much leaves as comes, once the queue is full.
+            left.extend((round >= 8).then(|| receiver.pop()).flatten());
+        }
+        assert!(left.contains(&to(1, 1, 7)), "{left:?}");
     }
 
     #[tokio::test]
