@@ -22,8 +22,9 @@ use url::Url;
 use super::ConnectError;
 use super::noise::{Handshake, NoiseError};
 use crate::key::{MachinePrivate, MachinePublic};
-use crate::transport::places::Places;
-use crate::transport::underlay::{BoxIo, Underlay, UnderlayError, authority};
+use crate::transport::error::UnderlayError;
+use crate::transport::places::{Places, authority};
+use crate::transport::underlay::{BoxIo, Underlay};
 
 /// The capability version that we speak: the last before peer relays, which we do not offer.
 /// Source: Tailscale, tailcfg, `CurrentCapabilityVersion` and its history.

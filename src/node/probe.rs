@@ -17,7 +17,8 @@ use super::regions::Probed;
 use crate::engine::HttpsProbe;
 use crate::netmap::RegionId;
 use crate::transport::derp::Relay;
-use crate::transport::underlay::{Underlay, authority};
+use crate::transport::places::authority;
+use crate::transport::underlay::Underlay;
 
 /// The longest that the probe of a region may take, all its relays together: netcheck waits a second longer.
 const LIMIT: Duration = Duration::from_secs(3);

@@ -17,7 +17,8 @@ use url::Url;
 use zeroize::Zeroizing;
 
 use super::MintError;
-use crate::transport::underlay::{Underlay, authority};
+use crate::transport::places::authority;
+use crate::transport::underlay::Underlay;
 
 /// The longest that one request may take. Source: Tailscale, feature/identityfederation, `exchangeJWTForToken`.
 pub(super) const LIMIT: Duration = Duration::from_secs(10);

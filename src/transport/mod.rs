@@ -2,6 +2,7 @@
 
 pub mod backoff;
 pub mod derp;
+pub mod error;
 pub mod interfaces;
 pub mod link;
 pub mod places;

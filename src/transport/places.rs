@@ -7,11 +7,19 @@ use std::time::Duration;
 use futures_util::future::{BoxFuture, FutureExt};
 use tokio::net::{TcpStream, lookup_host};
 
+use super::error::UnderlayError;
 use super::race::race;
-use super::underlay::{UnderlayError, authority};
 
 /// The pause before the next address of a host is tried beside the last one. Source: RFC 8305, 5 (250 ms).
 const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+
+/// `host:port`, with brackets around an IPv6 address.
+pub fn authority(host: &str, port: u16) -> String {
+    match host.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, port).to_string(),
+        Err(_) => format!("{host}:{port}"),
+    }
+}
 
 /// Where a host is: the addresses that are known, and for which families its name has the others.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,6 +132,12 @@ mod tests {
         let known = known.iter().map(|ip| ip.parse().unwrap()).collect();
         let stream = Places::new(known, by_name).connect(host, port).await?;
         Ok(stream.peer_addr().unwrap().ip().to_string())
+    }
+
+    #[test]
+    fn an_authority_brackets_ipv6() {
+        assert_eq!(authority("::1", 443), "[::1]:443");
+        assert_eq!(authority("derp.example", 443), "derp.example:443");
     }
 
     #[tokio::test]

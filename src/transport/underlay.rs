@@ -24,8 +24,9 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use url::Url;
 
+use super::error::UnderlayError;
 use super::link::{Link, Tied};
-use super::places::Places;
+use super::places::{Places, authority};
 use super::tls::Tls;
 use crate::lapse::Lapse;
 
@@ -53,43 +54,6 @@ pub fn connect_udp(address: SocketAddr) -> io::Result<UdpSocket> {
 
 /// What is read of a connection at once. rustls by itself asks for 4 KiB, and a relay writes records of 2.
 const READ_AHEAD: usize = 64 << 10;
-
-/// Why a connection was not made.
-#[derive(Debug, thiserror::Error)]
-pub enum UnderlayError {
-    /// The host has no address.
-    #[error("cannot resolve {host}: {source}")]
-    Resolve {
-        /// The host.
-        host: String,
-        /// What the host's resolver said.
-        source: io::Error,
-    },
-    /// None of its addresses took the connection, or it ended before TLS began.
-    #[error("cannot connect to {host}: {source}")]
-    Connect {
-        /// Host and port.
-        host: String,
-        /// What the operating system said, of the last.
-        source: io::Error,
-    },
-    /// TLS failed.
-    #[error("TLS with {host} failed: {detail}")]
-    Tls {
-        /// Host and port.
-        host: String,
-        /// What rustls said.
-        detail: String,
-    },
-    /// The HTTP proxy did not open a tunnel.
-    #[error("HTTP proxy {proxy}: {detail}")]
-    Proxy {
-        /// Its host and port.
-        proxy: String,
-        /// Its status or the error.
-        detail: String,
-    },
-}
 
 /// How long what is sent may go unacknowledged, the first of all included: beyond that the connection is dead, whatever
 /// forgot it. As long as whoever takes nothing is borne with; a short outage does not end it.
@@ -260,14 +224,6 @@ fn basic(proxy: &Url) -> header::HeaderValue {
     value
 }
 
-/// `host:port`, with brackets around an IPv6 address.
-pub fn authority(host: &str, port: u16) -> String {
-    match host.parse::<IpAddr>() {
-        Ok(ip) => SocketAddr::new(ip, port).to_string(),
-        Err(_) => format!("{host}:{port}"),
-    }
-}
-
 async fn start_tls(
     io: BoxIo,
     host: &str,
@@ -322,12 +278,6 @@ mod tests {
                 .into_iter()
                 .any(allowed)
         );
-    }
-
-    #[test]
-    fn an_authority_brackets_ipv6() {
-        assert_eq!(authority("::1", 443), "[::1]:443");
-        assert_eq!(authority("derp.example", 443), "derp.example:443");
     }
 
     #[test]

@@ -27,10 +27,11 @@ pub use self::complaints::Complaints;
 use self::mailbox::{Receiver, Sender, mailbox};
 use self::retry::Retry;
 use self::session::Session;
+use super::error::UnderlayError;
 use super::places::Places;
 use super::race::race;
 use super::tls::Check;
-use super::underlay::{BoxIo, Underlay, UnderlayError};
+use super::underlay::{BoxIo, Underlay};
 use crate::key::{NodePrivate, NodePublic};
 use crate::lapse::Lapse;
 use crate::netmap::RegionId;
@@ -42,6 +43,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const NEXT_NODE: Duration = Duration::from_secs(3);
 /// How long a plain upgrade may take, at least, before a WebSocket is tried: something between us may swallow it.
 const UPGRADE_LIMIT: Duration = Duration::from_millis(1500);
+/// One write, or flushing what TLS holds of earlier ones (64 KiB at most), may take so long; a relay that takes it more
+/// slowly is gone.
+const WRITE_LIMIT: Duration = Duration::from_secs(15);
 /// Packets that wait for a slow relay. More would only grow the delay: a relay's own queue holds 32.
 const QUEUE: usize = 128;
 

@@ -17,7 +17,7 @@ const ANSWER: Duration = Duration::from_secs(3);
 /// When a doubt is no moment any more, and users are told: a home is left by then.
 const LASTS: Duration = Duration::from_secs(8);
 /// When it is given up: as late as one that takes nothing.
-const PATIENCE: Duration = super::session::WRITE_LIMIT;
+const PATIENCE: Duration = super::WRITE_LIMIT;
 
 /// What is known of a relay's life.
 #[derive(Debug, Default)]

@@ -7,8 +7,8 @@ use tokio::time::{Instant, sleep};
 
 use super::DerpError;
 use crate::transport::backoff::Backoff;
+use crate::transport::error::UnderlayError;
 use crate::transport::link::News;
-use crate::transport::underlay::UnderlayError;
 
 /// A connection that ends sooner was none: who is turned away after each admission must not come back at once for ever.
 const STEADY: Duration = Duration::from_secs(10);

@@ -20,7 +20,7 @@ use tracing::debug;
 
 use super::limits::{Limits, ServerInfo};
 use super::pulse::{Due, Pulse};
-use super::{CONNECT_LIMIT, DerpError, Event, Task, ending};
+use super::{CONNECT_LIMIT, DerpError, Event, Task, WRITE_LIMIT, ending};
 use crate::key::{DerpPublic, NodePublic};
 use crate::transport::turn;
 use crate::transport::underlay::BoxIo;
@@ -29,9 +29,6 @@ use crate::wire::derp::{ClientFrame, FrameError, ServerFrame};
 /// A relay speaks at least once a minute; silence beyond this means that the connection is dead.
 /// Source: derp_client.go, `recvTimeout`.
 const SILENCE_LIMIT: Duration = Duration::from_secs(120);
-/// One write, or flushing what TLS holds of earlier ones (64 KiB at most), may take so long; a relay that takes it more
-/// slowly is gone.
-pub(super) const WRITE_LIMIT: Duration = Duration::from_secs(15);
 /// Octets that the input has room for: all that came is taken together, since each taking costs a round of everything
 /// above.
 const READ_ROOM: usize = 64 << 10;

@@ -14,7 +14,8 @@ use tokio_tungstenite::tungstenite;
 use tokio_util::io::{CopyToBytes, SinkWriter, StreamReader};
 
 use super::{CLOSED, DerpError, Relay, ending};
-use crate::transport::underlay::{BoxIo, authority};
+use crate::transport::places::authority;
+use crate::transport::underlay::BoxIo;
 
 /// Changes a TLS stream to DERP by an HTTP upgrade. Source: derphttp_client.go, `connect`.
 pub(super) async fn plain(io: BoxIo, relay: &Relay) -> Result<BoxIo, DerpError> {
