@@ -29,6 +29,14 @@ pub(super) fn sources() -> impl Iterator<Item = IpAddr> {
     })
 }
 
+/// Whether packets of that family lead anywhere. IPv4 is assumed where neither does: there is loopback.
+pub(super) fn has_way(v6: bool) -> bool {
+    let running = if_addrs::get_if_addrs().unwrap_or_default().into_iter().filter(is_ours);
+    let own = running.filter(|interface| !interface.is_loopback()).map(|interface| interface.ip());
+    let families: Vec<bool> = own.filter(|ip| usable(*ip)).chain(sources()).map(|ip| ip.is_ipv6()).collect();
+    families.contains(&v6) || (!v6 && families.is_empty())
+}
+
 /// The addresses that a peer might reach us at without a relay, each with our port of its family. Loopback only where
 /// there is nothing else, as between two nodes on one machine; tailnet addresses never.
 ///

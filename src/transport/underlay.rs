@@ -20,7 +20,6 @@ use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, BufReader};
 use tokio::net::UdpSocket;
-use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use url::Url;
 
@@ -28,7 +27,6 @@ use super::error::UnderlayError;
 use super::link::{Link, Tied};
 use super::places::{Places, authority};
 use super::tls::Tls;
-use crate::lapse::Lapse;
 
 /// A byte stream of any make.
 pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -187,13 +185,7 @@ impl Underlay {
         let mut news = self.link.news();
         loop {
             tokio::select! {
-                connected = timeout(patience, places.connect(host, port)) => {
-                    let silent = |_| UnderlayError::Connect {
-                        host: authority(host, port),
-                        source: io::Error::new(io::ErrorKind::TimedOut, format!("no answer for {}", Lapse(patience))),
-                    };
-                    return Ok(Tied::new(connected.map_err(silent)??, news, patience));
-                }
+                connected = places.connect(host, port, patience) => return Ok(Tied::new(connected?, news, patience)),
                 () = news.moved() => {}
             }
         }
