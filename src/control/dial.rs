@@ -154,8 +154,13 @@ impl Dialer {
         };
         opened.map_err(|error| match error {
             UnderlayError::Resolve { host, source } => ConnectError::Resolve { host, source: source.into() },
-            UnderlayError::Connect { host, source } => ConnectError::Connect { host, source: source.into() },
+            UnderlayError::Connect { host, source } | UnderlayError::Ended { host, source } => {
+                ConnectError::Connect { host, source: source.into() }
+            }
             UnderlayError::Tls { host, detail } => ConnectError::Tls { host, detail },
+            UnderlayError::ProxyUnreached { proxy, source } => {
+                ConnectError::Proxy { proxy, detail: source.to_string() }
+            }
             UnderlayError::Proxy { proxy, detail } => ConnectError::Proxy { proxy, detail },
         })
     }

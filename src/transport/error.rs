@@ -13,12 +13,20 @@ pub enum UnderlayError {
         /// What the host's resolver said.
         source: io::Error,
     },
-    /// None of its addresses took the connection, or it ended before TLS began.
+    /// None of its addresses took the connection, or nothing came any more before TLS began.
     #[error("cannot connect to {host}: {source}")]
     Connect {
         /// Host and port.
         host: String,
         /// What the operating system said, of the last.
+        source: io::Error,
+    },
+    /// The other side, or something before it, took the connection and ended it before TLS began.
+    #[error("{host} ended the connection before TLS began: {source}")]
+    Ended {
+        /// Host and port.
+        host: String,
+        /// What the operating system said.
         source: io::Error,
     },
     /// TLS failed.
@@ -28,6 +36,14 @@ pub enum UnderlayError {
         host: String,
         /// What rustls said.
         detail: String,
+    },
+    /// The HTTP proxy could not be connected to.
+    #[error("HTTP proxy {proxy}: {source}")]
+    ProxyUnreached {
+        /// Its host and port.
+        proxy: String,
+        /// Why.
+        source: Box<UnderlayError>,
     },
     /// The HTTP proxy did not open a tunnel.
     #[error("HTTP proxy {proxy}: {detail}")]

@@ -150,8 +150,13 @@ impl Underlay {
         let proxy_port = proxy.port_or_known_default().unwrap_or(80);
         let failed = |detail: String| UnderlayError::Proxy { proxy: format!("{proxy_host}:{proxy_port}"), detail };
 
+        let unreached = |error| UnderlayError::ProxyUnreached {
+            proxy: format!("{proxy_host}:{proxy_port}"),
+            source: Box::new(error),
+        };
+
         let tcp = self.connect_tcp(proxy_host, &Places::named(), proxy_port, patience).await;
-        let mut io: BoxIo = Box::new(tcp.map_err(|error| failed(error.to_string()))?);
+        let mut io: BoxIo = Box::new(tcp.map_err(unreached)?);
         if proxy.scheme() == "https" {
             io = start_tls(io, proxy_host, proxy_port, proxy_host, self.tls.trusted()).await?;
         }
@@ -223,8 +228,14 @@ async fn start_tls(
     name: &str,
     config: Arc<ClientConfig>,
 ) -> Result<BoxIo, UnderlayError> {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+
     let failed = |detail: String| UnderlayError::Tls { host: authority(host, port), detail };
-    let lost = |source| UnderlayError::Connect { host: authority(host, port), source };
+    let lost = |source: io::Error| {
+        let (host, ends) = (authority(host, port), &[UnexpectedEof, ConnectionReset, BrokenPipe]);
+        let ended = ends.contains(&source.kind());
+        if ended { UnderlayError::Ended { host, source } } else { UnderlayError::Connect { host, source } }
+    };
     let name = name.trim_matches(['[', ']']).to_owned();
     let server_name = ServerName::try_from(name).map_err(|error| failed(error.to_string()))?;
     let stream = TlsConnector::from(config).connect(server_name, io).await;
@@ -296,15 +307,43 @@ mod tests {
             };
             tokio::join!(connect, answer).0.err().unwrap()
         };
-        assert!(matches!(answered(b"").await, UnderlayError::Connect { .. }));
+        assert!(matches!(answered(b"").await, UnderlayError::Ended { .. }));
         assert!(matches!(answered(b"HTTP/1.1 400 Bad Request\r\n\r\n").await, UnderlayError::Tls { .. }));
+    }
+
+    /// A port on which nobody listens.
+    fn unused_port() -> u16 {
+        std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    }
+
+    #[tokio::test]
+    async fn a_proxy_that_cannot_be_reached_is_told_from_one_that_refuses() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+        let by_proxy = async |port: u16| {
+            let proxy = Url::parse(&format!("http://127.0.0.1:{port}")).unwrap();
+            let underlay = Underlay { proxy: Some(proxy.into()), ..underlay(&[]) };
+            underlay.connect("relay.example", 443).await.err().unwrap()
+        };
+        let port = unused_port();
+        let error = by_proxy(port).await;
+        assert!(matches!(error, UnderlayError::ProxyUnreached { .. }), "{error}");
+        let text = format!("HTTP proxy 127.0.0.1:{port}: cannot connect to 127.0.0.1:{port}: ");
+        assert!(error.to_string().starts_with(&text), "{error}");
+
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let refuse = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 4096]).await.unwrap();
+            stream.write_all(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+        };
+        let error = tokio::join!(by_proxy(listener.local_addr().unwrap().port()), refuse).0;
+        assert!(matches!(error, UnderlayError::Proxy { .. }), "{error}");
     }
 
     #[tokio::test]
     async fn a_refused_connection_says_where() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        drop(listener);
+        let port = unused_port();
         let error = underlay(&[]).connect("127.0.0.1", port).await.err().unwrap();
         assert!(matches!(error, UnderlayError::Connect { host, .. } if host == format!("127.0.0.1:{port}")));
     }

@@ -92,9 +92,12 @@ impl Retry {
 /// Whether nothing of the relay's answered, or no longer does.
 fn is_out_of_reach(error: &DerpError) -> bool {
     match error {
-        DerpError::Underlay(UnderlayError::Resolve { .. } | UnderlayError::Connect { .. })
+        DerpError::Underlay(
+            UnderlayError::Resolve { .. } | UnderlayError::Connect { .. } | UnderlayError::ProxyUnreached { .. },
+        )
         | DerpError::Silent { .. } => true,
-        DerpError::Underlay(UnderlayError::Tls { .. } | UnderlayError::Proxy { .. })
+        // A load balancer that ends each connection has an answer too, as has a proxy that refuses.
+        DerpError::Underlay(UnderlayError::Ended { .. } | UnderlayError::Tls { .. } | UnderlayError::Proxy { .. })
         | DerpError::Upgrade { .. }
         | DerpError::Protocol { .. }
         | DerpError::Closed { .. }
@@ -106,6 +109,7 @@ fn is_out_of_reach(error: &DerpError) -> bool {
 #[cfg(test)]
 mod tests {
     use std::future::pending;
+    use std::io;
 
     use super::*;
     use crate::transport::link::Link;
@@ -181,8 +185,15 @@ mod tests {
             retry.pause(&mut news, Duration::ZERO, packets).await;
             start.elapsed()
         };
-        assert!((WANTED..=2 * WANTED).contains(&paused(&silent, true).await));
-        for (error, wanted) in [(silent, false), (closed(), true)] {
+        let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
+        let host = || "relay".to_owned();
+        let proxy = Box::new(UnderlayError::Connect { host: host(), source: refused() });
+        let unreached = UnderlayError::ProxyUnreached { proxy: host(), source: proxy }.into();
+        for error in [&silent, &unreached] {
+            assert!((WANTED..=2 * WANTED).contains(&paused(error, true).await), "{error}");
+        }
+        let ended = UnderlayError::Ended { host: host(), source: io::ErrorKind::ConnectionReset.into() }.into();
+        for (error, wanted) in [(silent, false), (closed(), true), (ended, true)] {
             assert!(paused(&error, wanted).await >= LONGEST_PAUSE / 2, "{error}");
         }
     }
