@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
 pub use self::complaints::Complaints;
@@ -37,7 +37,8 @@ use crate::lapse::Lapse;
 use crate::netmap::RegionId;
 use crate::wire::derp::Gone;
 
-/// The longest that connecting to a region may take, all its nodes together. Source: derphttp_client.go, `dialRegion`.
+/// The longest that connecting to a region may take, all its nodes together; to one that TCP does not reach it takes half
+/// of that. Source: derphttp_client.go, `dialRegion`.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// The pause before the next node of a region is tried beside the last one.
 const NEXT_NODE: Duration = Duration::from_secs(3);
@@ -118,7 +119,7 @@ pub enum Event {
 /// Why a region is not connected.
 #[derive(Debug, thiserror::Error)]
 pub enum DerpError {
-    /// None of its relays could be connected to; the last one's error.
+    /// None of its relays could be connected to.
     #[error(transparent)]
     Underlay(#[from] UnderlayError),
     /// Nothing came within the limit.
@@ -238,18 +239,30 @@ impl Task {
         }
     }
 
-    /// Connects to the first relay that answers, and upgrades the connection. A slow one is not given up for the next.
+    /// Connects to the first relay that answers, and upgrades the connection. While one is slow the next are tried beside
+    /// it; once there is no time left, none is begun.
+    ///
+    /// # Errors
+    /// Of the first relay that answered and turned us away, or else of the first.
     async fn connect(&self) -> Result<(BoxIo, String), DerpError> {
         let until = Instant::now() + CONNECT_LIMIT;
-        let attempt = async |relay: &Relay| {
-            let (host, limit) = (relay.host.clone(), until.saturating_duration_since(Instant::now()));
-            match timeout(limit, self.connect_relay(relay)).await {
-                Ok(connected) => connected.map(|io| (io, host)),
-                Err(_) => Err(DerpError::Silent { host, limit }),
+        let attempt = async |(index, relay): (usize, &Relay)| {
+            let host = relay.host.clone();
+            let connected = async {
+                if Instant::now() < until { timeout_at(until, self.connect_relay(relay)).await.ok() } else { None }
+            };
+            match connected.await {
+                Some(Ok(io)) => Ok((io, host)),
+                Some(Err(error)) => Err((index, error)),
+                None => Err((index, DerpError::Silent { host, limit: CONNECT_LIMIT })),
             }
         };
-        let connected = race(self.relays.iter().map(attempt), NEXT_NODE).await;
-        connected.map_err(|mut failures| failures.pop().unwrap_or(DerpError::Empty))
+        let connected = race(self.relays.iter().enumerate().map(attempt), NEXT_NODE).await;
+        let telling = |failures: Vec<(usize, DerpError)>| {
+            let first = failures.into_iter().min_by_key(|(index, error)| (error.is_out_of_reach(), *index));
+            first.map_or(DerpError::Empty, |(_, error)| error)
+        };
+        connected.map_err(telling)
     }
 
     /// The plain upgrade first; where something between us lets only WebSockets pass, a WebSocket.

@@ -50,7 +50,7 @@ impl Retry {
         if lived >= STEADY {
             self.backoff.reset();
         }
-        self.out_of_reach = is_out_of_reach(error);
+        self.out_of_reach = error.is_out_of_reach();
         if let DerpError::Restarting { reconnect_in, try_for, .. } = error {
             let reconnect_in = (*reconnect_in).min(WISH_LIMIT);
             self.reconnect_in = Some(reconnect_in);
@@ -89,20 +89,24 @@ impl Retry {
     }
 }
 
-/// Whether nothing of the relay's answered, or no longer does.
-fn is_out_of_reach(error: &DerpError) -> bool {
-    match error {
-        DerpError::Underlay(
-            UnderlayError::Resolve { .. } | UnderlayError::Connect { .. } | UnderlayError::ProxyUnreached { .. },
-        )
-        | DerpError::Silent { .. } => true,
-        // A load balancer that ends each connection has an answer too, as has a proxy that refuses.
-        DerpError::Underlay(UnderlayError::Ended { .. } | UnderlayError::Tls { .. } | UnderlayError::Proxy { .. })
-        | DerpError::Upgrade { .. }
-        | DerpError::Protocol { .. }
-        | DerpError::Closed { .. }
-        | DerpError::Restarting { .. }
-        | DerpError::Empty => false,
+impl DerpError {
+    /// Whether nothing of the relay's answered, or no longer does.
+    pub(super) fn is_out_of_reach(&self) -> bool {
+        match self {
+            DerpError::Underlay(
+                UnderlayError::Resolve { .. } | UnderlayError::Connect { .. } | UnderlayError::ProxyUnreached { .. },
+            )
+            | DerpError::Silent { .. } => true,
+            // A load balancer that ends each connection has an answer too, as has a proxy that refuses.
+            DerpError::Underlay(
+                UnderlayError::Ended { .. } | UnderlayError::Tls { .. } | UnderlayError::Proxy { .. },
+            )
+            | DerpError::Upgrade { .. }
+            | DerpError::Protocol { .. }
+            | DerpError::Closed { .. }
+            | DerpError::Restarting { .. }
+            | DerpError::Empty => false,
+        }
     }
 }
 

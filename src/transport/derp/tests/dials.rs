@@ -1,24 +1,115 @@
 //! Dialling a region, and dialling it again.
 
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
 use super::*;
 
+/// Relays that accept, each at an address of its own, and then say nothing: nobody speaks TLS there.
+fn silent(count: u8) -> (Vec<std::net::TcpListener>, Vec<Relay>) {
+    let relay = |last: u8| {
+        let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::new(127, 0, 0, last), 0)).unwrap();
+        let at = listener.local_addr().unwrap();
+        let relay =
+            Relay { host: at.ip().to_string(), places: Places::named(), port: at.port(), check: Check::Insecure };
+        (listener, relay)
+    };
+    (1..=count).map(relay).unzip()
+}
+
+/// Has so much time pass, but none in which the kernel works.
+async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
+}
+
+/// A relay, and what has it shake hands with the next connection once so much time has passed.
+async fn slow(takes: Duration) -> (Relay, impl AsyncFn() -> TlsStream<TcpStream>) {
+    let certified = rcgen::generate_simple_self_signed(vec!["derp.example".to_owned()]).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let config = config.unwrap().with_no_client_auth();
+    let config = config.with_single_cert(vec![certified.cert.der().clone()], key).unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (host, port) = ("127.0.0.1".to_owned(), listener.local_addr().unwrap().port());
+    let accept = async move || {
+        let (stream, _) = listener.accept().await.unwrap();
+        stream.peek(&mut [0]).await.unwrap();
+        pass(takes).await;
+        acceptor.accept(stream).await.unwrap()
+    };
+    (Relay { host, places: Places::named(), port, check: Check::Insecure }, accept)
+}
+
+/// The request that a relay gets.
+async fn request(stream: &mut TlsStream<TcpStream>) -> String {
+    let mut request = vec![0; 4096];
+    let length = stream.read(&mut request).await.unwrap();
+    String::from_utf8(request[..length].to_vec()).unwrap()
+}
+
 #[tokio::test(start_paused = true)]
-async fn a_slow_node_has_all_the_time_there_is_and_the_next_is_tried_beside_it() {
-    // Whoever is not spoken to by TLS accepts all the same.
-    let listeners: Vec<_> = (0..2).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    let relays = listeners.iter().map(|listener| {
-        let (host, port) = ("127.0.0.1".to_owned(), listener.local_addr().unwrap().port());
-        Relay { host, places: Places::named(), port, check: Check::Insecure }
-    });
-    let relays: Vec<_> = relays.collect();
-    for count in [1_u32, 2] {
-        let (_packets, task) = task(relays[..count as usize].to_vec(), Link::default());
+async fn silent_nodes_have_all_the_time_there_is_and_the_first_is_told_of() {
+    for count in [1, 5] {
+        let (listeners, relays) = silent(count);
+        let (_packets, task) = task(relays, Link::default());
         let start = Instant::now();
         let error = task.connect().await.err().unwrap();
         assert_eq!(start.elapsed(), CONNECT_LIMIT, "{error}");
-        let left = CONNECT_LIMIT - NEXT_NODE * (count - 1);
-        assert!(matches!(error, DerpError::Silent { limit, .. } if limit == left), "{error}");
+        assert_eq!(error.to_string(), "relay 127.0.0.1 was silent for 10s");
+        let dialled = |listener: &&std::net::TcpListener| {
+            listener.set_nonblocking(true).unwrap();
+            listener.accept().is_ok()
+        };
+        // The fifth would have its turn after twelve seconds.
+        assert_eq!(listeners.iter().filter(dialled).count(), usize::from(count.min(4)));
     }
+}
+
+#[tokio::test]
+async fn a_node_slower_than_the_pause_before_the_next_connects() {
+    let takes = NEXT_NODE + Duration::from_secs(2);
+    let (relay, accept) = slow(takes).await;
+    let (listeners, mut relays) = silent(1);
+    relays.insert(0, relay);
+    let (_packets, task) = task(relays, Link::default());
+    let start = Instant::now();
+    let upgrade = async {
+        let mut stream = accept().await;
+        assert!(request(&mut stream).await.starts_with("GET /derp HTTP/1.1\r\n"));
+        let answer = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: DERP\r\n\r\n";
+        stream.write_all(answer.as_bytes()).await.unwrap();
+        stream
+    };
+    let (connected, _stream) = tokio::join!(task.connect(), upgrade);
+    assert!(connected.is_ok(), "{:?}", connected.err());
+    assert!((takes..CONNECT_LIMIT).contains(&start.elapsed()), "{:?}", start.elapsed());
+    assert!(listeners[0].accept().is_ok(), "the next was not tried");
+}
+
+#[tokio::test]
+async fn of_several_failures_that_of_a_node_that_answered_is_told_or_else_of_the_first() {
+    let unused = |host: &str| {
+        let port = std::net::TcpListener::bind((host, 0)).unwrap().local_addr().unwrap().port();
+        Relay { host: host.to_owned(), places: Places::named(), port, check: Check::Insecure }
+    };
+    let failure = async |relays: Vec<Relay>| {
+        let (_packets, task) = task(relays, Link::default());
+        task.connect().await.err().unwrap().to_string()
+    };
+    let (first, second) = (unused("127.0.0.1"), unused("127.0.0.2"));
+    let text = failure(vec![first.clone(), second]).await;
+    assert!(text.starts_with(&format!("cannot connect to 127.0.0.1:{}", first.port)), "{text}");
+
+    let listener = TcpListener::bind("127.0.0.3:0").await.unwrap();
+    let turns_away = Relay { port: listener.local_addr().unwrap().port(), ..unused("127.0.0.3") };
+    let end = async { drop(listener.accept().await.unwrap()) };
+    let (text, ()) = tokio::join!(failure(vec![first, turns_away]), end);
+    assert!(text.contains("ended the connection before TLS began"), "{text}");
 }
 
 #[tokio::test(flavor = "local", start_paused = true)]
