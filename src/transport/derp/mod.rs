@@ -42,7 +42,7 @@ use crate::wire::derp::Gone;
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// The pause before the next node of a region is tried beside the last one.
 const NEXT_NODE: Duration = Duration::from_secs(3);
-/// How long a plain upgrade may take, at least, before a WebSocket is tried: something between us may swallow it.
+/// How long a plain upgrade may take on a fast line, before a WebSocket is tried: something between us may swallow it.
 const UPGRADE_LIMIT: Duration = Duration::from_millis(1500);
 /// One write, or flushing what TLS holds of earlier ones (64 KiB at most), may take so long; a relay that takes it more
 /// slowly is gone.
@@ -249,7 +249,11 @@ impl Task {
         let attempt = async |(index, relay): (usize, &Relay)| {
             let host = relay.host.clone();
             let connected = async {
-                if Instant::now() < until { timeout_at(until, self.connect_relay(relay)).await.ok() } else { None }
+                if Instant::now() < until {
+                    timeout_at(until, self.connect_relay(relay, until)).await.ok()
+                } else {
+                    None
+                }
             };
             match connected.await {
                 Some(Ok(io)) => Ok((io, host)),
@@ -265,12 +269,11 @@ impl Task {
         connected.map_err(telling)
     }
 
-    /// The plain upgrade first; where something between us lets only WebSockets pass, a WebSocket.
-    async fn connect_relay(&self, relay: &Relay) -> Result<BoxIo, DerpError> {
+    /// The plain upgrade first; where something between us lets only WebSockets pass, a WebSocket. The caller ends it all.
+    async fn connect_relay(&self, relay: &Relay, until: Instant) -> Result<BoxIo, DerpError> {
         let begun = Instant::now();
         let io = relay.dial(&self.underlay).await?;
-        // An upgrade takes one round trip, and what came before took three.
-        let limit = begun.elapsed().max(UPGRADE_LIMIT);
+        let limit = upgrade_limit(begun.elapsed(), until.saturating_duration_since(Instant::now()));
         let upgraded = timeout(limit, upgrade::plain(io, relay)).await;
         let detail = "no answer".to_owned();
         match upgraded.unwrap_or(Err(DerpError::Upgrade { host: relay.host.clone(), detail })) {
@@ -281,6 +284,14 @@ impl Task {
             other => other,
         }
     }
+}
+
+/// How long a plain upgrade may take after a dial that took so long, with so much time left. It takes one round trip, and
+/// the dial took three; after it, another dial and a WebSocket's upgrade must fit. Where they do not, it has no limit.
+fn upgrade_limit(dial: Duration, left: Duration) -> Duration {
+    let trip = dial / 3;
+    let spare = left.saturating_sub(dial + trip);
+    if spare < trip { Duration::MAX } else { trip.max(UPGRADE_LIMIT).min(spare) }
 }
 
 /// What is said of a connection that was closed: by the relay, or by a proxy or another machine before it.

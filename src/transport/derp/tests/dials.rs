@@ -91,6 +91,50 @@ async fn a_node_slower_than_the_pause_before_the_next_connects() {
     assert!(listeners[0].accept().is_ok(), "the next was not tried");
 }
 
+#[test]
+fn a_plain_upgrade_has_a_trips_time_and_leaves_a_websocket_its_own() {
+    let limit = |dial: u64, left: u64| {
+        let limit = upgrade_limit(Duration::from_millis(dial), Duration::from_millis(left));
+        u64::try_from(limit.as_millis()).ok()
+    };
+    assert_eq!(limit(30, 9_970), Some(1_500));
+    assert_eq!(limit(3_000, 7_000), Some(1_500));
+    assert_eq!(limit(4_800, 12_000), Some(1_600), "a trip is longer");
+    assert_eq!(limit(3_600, 6_000), Some(1_200), "no more is left");
+    assert_eq!(limit(3_600, 5_900), None, "a trip would not fit");
+    assert_eq!(limit(6_000, 4_000), None);
+}
+
+#[tokio::test]
+async fn a_websocket_connects_on_a_slow_line_where_something_swallows_a_plain_upgrade() {
+    let trip = Duration::from_secs(1);
+    let (relay, accept) = slow(3 * trip).await;
+    let (_packets, task) = task(vec![relay], Link::default());
+    let start = Instant::now();
+    let upgrade = async {
+        let mut swallowed = accept().await;
+        assert!(request(&mut swallowed).await.to_ascii_lowercase().contains("upgrade: derp"));
+        pass(UPGRADE_LIMIT).await;
+        let mut stream = accept().await;
+        let request = request(&mut stream).await;
+        let key = request.lines().find_map(|line| line.strip_prefix("Sec-WebSocket-Key: ")).unwrap();
+        let accepted = tokio_tungstenite::tungstenite::handshake::derive_accept_key(key.as_bytes());
+        pass(trip).await;
+        let answer = format!(
+            "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Accept: {accepted}\r\nSec-WebSocket-Protocol: derp\r\n\r\n"
+        );
+        stream.write_all(answer.as_bytes()).await.unwrap();
+        (swallowed, stream)
+    };
+    let connected = tokio::select! {
+        (connected, _) = async { tokio::join!(task.connect(), upgrade) } => connected,
+        () = tokio::time::sleep(2 * CONNECT_LIMIT) => panic!("the relay was not dialled again"),
+    };
+    assert!(connected.is_ok(), "{:?}", connected.err());
+    assert!((8.5..9.5).contains(&start.elapsed().as_secs_f64()), "{:?}", start.elapsed());
+}
+
 #[tokio::test]
 async fn of_several_failures_that_of_a_node_that_answered_is_told_or_else_of_the_first() {
     let unused = |host: &str| {
