@@ -179,3 +179,14 @@ fn the_only_home_is_not_looked_for_elsewhere() {
     network.run(299_000);
     assert_eq!((network.home(), network.asked.len()), (Some(1), 1), "in a full round");
 }
+
+#[test]
+fn a_home_that_was_left_because_it_hung_is_not_taken_back_for_its_answer() {
+    let mut network = Network::settled(&[(1, 20), (2, 90)]);
+    network.relays.remove(&1);
+    network.run(6_000);
+    assert_eq!(network.home(), Some(2));
+    network.netcheck.note_answer(1);
+    network.run(700_000);
+    assert_eq!(network.home(), Some(2));
+}
