@@ -22,8 +22,9 @@ use crate::testcontrol::TestControl;
 const DOUBTED: Duration = Duration::from_secs(10);
 /// Five more seconds until the home is left, a measurement, and another slow one.
 const LEFT: Duration = Duration::from_secs(20);
-/// The peer's own move, by a measurement that waits three seconds for the frozen relay.
-const WHOLE: Duration = Duration::from_secs(30);
+/// The peer's own move, by a measurement that waits three seconds for the frozen relay; where what it had sent last is
+/// lost, its TCP repeats 25 s after the start. Without a doubt the relay would be believed for 120 s.
+const WHOLE: Duration = Duration::from_secs(60);
 /// How long bytes go before and after.
 const STEADY: Duration = Duration::from_secs(1);
 
