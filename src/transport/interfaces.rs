@@ -29,12 +29,9 @@ pub(super) fn sources() -> impl Iterator<Item = IpAddr> {
     })
 }
 
-/// Whether packets of that family lead anywhere. IPv4 is assumed where neither does: there is loopback.
+/// Whether packets of that family lead anywhere, as netcheck takes it.
 pub(super) fn has_way(v6: bool) -> bool {
-    let running = if_addrs::get_if_addrs().unwrap_or_default().into_iter().filter(is_ours);
-    let own = running.filter(|interface| !interface.is_loopback()).map(|interface| interface.ip());
-    let families: Vec<bool> = own.filter(|ip| usable(*ip)).chain(sources()).map(|ip| ip.is_ipv6()).collect();
-    families.contains(&v6) || (!v6 && families.is_empty())
+    local_endpoints((Some(0), Some(0))).has_family(v6)
 }
 
 /// The addresses that a peer might reach us at without a relay, each with our port of its family. Loopback only where

@@ -27,6 +27,11 @@ impl LocalEndpoints {
     pub fn note_source(&mut self, ip: IpAddr) {
         self.families[usize::from(ip.is_ipv6())] |= !ip.is_loopback();
     }
+
+    /// Whether datagrams of that family can be sent at all. IPv4 is assumed where neither can: there is loopback.
+    pub fn has_family(&self, v6: bool) -> bool {
+        if self.families == [false; 2] { !v6 } else { self.families[usize::from(v6)] }
+    }
 }
 
 impl From<Vec<SocketAddr>> for LocalEndpoints {
@@ -40,9 +45,7 @@ impl From<Vec<SocketAddr>> for LocalEndpoints {
 /// The addresses.
 #[derive(Debug, Default)]
 pub(super) struct Endpoints {
-    local: Vec<SocketAddr>,
-    /// Whether datagrams can be sent by IPv4, and by IPv6.
-    families: [bool; 2],
+    local: LocalEndpoints,
     /// What servers saw, and when they last did.
     seen: BTreeMap<SocketAddr, Instant>,
     /// What each server saw, in the present round: to find out whether the NAT minds the destination.
@@ -51,23 +54,23 @@ pub(super) struct Endpoints {
 
 impl Endpoints {
     /// Our interfaces' addresses with the bound port. Whether they are others than before.
-    pub(super) fn set_local(&mut self, local: LocalEndpoints) -> bool {
-        let LocalEndpoints { endpoints: mut local, families } = local;
-        local.retain(|endpoint| !is_overlay(endpoint.ip()) && !is_link_local_v6(endpoint.ip()));
-        let elsewhere = local.iter().any(|endpoint| !endpoint.ip().is_loopback());
+    pub(super) fn set_local(&mut self, mut local: LocalEndpoints) -> bool {
+        let endpoints = &mut local.endpoints;
+        endpoints.retain(|endpoint| !is_overlay(endpoint.ip()) && !is_link_local_v6(endpoint.ip()));
+        let elsewhere = endpoints.iter().any(|endpoint| !endpoint.ip().is_loopback());
         if elsewhere {
-            local.retain(|endpoint| !endpoint.ip().is_loopback());
+            endpoints.retain(|endpoint| !endpoint.ip().is_loopback());
         }
-        local.sort_unstable();
-        local.dedup();
-        let changed = self.local != local || self.families != families;
-        (self.local, self.families) = (local, families);
+        endpoints.sort_unstable();
+        endpoints.dedup();
+        let changed = self.local != local;
+        self.local = local;
         changed
     }
 
-    /// Whether datagrams of that family can be sent at all. IPv4 is assumed where neither can: there is loopback.
+    /// Whether datagrams of that family can be sent: [`LocalEndpoints::has_family`].
     pub(super) fn has_family(&self, v6: bool) -> bool {
-        if self.families == [false; 2] { !v6 } else { self.families[usize::from(v6)] }
+        self.local.has_family(v6)
     }
 
     /// Servers are asked anew.
@@ -112,7 +115,7 @@ impl Endpoints {
         let fresh = self.by_server.values();
         let remembered = self.seen.iter().filter(|(_, at)| now.duration_since(**at) < REMEMBERED).map(|(seen, _)| seen);
         let stun = fresh.chain(remembered).map(|endpoint| (*endpoint, EndpointType::Stun));
-        let local = self.local.iter().map(|endpoint| (*endpoint, EndpointType::Local));
+        let local = self.local.endpoints.iter().map(|endpoint| (*endpoint, EndpointType::Local));
         stun.chain(local).filter(|(endpoint, _)| listed.insert(*endpoint)).collect()
     }
 }
