@@ -176,15 +176,23 @@ impl Round {
     /// Whether there is something to conclude now: everybody answered, or waiting longer is no use.
     pub(super) fn is_conclusive(&self, now: Instant) -> bool {
         let since = |at: Option<Instant>| at.is_some_and(|at| now.duration_since(at) >= GRACE);
-        let https_done = self.https.as_ref().is_none_or(BTreeSet::is_empty);
-        let all_stun = self.unresolved.is_empty() && self.targets.keys().all(|target| self.answered.contains(target));
         if self.first_answer.is_some() {
             return self.is_complete() || since(self.first_answer) || self.is_over(now);
         }
         if self.https.is_some() {
-            return https_done || since(self.first_https) || self.is_over(now);
+            return self.https_is_done() || since(self.first_https) || self.is_over(now);
         }
-        (all_stun && !self.full) || self.is_over(now)
+        (self.all_answered() && !self.full) || self.is_over(now)
+    }
+
+    /// Whether every server answered by UDP.
+    fn all_answered(&self) -> bool {
+        self.unresolved.is_empty() && self.targets.keys().all(|target| self.answered.contains(target))
+    }
+
+    /// Whether HTTPS waits for no region.
+    fn https_is_done(&self) -> bool {
+        self.https.as_ref().is_none_or(BTreeSet::is_empty)
     }
 
     /// Whether every server answered that can be asked.
@@ -211,9 +219,7 @@ impl Round {
 
     /// Whether late answers are no longer waited for.
     pub(super) fn is_over(&self, now: Instant) -> bool {
-        let all_stun = self.unresolved.is_empty() && self.targets.keys().all(|target| self.answered.contains(target));
-        let https_done = self.https.as_ref().is_none_or(BTreeSet::is_empty);
-        if self.settled && all_stun && https_done {
+        if self.settled && self.all_answered() && self.https_is_done() {
             return true;
         }
         let limit = if self.https.is_some() { REPORT_TIMEOUT } else { STUN_TIMEOUT };
