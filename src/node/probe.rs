@@ -68,19 +68,13 @@ mod tests {
 
     use super::*;
     use crate::node::regions;
+    use crate::transport::bed::{tls_server, underlay};
     use crate::transport::link::Link;
-    use crate::transport::tls::Tls;
     use crate::wire::tailcfg::derp::Region;
 
     /// A relay's port, where requests are answered so.
     async fn relay(answer: &'static str) -> u16 {
-        let certified = rcgen::generate_simple_self_signed(vec!["derp.example".to_owned()]).unwrap();
-        let key = rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-        let config = config.unwrap().with_no_client_auth();
-        let config = config.with_single_cert(vec![certified.cert.der().clone()], key).unwrap();
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let acceptor = TlsAcceptor::from(Arc::new(tls_server("derp.example").0));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(async move {
@@ -105,8 +99,7 @@ mod tests {
             serde_json::from_value(node).unwrap()
         };
         let region = Region { id: 7, nodes: ports.iter().map(node).collect(), ..Region::default() };
-        let underlay =
-            Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: Arc::default(), link: Link::default() };
+        let underlay = underlay(Link::default());
         let (probes, mut outcome) = mpsc::channel(1);
         let of = HttpsProbe { region: 7, round: 3 };
         https(of, regions::relays(&region), underlay, probes).await;

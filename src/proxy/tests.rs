@@ -76,6 +76,17 @@ fn drain_answers_connections_that_wait_for_their_dial() {
     });
 }
 
+/// A client and its target after a change of protocols. What came behind the target's answer to it is the tunnel's.
+async fn half_behind_an_upgrade(bed: &bed::Bed) -> (TcpStream, TcpStream) {
+    let upgrade = "Connection: upgrade\r\nUpgrade: other\r\n\r\n";
+    let (mut client, mut target) = asked(bed, &format!("GET http://TARGET/ HTTP/1.1\r\n{upgrade}")).await;
+    read_head(&mut target).await;
+    target.write_all(format!("HTTP/1.1 101 Switching Protocols\r\n{upgrade}half").as_bytes()).await.unwrap();
+    read_head(&mut client).await;
+    expect_bytes(&mut client, b"half").await;
+    (client, target)
+}
+
 #[test]
 fn whatever_is_cut_at_the_end_is_reset() {
     bed::run(async {
@@ -103,13 +114,7 @@ fn whatever_is_cut_at_the_end_is_reset() {
             expect_bytes(&mut client, if version == "1.0" { b"half" } else { b"4\r\nhalf\r\n" }).await;
             cut.push((client, Some(target)));
         }
-        // What comes behind a change of protocols is the tunnel's.
-        let upgrade = "Connection: upgrade\r\nUpgrade: other\r\n\r\n";
-        let (mut client, mut target) = asked(&bed, &format!("GET http://TARGET/ HTTP/1.1\r\n{upgrade}")).await;
-        read_head(&mut target).await;
-        target.write_all(format!("HTTP/1.1 101 Switching Protocols\r\n{upgrade}half").as_bytes()).await.unwrap();
-        read_head(&mut client).await;
-        expect_bytes(&mut client, b"half").await;
+        let (client, target) = half_behind_an_upgrade(&bed).await;
         cut.push((client, Some(target)));
         let mut idle = bed.connect().await;
         idle.write_all(format!("CONNECT {echo} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();

@@ -1,6 +1,8 @@
 //! Sockets: UDP to peers, TLS to control and to relays, and nothing else.
 
 pub mod backoff;
+#[cfg(test)]
+pub(crate) mod bed;
 pub mod derp;
 pub mod error;
 pub mod interfaces;

@@ -9,13 +9,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::*;
-
-/// Two connected sockets.
-async fn pair() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    (dialled, listener.accept().await.unwrap().0)
-}
+use crate::node::bed::pair;
 
 /// What a socket of [`slow_pair`] takes at once, though its other end does not.
 const MUCH: usize = 128 << 10;

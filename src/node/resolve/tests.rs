@@ -21,6 +21,7 @@ use super::networks::Network;
 use super::servers::Server;
 use super::*;
 use crate::node::{Config, Node};
+use crate::transport::bed::tls_server;
 
 const SOON: Duration = Duration::from_secs(8);
 
@@ -280,13 +281,9 @@ async fn a_kept_connection_that_has_died_does_not_fail_the_question() {
 
 /// A resolver by HTTPS that speaks `protocol`, and the roots that trust it.
 async fn https(protocol: &'static [u8]) -> (Candidate, tempfile::TempDir) {
-    let certified = rcgen::generate_simple_self_signed(vec!["dns.example".to_owned()]).unwrap();
+    let (mut config, certificate) = tls_server("dns.example");
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("ca.pem"), certified.cert.pem()).unwrap();
-    let key = rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    let mut config = builder.with_no_client_auth().with_single_cert(vec![certified.cert.der().clone()], key).unwrap();
+    std::fs::write(folder.path().join("ca.pem"), certificate).unwrap();
     config.alpn_protocols = vec![protocol.to_vec()];
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();

@@ -7,7 +7,6 @@ use std::rc::Rc;
 
 use rustix::net::sockopt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
 
 use super::*;
 use crate::netstack::Netstack;
@@ -63,9 +62,7 @@ async fn connected(core: &Shared) -> (TunnelStream, Vec<u8>) {
 async fn reset_of_the_client_is_seen_while_the_target_takes_nothing() {
     let core = Rc::new(RefCell::new(bed::core(Instant::now())));
     let (stream, _) = connected(&core).await;
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    let near = listener.accept().await.unwrap().0;
+    let (mut client, near) = bed::pair().await;
     let carried = Rc::new(Carried::default());
     let counted = carried.clone();
     let splice = tokio::task::spawn_local(async move { stream.splice(near, b"", &counted).await });
@@ -82,9 +79,7 @@ async fn reset_of_the_client_is_seen_while_the_target_takes_nothing() {
 async fn client_is_not_reset_any_more_once_it_has_the_whole_answer() {
     let core = Rc::new(RefCell::new(bed::core(Instant::now())));
     let (stream, syn) = connected(&core).await;
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    let near = listener.accept().await.unwrap().0;
+    let (mut client, near) = bed::pair().await;
     let watched = near.as_fd().try_clone_to_owned().unwrap();
     let lingers = || sockopt::socket_linger(&watched).unwrap();
     let splice = tokio::task::spawn_local(async move { stream.splice(near, b"", &Carried::default()).await });
@@ -104,9 +99,7 @@ async fn what_is_dropped_with_bytes_on_their_way_or_an_answer_awaited_was_not_id
         let core = Rc::new(RefCell::new(bed::core(Instant::now())));
         let (stream, _) = connected(&core).await;
         let (id, carried) = (stream.handle.id, Rc::new(Carried::default()));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (near, counted) = (listener.accept().await.unwrap().0, carried.clone());
+        let ((mut client, near), counted) = (bed::pair().await, carried.clone());
         let splice = tokio::task::spawn_local(async move { stream.splice(near, b"", &counted).await });
         client.write_all(&vec![7; sent]).await.unwrap();
         if last {

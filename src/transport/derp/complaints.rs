@@ -151,10 +151,9 @@ mod tests {
 
     use super::*;
     use crate::key::NodePrivate;
+    use crate::transport::bed::underlay;
     use crate::transport::derp::{ConnectionId, Region};
     use crate::transport::link::Link;
-    use crate::transport::tls::Tls;
-    use crate::transport::underlay::Underlay;
 
     /// What is logged at info level and above.
     #[derive(Debug, Clone, Default)]
@@ -208,8 +207,7 @@ mod tests {
         let (complaints, log) = (Rc::new(RefCell::new(Complaints::new(7))), Log::default());
         let mut lines = Vec::new();
         for number in 1..4 {
-            let underlay =
-                Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
+            let underlay = underlay(Link::default());
             let id = ConnectionId { region: 7, number };
             let (_region, task) = Region::new(id, Vec::new(), NodePrivate::random(), underlay, complaints.clone());
             let run = timeout(Duration::from_secs(300), task.run(|_, _| {}));

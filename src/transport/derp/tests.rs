@@ -8,8 +8,8 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_local};
 
 use super::*;
+use crate::transport::bed::underlay;
 use crate::transport::link::Link;
-use crate::transport::tls::Tls;
 
 mod dials;
 mod life;
@@ -81,7 +81,7 @@ impl World {
 }
 
 fn task(relays: Vec<Relay>, link: Link) -> (Sender, Task) {
-    let underlay = Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link };
+    let underlay = underlay(link);
     let (id, complaints) = (ConnectionId { region: 1, number: 1 }, Rc::new(RefCell::new(Complaints::new(1))));
     let (region, task) = Region::new(id, relays, NodePrivate::random(), underlay, complaints);
     (region.mailbox, task)

@@ -5,6 +5,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::*;
+use crate::transport::bed::tls_server;
 
 /// Relays that accept, each at an address of its own, and then say nothing: nobody speaks TLS there.
 fn silent(count: u8) -> (Vec<std::net::TcpListener>, Vec<Relay>) {
@@ -27,13 +28,7 @@ async fn pass(time: Duration) {
 
 /// A relay, and what has it shake hands with the next connection once so much time has passed.
 async fn slow(takes: Duration) -> (Relay, impl AsyncFn() -> TlsStream<TcpStream>) {
-    let certified = rcgen::generate_simple_self_signed(vec!["derp.example".to_owned()]).unwrap();
-    let key = rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-    let config = config.unwrap().with_no_client_auth();
-    let config = config.with_single_cert(vec![certified.cert.der().clone()], key).unwrap();
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let acceptor = TlsAcceptor::from(Arc::new(tls_server("derp.example").0));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (host, port) = ("127.0.0.1".to_owned(), listener.local_addr().unwrap().port());
     let accept = async move || {
@@ -161,7 +156,7 @@ async fn a_region_out_of_reach_is_tried_more_often_while_packets_are_to_go_there
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let places = Places::at(&["127.0.0.1".parse().unwrap()]);
     let relay = Relay { host: "relay".to_owned(), places, port, check: Check::Insecure };
-    let underlay = Underlay { tls: Tls::load(None).unwrap(), proxy: None, no_proxy: [].into(), link: Link::default() };
+    let underlay = underlay(Link::default());
     let id = ConnectionId { region: 1, number: 1 };
     let complaints = Rc::new(RefCell::new(Complaints::new(1)));
     let (region, task) = Region::new(id, vec![relay], NodePrivate::random(), underlay, complaints);
