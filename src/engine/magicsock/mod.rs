@@ -140,6 +140,7 @@ impl Magicsock {
                             place.path.doubt();
                         }
                         self.follow_home(*slot, entry, now);
+                        self.reschedule(*slot);
                     }
                 }
             }

@@ -79,6 +79,8 @@ pub(super) struct Path {
     /// When the peer was last called, and how many of the pings of [`AGAIN`] that has had.
     called: Option<(Instant, usize)>,
     silence: Silence,
+    /// When control named an endpoint of a peer in use that was new: the peer may have moved.
+    moved_at: Option<Instant>,
     /// When the machine last refused what goes to the best address, of the times that were acted upon.
     refused_at: Option<Instant>,
     /// Whether the ping that asked because of that was refused as well.
@@ -176,6 +178,7 @@ impl Path {
         if endpoints.iter().any(|endpoint| !self.candidates.contains_key(endpoint)) {
             // Worth a try at once.
             self.discover_at = None;
+            self.moved_at = self.heartbeat_at.map(|_| now);
         }
         let named = self.best_candidate().is_some_and(|best| best.in_netmap);
         self.candidates.values_mut().for_each(|candidate| candidate.in_netmap = false);
@@ -280,8 +283,14 @@ impl Path {
                 news.lost = true;
             }
         }
-        news.probe = self.probe(now);
         let trusted = self.trusted(now);
+        if self.moved_at.take().is_some() && trusted.is_none() && self.is_active(now) {
+            // Its relay may have had another connection of the peer's when that was sent which is not answered.
+            news.resend = unheard.is_some();
+            news.probe = self.discover(now);
+        } else {
+            news.probe = self.probe(now);
+        }
         match self.silence.handle_timeout(trusted.map(|best| best.latency), unheard, now) {
             silence::Step::Wait => {}
             silence::Step::Ask => {
@@ -327,7 +336,8 @@ impl Path {
 
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let asked = [self.again_at(), self.silence.next_deadline(), self.pings.next_deadline()];
-        asked.into_iter().chain([self.heartbeat_at, self.retraction.next_deadline()]).flatten().min()
+        let others = [self.heartbeat_at, self.moved_at, self.retraction.next_deadline()];
+        asked.into_iter().chain(others).flatten().min()
     }
 
     /// Our own network changed, or the peer is another process now: no pong so far vouches for an address. The best one

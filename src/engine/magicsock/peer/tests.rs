@@ -225,6 +225,30 @@ pub(super) fn doubted(start: Instant) -> (Path, Instant, Instant) {
 }
 
 #[test]
+fn a_peer_that_may_have_moved_is_looked_for_when_control_says_so() {
+    let start = Instant::now();
+    let elsewhere = addr("192.0.2.3:3");
+    let (mut path, sent, now) = doubted(start);
+    let told = now + Duration::from_millis(300);
+    path.set_endpoints(&[addr(A), elsewhere], told);
+    assert_eq!(path.next_deadline(), Some(told));
+    let news = path.handle_timeout(Some(sent), told);
+    assert!(news.resend && news.probe.call && news.probe.ping.contains(&elsewhere), "{news:?}");
+    assert!(!path.handle_timeout(Some(sent), told).resend, "once");
+
+    path.set_endpoints(&[addr(A), elsewhere], told);
+    assert!(path.next_deadline().unwrap() > told, "that is no news");
+
+    let mut answered = doubted(start).0;
+    answered.set_endpoints(&[elsewhere], told);
+    assert!(!answered.handle_timeout(None, told).resend, "nothing waits for an answer");
+
+    let mut trusted = direct(start);
+    trusted.set_endpoints(&[addr(A), addr(B), elsewhere], after(start, 100));
+    assert_eq!(trusted.handle_timeout(None, after(start, 100)), News::default());
+}
+
+#[test]
 fn a_pong_that_sees_us_elsewhere_tells_of_our_nat_now_and_then() {
     let start = Instant::now();
     let mut path = direct(start);
