@@ -1,7 +1,7 @@
 //! The nodes in the networks of [`crate::nat`], and which way each says that its packets take.
 
 use std::io::Write as _;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -256,6 +256,16 @@ impl Peer {
         let mut all = peers_of(&status);
         let found = all.find(|peer| peer["TailscaleIPs"].as_array().is_some_and(|ips| ips.contains(&address)));
         Ok(found.and_then(|other| other["CurAddr"].as_str()?.parse().ok()))
+    }
+
+    /// Whether the peer says of itself that it is at that address.
+    ///
+    /// # Errors
+    /// What the command complained of.
+    pub(crate) fn is_at(&self, address: IpAddr) -> Result<bool, Failed> {
+        let status = local_status(self.daemon.socket())?;
+        let mut said = status["Self"]["Addrs"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        Ok(said.any(|said| said.parse::<SocketAddr>().is_ok_and(|said| said.ip() == address)))
     }
 
     /// The addresses at which control says that a node is.
