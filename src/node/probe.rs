@@ -68,7 +68,7 @@ mod tests {
 
     use super::*;
     use crate::node::regions;
-    use crate::transport::bed::{tls_server, underlay};
+    use crate::transport::bed::{closed_port, tls_server, underlay};
     use crate::transport::link::Link;
     use crate::wire::tailcfg::derp::Region;
 
@@ -112,7 +112,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_region_is_measured_by_the_first_relay_that_answers() {
-        let down = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        let down = closed_port("127.0.0.1").port();
         let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let silent = (silent.local_addr().unwrap().port(), silent);
         assert!(probed(&[down, relay(FINE).await]).await.is_some());

@@ -135,11 +135,6 @@ pub(super) async fn settled<F: Future + Unpin>(future: &mut F) -> Option<F::Outp
     }
 }
 
-/// An address where nobody listens.
-pub(super) async fn nobody() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
-}
-
 /// Reads to the end of an HTTP head.
 pub(super) async fn read_head(connection: &mut TcpStream) -> String {
     let mut head = Vec::new();

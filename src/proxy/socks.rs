@@ -227,6 +227,7 @@ mod tests {
     use super::*;
     use crate::proxy::bed::{self, expect_bytes};
     use crate::proxy::{Config, Credentials};
+    use crate::transport::bed::closed_port;
 
     const GREETING: [u8; 3] = [5, 1, 0];
 
@@ -297,7 +298,7 @@ mod tests {
                 ("port 0", connect_to("127.0.0.1:0".parse().unwrap()), 1),
                 ("an empty name", domain("", 80), 1),
                 ("a name with a space", domain("a b", 80), 1),
-                ("a port where nobody listens", connect_to(bed::nobody().await), 5),
+                ("a port where nobody listens", connect_to(closed_port("127.0.0.1")), 5),
                 ("this proxy by no address", connect_to((Ipv4Addr::UNSPECIFIED, bed.address.port()).into()), 2),
             ] {
                 assert_eq!(code(&bed, &request).await, reply(expected), "{what}");

@@ -251,6 +251,7 @@ fn is_of_tls(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::bed::closed_port;
 
     fn underlay(no_proxy: &[&str]) -> Underlay {
         let no_proxy = no_proxy.iter().map(|&rule| rule.to_owned()).collect();
@@ -311,11 +312,6 @@ mod tests {
         assert!(matches!(answered(b"HTTP/1.1 400 Bad Request\r\n\r\n").await, UnderlayError::Tls { .. }));
     }
 
-    /// A port on which nobody listens.
-    fn unused_port() -> u16 {
-        std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-    }
-
     #[tokio::test]
     async fn a_proxy_that_cannot_be_reached_is_told_from_one_that_refuses() {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -325,7 +321,7 @@ mod tests {
             let underlay = Underlay { proxy: Some(proxy.into()), ..underlay(&[]) };
             underlay.connect("relay.example", 443).await.err().unwrap()
         };
-        let port = unused_port();
+        let port = closed_port("127.0.0.1").port();
         let error = by_proxy(port).await;
         assert!(matches!(error, UnderlayError::ProxyUnreached { .. }), "{error}");
         let text = format!("HTTP proxy 127.0.0.1:{port}: cannot connect to 127.0.0.1:{port}: ");
@@ -343,7 +339,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_refused_connection_says_where() {
-        let port = unused_port();
+        let port = closed_port("127.0.0.1").port();
         let error = underlay(&[]).connect("127.0.0.1", port).await.err().unwrap();
         assert!(matches!(error, UnderlayError::Connect { host, .. } if host == format!("127.0.0.1:{port}")));
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread;
 
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use tokio::net::TcpSocket;
 
 /// A server that meets every connection with `answer`, for as long as the test lives.
 pub(crate) fn serve(answer: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
@@ -22,9 +23,13 @@ pub(crate) fn serve(answer: impl Fn(TcpStream) + Send + Sync + 'static) -> Socke
     address
 }
 
-/// A port that nobody listens on.
+/// A port that nobody listens on, nor can: it stays bound until the tests end, and refuses all connections.
 pub(crate) fn closed_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("loopback has a free port")
+    let socket = TcpSocket::new_v4().expect("there are sockets");
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("loopback has a free port");
+    let address = socket.local_addr().expect("it is bound");
+    std::mem::forget(socket);
+    address
 }
 
 /// A request's head, without its body.

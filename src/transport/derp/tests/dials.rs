@@ -5,7 +5,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::*;
-use crate::transport::bed::tls_server;
+use crate::transport::bed::{closed_port, tls_server};
 
 /// Relays that accept, each at an address of its own, and then say nothing: nobody speaks TLS there.
 fn silent(count: u8) -> (Vec<std::net::TcpListener>, Vec<Relay>) {
@@ -132,20 +132,20 @@ async fn a_websocket_connects_on_a_slow_line_where_something_swallows_a_plain_up
 
 #[tokio::test]
 async fn of_several_failures_that_of_a_node_that_answered_is_told_or_else_of_the_first() {
-    let unused = |host: &str| {
-        let port = std::net::TcpListener::bind((host, 0)).unwrap().local_addr().unwrap().port();
+    let closed = |host: &str| {
+        let port = closed_port(host).port();
         Relay { host: host.to_owned(), places: Places::named(), port, check: Check::Insecure }
     };
     let failure = async |relays: Vec<Relay>| {
         let (_packets, task) = task(relays, Link::default());
         task.connect().await.err().unwrap().to_string()
     };
-    let (first, second) = (unused("127.0.0.1"), unused("127.0.0.2"));
+    let (first, second) = (closed("127.0.0.1"), closed("127.0.0.2"));
     let text = failure(vec![first.clone(), second]).await;
     assert!(text.starts_with(&format!("cannot connect to 127.0.0.1:{}", first.port)), "{text}");
 
     let listener = TcpListener::bind("127.0.0.3:0").await.unwrap();
-    let turns_away = Relay { port: listener.local_addr().unwrap().port(), ..unused("127.0.0.3") };
+    let turns_away = Relay { port: listener.local_addr().unwrap().port(), ..closed("127.0.0.3") };
     let end = async { drop(listener.accept().await.unwrap()) };
     let (text, ()) = tokio::join!(failure(vec![first, turns_away]), end);
     assert!(text.contains("ended the connection before TLS began"), "{text}");
@@ -153,7 +153,7 @@ async fn of_several_failures_that_of_a_node_that_answered_is_told_or_else_of_the
 
 #[tokio::test(flavor = "local", start_paused = true)]
 async fn a_region_out_of_reach_is_tried_more_often_while_packets_are_to_go_there() {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = closed_port("127.0.0.1").port();
     let places = Places::at(&["127.0.0.1".parse().unwrap()]);
     let relay = Relay { host: "relay".to_owned(), places, port, check: Check::Insecure };
     let underlay = underlay(Link::default());
