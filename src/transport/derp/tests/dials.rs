@@ -105,7 +105,6 @@ async fn a_websocket_connects_on_a_slow_line_where_something_swallows_a_plain_up
     let trip = Duration::from_secs(1);
     let (relay, accept) = slow(3 * trip).await;
     let (_packets, task) = task(vec![relay], Link::default());
-    let start = Instant::now();
     let upgrade = async {
         let mut swallowed = accept().await;
         assert!(request(&mut swallowed).await.to_ascii_lowercase().contains("upgrade: derp"));
@@ -127,7 +126,6 @@ async fn a_websocket_connects_on_a_slow_line_where_something_swallows_a_plain_up
         () = tokio::time::sleep(2 * CONNECT_LIMIT) => panic!("the relay was not dialled again"),
     };
     assert!(connected.is_ok(), "{:?}", connected.err());
-    assert!((8.5..9.5).contains(&start.elapsed().as_secs_f64()), "{:?}", start.elapsed());
 }
 
 #[tokio::test]
