@@ -23,7 +23,7 @@ fn plain(address: SocketAddr) -> Ended {
 
 #[test]
 fn a_name_without_address_is_told() {
-    join("https://control.invalid", "").refused(75, "TC-1101");
+    join(&format!("https://{}", fake::NO_HOST), "").refused(75, "TC-1101");
 }
 
 #[test]

@@ -9,6 +9,9 @@ use std::thread;
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use tokio::net::TcpSocket;
 
+/// A host that has no address, for which no resolver is asked: its label is longer than any is (RFC 1035, 2.3.4).
+pub(crate) const NO_HOST: &str = "a-label-of-at-least-64-octets-is-none-and-that-is-known-beforehand.invalid";
+
 /// A server that meets every connection with `answer`, for as long as the test lives.
 pub(crate) fn serve(answer: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");

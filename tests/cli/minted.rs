@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::api::{self, Api, CLIENT, FEDERATED, Fault, MINTED, TOKEN};
-use crate::fake::{answer, closed_port, read_head, serve, tls};
+use crate::fake::{NO_HOST, answer, closed_port, read_head, serve, tls};
 use crate::program::{Ended, Program, await_some};
 
 const MADE: [&str; 2] = ["POST /api/v2/oauth/token", "POST /api/v2/tailnet/-/keys"];
@@ -226,14 +226,14 @@ fn the_api_is_reached_through_the_corporate_proxy() {
     });
     let words = format!("--login-server http://{} --advertise-tags tag:browser", closed_port());
     let words = format!("{words} --proxy http://me:geheimgeheimgeheim@{proxy}");
-    let base = format!("{CLIENT}?baseURL=https://api.invalid");
+    let base = format!("{CLIENT}?baseURL=https://{NO_HOST}");
     run(&words).env("TS_AUTHKEY", &base).run().refused(75, "TC-1010");
     let all: Vec<String> = heads.try_iter().collect();
     let head = all.first().unwrap().to_ascii_lowercase();
-    assert!(head.starts_with("connect api.invalid:443 "), "{head}");
+    assert!(head.starts_with(&format!("connect {NO_HOST}:443 ")), "{head}");
     assert!(head.contains("proxy-authorization: basic "), "{head}");
     // Named as an exception, it is looked up by this machine itself.
-    let ended = run(&format!("{words} --no-proxy api.invalid")).env("TS_AUTHKEY", &base).run();
+    let ended = run(&format!("{words} --no-proxy {NO_HOST}")).env("TS_AUTHKEY", &base).run();
     ended.refused(75, "TC-1010");
     assert_eq!(heads.try_recv().ok(), None, "the proxy was asked");
 }
