@@ -85,9 +85,10 @@ fn secrets_are_gone_from_the_environment_while_we_run() {
     let folder = tempfile::tempdir().unwrap();
     let pidfile = folder.path().join("pid");
     let server = format!("--login-server http://{} --advertise-tags tag:browser --pidfile", closed_port());
+    let api = Api::start(MINTED);
     let running = Program::new(&format!("run {server}"))
         .arg(&pidfile)
-        .env("TS_CLIENT_SECRET", CLIENT)
+        .env("TS_CLIENT_SECRET", &secret(&api, ""))
         .env("TS_ID_TOKEN", TOKEN)
         .env("TS_CLIENT_ID", FEDERATED)
         .start();
