@@ -53,7 +53,7 @@ fn a_certificate_that_nobody_trusts_is_told_and_one_that_is_named_is_taken() {
 
 #[test]
 fn what_answers_without_being_a_control_server_is_told() {
-    plain(fake::page("404 Not Found", "text/plain", "no such page")).refused(76, "TC-1105");
+    plain(fake::no_control_server()).refused(76, "TC-1105");
     plain(fake::page("200 OK", "text/html", "<html>please log in</html>")).refused(76, "TC-1105");
     plain(fake::page("200 OK", "application/json", "{}")).refused(76, "TC-1105");
     plain(fake::serve(|mut stream| drop(stream.write_all(b"SSH-2.0-OpenSSH_9.9\r\n")))).refused(76, "TC-1105");

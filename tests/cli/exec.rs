@@ -3,13 +3,13 @@
 use std::fs;
 use std::process::Command;
 
-use crate::fake::closed_port;
+use crate::fake::{closed_port, no_control_server};
 use crate::program::{KEY, Program, await_some, binary};
 
 #[test]
 fn a_failure_before_the_command_starts_exits_125() {
-    let words = format!("exec -o json --join-timeout 300ms --login-server http://{} -- true", closed_port());
-    Program::new(&words).env("TS_AUTHKEY", KEY).run().refused(125, "TC-1102");
+    let words = format!("exec -o json --login-server http://{} -- true", no_control_server());
+    Program::new(&words).env("TS_AUTHKEY", KEY).run().refused(125, "TC-1105");
 }
 
 #[test]

@@ -61,6 +61,11 @@ pub(crate) fn page(status: &'static str, kind: &'static str, body: &'static str)
     })
 }
 
+/// A server that is no control server, which ends a run at once with TC-1105: it got as far as that.
+pub(crate) fn no_control_server() -> SocketAddr {
+    page("404 Not Found", "text/plain", "no such page")
+}
+
 /// A server that hands out a control key, upgrades, and then does what `after` does.
 pub(crate) fn upgraded(after: impl Fn(&mut TcpStream) + Send + Sync + 'static) -> SocketAddr {
     serve(move |mut stream| {

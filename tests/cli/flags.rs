@@ -2,7 +2,7 @@
 
 use std::net::TcpListener;
 
-use crate::fake::closed_port;
+use crate::fake::no_control_server;
 use crate::program::{KEY, Program};
 
 fn run(words: &str) -> Program {
@@ -11,8 +11,8 @@ fn run(words: &str) -> Program {
 
 /// A run that has a key and would only fail at its control server.
 fn keyed(words: &str) -> Program {
-    let server = closed_port();
-    run(&format!("--join-timeout 300ms --login-server http://{server} {words}")).env("TS_AUTHKEY", KEY)
+    let server = no_control_server();
+    run(&format!("--login-server http://{server} {words}")).env("TS_AUTHKEY", KEY)
 }
 
 #[test]
@@ -119,14 +119,14 @@ fn a_misspelt_variable_is_warned_about() {
 #[test]
 fn json_logs_are_json_to_the_last_line() {
     let ended = keyed("--log-format json --log-level debug --run-id r7").run();
-    assert_eq!(ended.code(), 75);
+    assert_eq!(ended.code(), 76);
     assert!(!ended.stderr.is_empty());
     for line in ended.stderr.lines() {
         let line: serde_json::Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}"));
         assert!(line["ts"].is_string() && line["level"].is_string() && line["run_id"] == "r7", "{line}");
     }
     let failed = ended.stderr.lines().find(|line| line.contains("\"event\":\"failed\"")).unwrap();
-    assert!(failed.contains("\"code\":\"TC-1102\""), "{failed}");
+    assert!(failed.contains("\"code\":\"TC-1105\""), "{failed}");
 }
 
 #[test]

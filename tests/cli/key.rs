@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 
-use crate::fake::{closed_port, serve};
+use crate::fake::{closed_port, no_control_server, serve};
 use crate::program::{Ended, KEY, Program, SECRET, await_some, binary};
 
 fn with_file(text: &str) -> Ended {
@@ -145,7 +145,7 @@ fn no_descriptor_holds_the_key_even_when_another_source_wins() {
 fn a_command_inherits_no_file_that_holds_the_key() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     writeln!(file, "{KEY}").unwrap();
-    let server = format!("--join-timeout 300ms --login-server http://{}", closed_port());
+    let server = format!("--login-server http://{}", no_control_server());
     for source in ["--auth-key - <", "--auth-key-fd 0 <", "--auth-key-fd 7 7<"] {
         let script =
             format!("exec {} exec -o json {server} {source}{} -- true", binary().display(), file.path().display());
@@ -161,14 +161,14 @@ fn every_good_source_is_taken() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("key");
     std::fs::write(&file, KEY).unwrap();
-    let start = format!("run -o json --join-timeout 300ms --login-server http://{}", closed_port());
+    let start = format!("run -o json --login-server http://{}", no_control_server());
     let with = |words: &str| Program::new(&format!("{start} {words}"));
     // What fails is the server, so the key was taken.
-    with(&format!("--auth-key file:{}", file.display())).run().refused(75, "TC-1102");
-    with("--auth-key -").stdin(&format!("{KEY}\n")).run().refused(75, "TC-1102");
-    with("--auth-key-fd 0").stdin(&format!("{KEY}\n")).run().refused(75, "TC-1102");
-    with("").env("TS_AUTHKEY", KEY).run().refused(75, "TC-1102");
-    with("").env("TS_AUTH_KEY", KEY).run().refused(75, "TC-1102");
-    with("").env("TS_AUTHKEY", &format!("file:{}", file.display())).run().refused(75, "TC-1102");
-    with("").env("TS_AUTHKEY_FILE", &file.display().to_string()).run().refused(75, "TC-1102");
+    with(&format!("--auth-key file:{}", file.display())).run().refused(76, "TC-1105");
+    with("--auth-key -").stdin(&format!("{KEY}\n")).run().refused(76, "TC-1105");
+    with("--auth-key-fd 0").stdin(&format!("{KEY}\n")).run().refused(76, "TC-1105");
+    with("").env("TS_AUTHKEY", KEY).run().refused(76, "TC-1105");
+    with("").env("TS_AUTH_KEY", KEY).run().refused(76, "TC-1105");
+    with("").env("TS_AUTHKEY", &format!("file:{}", file.display())).run().refused(76, "TC-1105");
+    with("").env("TS_AUTHKEY_FILE", &file.display().to_string()).run().refused(76, "TC-1105");
 }

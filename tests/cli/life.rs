@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::fake::{closed_port, serve};
+use crate::fake::{no_control_server, serve};
 use crate::program::{KEY, Program, Running, await_some, binary};
 
 /// A run that waits for a silent control server, with its files in a folder of its own.
@@ -174,14 +174,13 @@ fn an_early_connection_is_held_and_then_answered_in_its_own_protocol() {
 fn a_failed_run_leaves_its_failure_in_the_status_file() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("status");
-    let words =
-        format!("run --join-timeout 300ms --login-server http://{} --status-file {}", closed_port(), file.display());
+    let words = format!("run --login-server http://{} --status-file {}", no_control_server(), file.display());
     let ended = Program::new(&words).env("TS_AUTHKEY", KEY).run();
-    assert_eq!(ended.code(), 75);
+    assert_eq!(ended.code(), 76);
     let status = status(&file);
     assert_eq!(
         (&status["state"], &status["code"], &status["retryable"]),
-        (&"failed".into(), &"TC-1102".into(), &true.into())
+        (&"failed".into(), &"TC-1105".into(), &false.into())
     );
     assert_eq!(ended.stdout, "", "without --output json, standard output is for nobody");
 }
