@@ -32,17 +32,18 @@ pub(crate) fn program(pid: u32) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
+    use rustix::net::getsockname;
+
     use super::*;
 
     #[test]
     fn only_who_listens_is_seen() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let std::net::SocketAddr::V4(address) = listener.local_addr().unwrap() else { panic!("it is IPv4") };
-        assert!(listens(address).unwrap());
-        drop(listener);
         let bound = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
         sockopt::set_socket_reuseaddr(&bound, true).unwrap();
-        bind(&bound, &address).unwrap();
+        bind(&bound, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = getsockname(&bound).unwrap().try_into().unwrap();
         assert!(!listens(address).unwrap());
         rustix::net::listen(&bound, 1).unwrap();
         assert!(listens(address).unwrap());

@@ -203,13 +203,17 @@ async fn idle_mapping_is_closed_and_used_one_is_kept() {
 #[tokio::test(flavor = "local")]
 async fn target_where_nobody_listens_does_not_end_its_mapping() {
     let mut association = association(9);
-    let (target, address) = {
+    let (target, back) = loop {
         let gone = peer().await;
-        (to(&gone), gone.local_addr().unwrap())
+        let (target, address) = (to(&gone), gone.local_addr().unwrap());
+        drop(gone);
+        association.send(&target, b"x").unwrap();
+        until(&mut association, tokio::time::sleep(Duration::from_millis(20))).await;
+        // Another test may have been given the port meanwhile.
+        if let Ok(back) = UdpSocket::bind(address).await {
+            break (target, back);
+        }
     };
-    association.send(&target, b"x").unwrap();
-    until(&mut association, tokio::time::sleep(Duration::from_millis(20))).await;
-    let back = UdpSocket::bind(address).await.unwrap();
     association.send(&target, b"now").unwrap();
     assert_eq!(arrives(&mut association, &back).await.0, b"now");
 }
