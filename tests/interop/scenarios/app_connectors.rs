@@ -13,8 +13,10 @@ use crate::sidecar::Sidecar;
 use crate::tailscaled::{Role, Tailscaled};
 use crate::testcontrol::KEY;
 
-/// How much longer than its approval a first request may take on a loaded machine.
-const SLACK: Duration = Duration::from_millis(2500);
+/// How much longer than what it waits for a first request may take on a loaded machine.
+pub(super) const SLACK: Duration = Duration::from_millis(2500);
+/// How long a request may take that waits for nothing.
+const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// Runs a scenario with the connectors, and holds that no name of theirs was asked elsewhere.
 pub(super) fn with_apps(bed: &Bed, scenario: impl FnOnce(&Apps) -> Result<(), Failed>) -> Result<(), Failed> {
@@ -78,14 +80,14 @@ pub(crate) fn a_real_client_gets_the_page_when_it_tries_again(bed: &Bed) -> Resu
 }
 
 /// A page of a name that nobody has asked for comes at the first try, however long its route's approval takes; the
-/// second page asks and waits for nothing. IPv4 alone, IPv6 alone, and both.
+/// next pages ask and wait for nothing. IPv4 alone, IPv6 alone, and both.
 pub(crate) fn the_first_request_of_a_new_name_gets_its_page(bed: &Bed) -> Result<(), Failed> {
     with_apps(bed, |apps| {
         let sidecar = apps.launch(bed).ready()?;
         for delay in [0, 300, 2000] {
             apps.ask("auto_approve", json!({ "on": true, "delay_ms": delay }))?;
             let approval = Duration::from_millis(delay);
-            let one = |kind| first_and_second(apps, &sidecar, kind, approval);
+            let one = |kind| first_and_next(apps, &sidecar, kind, approval);
             thread::scope(|scope| {
                 let pages = ['n', 's', 'd'].map(|kind| scope.spawn(move || one(kind)));
                 pages.into_iter().try_for_each(|page| page.join().map_err(|_| "a thread panicked")?)
@@ -95,22 +97,25 @@ pub(crate) fn the_first_request_of_a_new_name_gets_its_page(bed: &Bed) -> Result
     })
 }
 
-fn first_and_second(apps: &Apps, sidecar: &Sidecar<'_>, kind: char, approval: Duration) -> Result<(), Failed> {
+fn first_and_next(apps: &Apps, sidecar: &Sidecar<'_>, kind: char, approval: Duration) -> Result<(), Failed> {
     let (name, number) = apps.fresh(kind, "app.test");
     let wanted = [format!("10.30.1.{number}"), format!("fdaa:2:1::{number}")];
-    for turn in ["first", "second"] {
+    let timed = || {
         let start = Instant::now();
         let (by, at) = served(sidecar, &name)?;
-        let (taken, asked) = (start.elapsed(), apps.asked(&name, Which::First));
-        if !wanted.contains(&at) {
-            return Err(format!("{name} at {at} by {by}").into());
+        match wanted.contains(&at) {
+            true => Ok(start.elapsed()),
+            false => Err(Failed::from(format!("{name} at {at} by {by}"))),
         }
-        let limit = if turn == "first" { approval + SLACK } else { SLACK.min(Duration::from_secs(1)) };
-        if taken > limit || !(1..=4).contains(&asked) {
-            return Err(format!("the {turn} request of {name} took {taken:?}, after {asked} questions").into());
-        }
+    };
+    let first = timed()?;
+    // The machine may stop for a moment in one of two requests. What waits does so in both.
+    let next = timed()?.min(timed()?);
+    let asked = apps.asked(&name, Which::First);
+    match first <= approval + SLACK && next <= AT_ONCE && (1..=4).contains(&asked) {
+        true => Ok(()),
+        false => Err(format!("{name} took {first:?}, then {next:?}, after {asked} questions").into()),
     }
-    Ok(())
 }
 
 /// Whatever a connector's answer looks like, its address is reached at the first try, by that connector, and again.
