@@ -174,11 +174,13 @@ pub(crate) fn datagrams_during_the_join_are_held(bed: &Bed) -> Result<(), Failed
 
 /// What would be public is dropped, counted and listed, and nothing of it leaves; the tailnet goes on.
 pub(crate) fn public_datagrams_go_nowhere(bed: &Bed) -> Result<(), Failed> {
+    // Linux's default for a socket holds 256 such datagrams: none is lost before the proxy reads it, however late it does.
+    const ROUNDS: usize = 30;
     let _service = Service::start(bed, "10.20.0.80:5005")?;
     let mut sidecar = Launch::new(bed).ready()?;
     let association = Association::of(&sidecar, bed)?;
     let hosts = [TRAP, "8.8.8.8", "2001:4860:4860::8888", "169.254.169.254", "public.example", "127.0.0.1"];
-    for _ in 0..50 {
+    for _ in 0..ROUNDS {
         for host in hosts {
             association.send(host, 53, &question("www.example.com"))?;
         }
@@ -196,7 +198,7 @@ pub(crate) fn public_datagrams_go_nowhere(bed: &Bed) -> Result<(), Failed> {
             return Err(format!("{destination} is not listed once\n{}", tail(&log)).into());
         }
     }
-    let counted = format!("Unsent(Refused): {}", 50 * hosts.len());
+    let counted = format!("Unsent(Refused): {}", ROUNDS * hosts.len());
     match log.contains(&counted) {
         true => Ok(()),
         false => Err(format!("no {counted:?} in the log\n{}", tail(&log)).into()),
