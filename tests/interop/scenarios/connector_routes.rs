@@ -21,6 +21,8 @@ pub(crate) fn a_route_that_is_never_approved_has_its_code(bed: &Bed) -> Result<(
     with_apps(bed, |apps| {
         apps.ask("auto_approve", json!({ "on": true, "withhold": ["10.30.0.86/32"] }))?;
         let sidecar = apps.launch(bed).args(&["--dial-timeout", "2s"]).ready()?;
+        // What is timed is the wait for a route, and not the way to the connector.
+        served(&sidecar, "web.app.test")?;
         let start = Instant::now();
         let told = fails(&sidecar, "never.app.test", &["TC-1506"], Duration::from_secs(4))?;
         // A quarter of the dial is kept for connecting.
@@ -41,19 +43,22 @@ pub(crate) fn a_route_that_is_never_approved_has_its_code(bed: &Bed) -> Result<(
 /// get through once it is back.
 pub(crate) fn a_route_that_is_withdrawn_is_asked_for_anew(bed: &Bed) -> Result<(), Failed> {
     with_apps(bed, |apps| {
-        let sidecar = apps.launch(bed).args(&["--dial-timeout", "2s"]).ready()?;
+        let sidecar = apps.launch(bed).args(&["--dial-timeout", "4s"]).ready()?;
         served(&sidecar, "withdrawn.app.test")?;
-        let asked = apps.asked("withdrawn.app.test", Which::First);
+        let asked = || apps.asked("withdrawn.app.test", Which::First);
+        let at_first = asked();
         apps.ask("auto_approve", json!({ "on": true, "withhold": ["10.30.0.87/32"] }))?;
         until(PATIENCE, "the route to be gone", || {
             Ok(fails(&sidecar, "withdrawn.app.test", &["TC-1506"], PATIENCE).ok())
         })?;
-        if apps.asked("withdrawn.app.test", Which::First) == asked {
+        let in_vain = asked();
+        if in_vain == at_first {
             return Err("the connector was not asked again".into());
         }
         let waiting = std::thread::scope(|scope| {
             let waiting = scope.spawn(|| served(&sidecar, "withdrawn.app.test"));
-            std::thread::sleep(Duration::from_millis(500));
+            // It is asked for when the wait has begun.
+            until(PATIENCE, "a request that waits", || Ok((asked() > in_vain).then_some(())))?;
             apps.ask("auto_approve", json!({ "on": true }))?;
             waiting.join().map_err(|_| Failed::from("a thread panicked"))?
         });
