@@ -189,6 +189,16 @@ impl Tailscaled {
         Ok(serde_json::from_str(&output(command)?)?)
     }
 
+    /// What it has been told of the tailnet.
+    ///
+    /// # Errors
+    /// What the command complained of.
+    pub(crate) fn netmap(&self) -> Result<Value, Failed> {
+        let mut command = self.command();
+        command.args(["debug", "netmap"]);
+        Ok(serde_json::from_str(&output(command)?)?)
+    }
+
     /// Its own addresses in the tailnet, IPv4 first.
     ///
     /// # Errors

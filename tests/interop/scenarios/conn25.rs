@@ -2,7 +2,6 @@
 //! with the connector and sends to it alone. No route needs to be advertised or approved.
 
 use std::cell::Cell;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
@@ -18,13 +17,17 @@ use crate::testcontrol::KEY;
 /// The app.
 const APP: &str = "transit";
 
+/// Under what a node's capabilities have the apps of this kind. Source: Tailscale, feature/conn25,
+/// `AppConnectorsExperimentalAttrName`.
+const APPS: &str = "tailscale.com/app-connectors-experimental";
+
 /// The tag of those who serve it.
 const TAG: &str = "tag:transit";
 
 /// What every node is told of the app. Transit addresses are link-local for IPv4, as they may be.
 fn attributes() -> Value {
     json!({
-        "tailscale.com/app-connectors-experimental": [
+        APPS: [
             { "name": APP, "domains": ["transit.test", "*.transit.test"], "connectors": [TAG] },
         ],
         "tailscale.com/app-connectors-experimental-ippools": [{
@@ -58,10 +61,19 @@ impl<'a> App<'a> {
     }
 
     /// Tells a connector of apps, besides what it always serves.
-    fn configure(&self, which: Which, attributes: &Value) -> Result<(), Failed> {
+    fn tell(&self, which: Which, attributes: &Value) -> Result<(), Failed> {
         let mut known = caps(which);
         known.as_object_mut().ok_or("no map")?.extend(attributes.as_object().cloned().unwrap_or_default());
         self.apps.ask("cap_map", json!({ "node": which.name(), "caps": known })).map(drop)
+    }
+
+    /// The same, and waits until it has heard.
+    fn configure(&self, which: Which, attributes: &Value) -> Result<(), Failed> {
+        self.tell(which, attributes)?;
+        until(Duration::from_secs(10), "the connector to hear of its apps", || {
+            let netmap = self.apps.connector(which).netmap()?;
+            Ok((netmap["SelfNode"]["CapMap"][APPS] == attributes[APPS]).then_some(()))
+        })
     }
 
     /// Tells a client of it.
@@ -97,7 +109,7 @@ impl Drop for App<'_> {
                 node["Tags"] = Value::Null;
                 drop(self.apps.ask("update_node", json!({ "value": node })));
             }
-            drop(self.configure(*which, &json!({})));
+            drop(self.tell(*which, &json!({})));
         }
     }
 }
@@ -176,7 +188,6 @@ pub(crate) fn a_connector_that_forgot_is_agreed_with_anew(bed: &Bed) -> Result<(
     served_at(&sidecar, "web.transit.test")?;
     app.apps.restart(bed, Which::First)?;
     app.configure(Which::First, &attributes())?;
-    thread::sleep(Duration::from_secs(1));
     let start = Instant::now();
     let served = served_at(&sidecar, "web.transit.test")?;
     crate::say(&format!("after the connector's restart the page took {} ms", start.elapsed().as_millis()));
@@ -205,10 +216,9 @@ pub(crate) fn an_app_that_no_connector_serves_fails_with_its_code(bed: &Bed) -> 
     let app = App::serve(bed, &[Which::First])?;
     let sidecar = app.client()?;
     let mut other = attributes();
-    other["tailscale.com/app-connectors-experimental"][0]["name"] = "another".into();
+    other[APPS][0]["name"] = "another".into();
     app.configure(Which::First, &other)?;
-    // A refusal needs a name that is not agreed upon yet, and the connector to have heard of it.
-    thread::sleep(Duration::from_secs(1));
+    // A refusal needs a name that is not agreed upon yet.
     sidecar.get_absolute("web.transit.test", "/")?.expect(502, "TC-1508")?;
     let mut node = app.apps.node(Which::First.name())?;
     node["Tags"] = Value::Null;
