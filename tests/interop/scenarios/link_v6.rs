@@ -12,6 +12,8 @@ use crate::sidecar::Sidecar;
 
 /// By DERP alone.
 const RELAYED: [&str; 2] = ["--transport", "derp"];
+/// What the log says of a connection to a relay that was cut.
+const DERP_LOST: &str = "derp connection lost";
 
 /// A sidecar in the network without IPv4, and a peer in another one. Ends with the host as it was.
 struct Six<'a> {
@@ -119,15 +121,20 @@ impl<'a> Six<'a> {
 
     /// Downloads while something changes that is to cut no connection to control or a relay.
     fn uncut(&self, what: &str, change: impl FnOnce() -> Result<(), Failed> + Send) -> Result<(), Failed> {
-        let connections = || [CONTROL, DERP].map(|made| self.sidecar.process.log().matches(made).count());
+        let log = || self.sidecar.process.log();
+        // A home may move meanwhile, ours or the peer's, and the connection to another region is a new one.
+        let known = connected(&log());
+        let connections = || {
+            let log = log();
+            let derp = connected(&log).into_iter().filter(|region| known.contains(region)).count();
+            (log.matches(CONTROL).count(), derp, log.matches(DERP_LOST).count())
+        };
         let before = connections();
         let paused = self.download(|| change().map(|()| None))?;
         self.bounded(what, &paused)?;
         match connections() {
             after if after == before => Ok(()),
-            after => {
-                Err(format!("{before:?} connections became {after:?}\n{}", tail(&self.sidecar.process.log())).into())
-            }
+            after => Err(format!("(control, DERP, DERP lost) {before:?} became {after:?}\n{}", tail(&log())).into()),
         }
     }
 
@@ -154,6 +161,12 @@ impl<'a> Six<'a> {
         let route = output(command)?;
         Ok(route.split_whitespace().skip_while(|word| *word != "src").nth(1).unwrap_or_default().to_owned())
     }
+}
+
+/// The regions that a log says were connected to, each as often as it says so.
+fn connected(log: &str) -> Vec<String> {
+    let regions = log.split(DERP).skip(1).filter_map(|rest| rest.split_whitespace().next());
+    regions.map(str::to_owned).collect()
 }
 
 impl Drop for Six<'_> {
