@@ -82,7 +82,7 @@ pub(crate) fn a_device_joins_when_it_is_approved(bed: &Bed) -> Result<(), Failed
 pub(crate) fn a_device_that_is_not_approved_in_time_says_so(bed: &Bed) -> Result<(), Failed> {
     let mut control = TestControl::start(bed)?;
     control.ask("require_approval", json!({ "on": true }))?;
-    let outcome = control.launch(bed).args(&["--join-timeout", "3s"]).outcome(SOON)?;
+    let outcome = control.launch(bed).args(&["--join-timeout", "6s"]).outcome(SOON)?;
     outcome.expect(77, "TC-1206")?;
     let logouts = Selection { kind: "register", logout: Some(true), ..Selection::default() };
     control.await_recorded(&logouts, 1, SOON).map(drop)

@@ -205,7 +205,7 @@ pub(crate) fn a_relay_with_another_pin_is_refused(bed: &Bed) -> Result<(), Faile
 
     map["Regions"]["2"]["Nodes"][0]["CertName"] = format!("sha256-raw:{other}").into();
     control.ask("derp_map", json!({ "map": map }))?;
-    let outcome = control.launch(bed).args(&["--join-timeout", "4s"]).outcome(Duration::from_secs(15))?;
+    let outcome = control.launch(bed).args(&["--join-timeout", "6s"]).outcome(Duration::from_secs(15))?;
     outcome.expect(75, "TC-1301")?;
     if outcome.log.contains("derp connected") {
         return Err(format!("connected in spite of the pin\n{}", outcome.log).into());
