@@ -10,8 +10,9 @@ use rustix::process::Signal;
 
 use crate::bed::{Bed, TRAP};
 use crate::namespace::Namespace;
-use crate::process::{output, tail, until};
+use crate::process::{Process, output, tail, until};
 use crate::sidecar::{Launch, Sidecar};
+use crate::testcontrol::TestControl;
 
 /// How much is downloaded, and how fast the wire is: it takes some five seconds.
 const SIZE: u64 = 24 << 20;
@@ -24,6 +25,11 @@ const PAUSE_MOST: Duration = Duration::from_secs(20);
 pub(super) const BACK_MOST: Duration = Duration::from_secs(20);
 /// How long the process is stopped. What is waited for is the stop itself.
 const STOPPED: Duration = Duration::from_secs(8);
+
+/// Where these scenarios have control and its relays.
+pub(super) const ADDRESS: &str = "10.99.0.6";
+/// From whom it is downloaded.
+const PEER: &str = "link-web";
 
 /// What the log says of changes, and of connections that were made.
 const CHANGED: &str = "the network changed";
@@ -42,7 +48,7 @@ pub(crate) fn a_new_address_stops_no_relayed_download(bed: &Bed) -> Result<(), F
 
 /// The same where the kernel tells nothing and shows no addresses: we look now and then.
 pub(crate) fn a_new_address_stops_no_download_in_a_sandbox_without_netlink(bed: &Bed) -> Result<(), Failed> {
-    let mut sidecar = begin_as(bed, Launch::new(bed).sandboxed())?;
+    let (_servers, mut sidecar) = begin_as(bed, Launch::sandboxed)?;
     sidecar.process.says("the kernel tells nothing of network changes", Duration::from_secs(1))?;
     let pause = download(&sidecar, || {
         bed.hosts.link.ip(&format!(
@@ -56,7 +62,7 @@ pub(crate) fn a_new_address_stops_no_download_in_a_sandbox_without_netlink(bed: 
 /// Another interface by a rule and a table of its own, of which the main table shows nothing.
 pub(crate) fn a_rule_that_moves_all_packets_stops_no_relayed_download(bed: &Bed) -> Result<(), Failed> {
     let host = &bed.hosts.link;
-    let sidecar = begin(bed, &["--transport", "derp"])?;
+    let (_servers, sidecar) = begin(bed, &["--transport", "derp"])?;
     host.ip("addr add 10.99.0.26/24 dev eth1 noprefixroute")?;
     let pause = download(&sidecar, || {
         host.nft(
@@ -76,7 +82,7 @@ pub(crate) fn a_rule_that_moves_all_packets_stops_no_relayed_download(bed: &Bed)
 }
 
 fn replace_address(bed: &Bed, args: &[&str], what: &str) -> Result<(), Failed> {
-    let sidecar = begin(bed, args)?;
+    let (_servers, sidecar) = begin(bed, args)?;
     // An interface without an address is nothing to us.
     bed.hosts.link.ip("link add idle0 type veth peer name idle1\nlink set idle0 up\nlink set idle1 up")?;
     let pause = download(&sidecar, || {
@@ -95,7 +101,7 @@ fn replace_address(bed: &Bed, args: &[&str], what: &str) -> Result<(), Failed> {
 
 /// The interface goes down, and comes back once that was noticed.
 pub(crate) fn an_interface_that_goes_and_comes_back_stops_no_download(bed: &Bed) -> Result<(), Failed> {
-    let sidecar = begin(bed, &[])?;
+    let (_servers, sidecar) = begin(bed, &[])?;
     let pause = download(&sidecar, || {
         bed.hosts.link.ip("link set eth0 down")?;
         until(BACK_MOST, "the change in the log", || Ok((!changes(&sidecar).is_empty()).then_some(())))?;
@@ -110,7 +116,7 @@ pub(crate) fn an_interface_that_goes_and_comes_back_stops_no_download(bed: &Bed)
 /// stays: only asking finds out that those to control and DERP are dead.
 pub(crate) fn a_gateway_that_knows_no_connection_stops_no_download(bed: &Bed) -> Result<(), Failed> {
     let host = &bed.hosts.link;
-    let sidecar = begin(bed, &[])?;
+    let (_servers, sidecar) = begin(bed, &[])?;
     let pause = download(&sidecar, || {
         forget_connections(host)?;
         host.ip("route replace default via 10.99.0.253 dev eth0")?;
@@ -125,7 +131,7 @@ pub(crate) fn a_gateway_that_knows_no_connection_stops_no_download(bed: &Bed) ->
 pub(crate) fn a_filter_of_the_machine_that_drops_udp_stops_no_download(bed: &Bed) -> Result<(), Failed> {
     const TRUST: Duration = Duration::from_millis(6_200);
     let host = &bed.hosts.link;
-    let sidecar = begin(bed, &[])?;
+    let (_servers, sidecar) = begin(bed, &[])?;
     let pause = download(&sidecar, || {
         host.nft(
             "table inet foreign { chain out { type filter hook output priority 0; meta l4proto udp drop; }; \
@@ -144,7 +150,7 @@ pub(crate) fn a_filter_of_the_machine_that_drops_udp_stops_no_download(bed: &Bed
 /// Something between forgets the connections that there are, without a word, and nothing changes here: only that nothing
 /// is acknowledged any more tells that the one to the relay is dead.
 pub(crate) fn a_firewall_that_forgets_connections_stops_no_relayed_download(bed: &Bed) -> Result<(), Failed> {
-    let sidecar = begin(bed, &["--transport", "derp"])?;
+    let (_servers, sidecar) = begin(bed, &["--transport", "derp"])?;
     let connected = || sidecar.process.log().matches(DERP).count();
     let before = connected();
     let pause = download(&sidecar, || {
@@ -172,7 +178,7 @@ pub(crate) fn a_firewall_that_forgets_connections_stops_no_relayed_download(bed:
 /// By another interface, relayed: what comes from the first one's address would be lost there.
 pub(crate) fn another_interface_stops_no_relayed_download(bed: &Bed) -> Result<(), Failed> {
     let host = &bed.hosts.link;
-    let sidecar = begin(bed, &["--transport", "derp"])?;
+    let (_servers, sidecar) = begin(bed, &["--transport", "derp"])?;
     let pause = download(&sidecar, || {
         host.nft(
             "table inet foreign { chain out { type filter hook output priority 0; \
@@ -190,7 +196,7 @@ pub(crate) fn another_interface_stops_no_relayed_download(bed: &Bed) -> Result<(
 
 /// The process is stopped for a while, as the whole machine would be by a suspend.
 pub(crate) fn a_download_goes_on_after_a_sleep(bed: &Bed) -> Result<(), Failed> {
-    let mut sidecar = begin(bed, &[])?;
+    let (_servers, mut sidecar) = begin(bed, &[])?;
     let pause = download(&sidecar, || {
         sidecar.process.signal(Signal::STOP);
         thread::sleep(STOPPED);
@@ -221,16 +227,27 @@ fn forget_connections(host: &Namespace) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A sidecar on a host that is as it was before the first of these scenarios, behind a wire of a known rate.
-fn begin<'a>(bed: &'a Bed, args: &[&str]) -> Result<Sidecar<'a>, Failed> {
-    begin_as(bed, Launch::new(bed).args(args))
+/// Control with its relays, and a peer. The bed's own stop and restart in scenarios beside these, and an outage that meets
+/// a change of the network is none of its effects.
+struct Servers {
+    _peer: Process,
+    _control: TestControl,
 }
 
-fn begin_as<'a>(bed: &'a Bed, launch: Launch<'a>) -> Result<Sidecar<'a>, Failed> {
+/// A sidecar on a host that is as it was before the first of these scenarios, behind a wire of a known rate. It is to be
+/// dropped before its servers.
+fn begin<'a>(bed: &'a Bed, args: &[&str]) -> Result<(Servers, Sidecar<'a>), Failed> {
+    begin_as(bed, |launch| launch.args(args))
+}
+
+fn begin_as<'a>(bed: &'a Bed, finish: impl FnOnce(Launch<'a>) -> Launch<'a>) -> Result<(Servers, Sidecar<'a>), Failed> {
     reset(bed)?;
-    let sidecar = launch.on(&bed.hosts.link).ready()?;
-    sidecar.page("web", "web")?;
-    Ok(sidecar)
+    let host = &bed.hosts.link;
+    let mut control = TestControl::start_for(bed, host, ADDRESS)?;
+    let peer = control.peer(bed, PEER)?;
+    let sidecar = finish(control.launch(bed).on(host)).ready()?;
+    sidecar.page(PEER, "web")?;
+    Ok((Servers { _peer: peer, _control: control }, sidecar))
 }
 
 /// The host as it is before the first of these scenarios, behind a wire of a known rate.
@@ -265,12 +282,12 @@ pub(super) struct Paused {
 /// How long after the change control and DERP were back.
 pub(super) type Back = (Duration, Duration);
 
-/// Downloads from the web peer, and changes the network meanwhile.
+/// Downloads from the peer, and changes the network meanwhile.
 fn download(
     sidecar: &Sidecar<'_>,
     change: impl FnOnce() -> Result<Option<Back>, Failed> + Send,
 ) -> Result<Paused, Failed> {
-    download_from(sidecar, "web", change)
+    download_from(sidecar, PEER, change)
 }
 
 /// The same from another peer.
@@ -338,7 +355,7 @@ pub(super) fn changes(sidecar: &Sidecar<'_>) -> Vec<String> {
 /// Says how it went, and holds the pause to its bound. A page afterwards is as ever.
 fn told(sidecar: &Sidecar<'_>, what: &str, paused: Paused) -> Result<(), Failed> {
     bounded(sidecar, what, &paused)?;
-    sidecar.page("web", "web")
+    sidecar.page(PEER, "web")
 }
 
 /// Says how it went, and holds the pause to its bound.

@@ -3,13 +3,11 @@
 use libtest_mimic::Failed;
 use serde_json::Value;
 
-use super::link::{BACK_MOST, reset};
+use super::link::{ADDRESS, BACK_MOST, reset};
 use crate::bed::{Bed, TRAP};
 use crate::process::until;
 use crate::testcontrol::{Selection, TestControl};
 
-/// Where control listens for this scenario.
-const ADDRESS: &str = "10.99.0.6";
 /// The ports of its STUN servers.
 const STUN: [u16; 2] = [3479, 3480];
 
