@@ -15,8 +15,8 @@ use crate::say;
 
 /// How long a path may take before the next pair has its turn. One that is found later is found all the same.
 const FIRST_LOOK: Duration = Duration::from_millis(1_500);
-/// The same where no direct path is expected.
-const SHORT_LOOK: Duration = Duration::from_millis(250);
+/// How often meanwhile those before it that have none yet send something.
+const OTHERS_TURN: Duration = Duration::from_millis(250);
 /// How long all connections are kept busy and watched: two rounds of discovery, five seconds apart, and a bit.
 const WATCH: Duration = Duration::from_millis(11_500);
 /// How much later than tailscaled we may be: a bound, not a race.
@@ -42,17 +42,12 @@ struct Trip<'a> {
 }
 
 impl<'a> Trip<'a> {
-    /// Sends the first bytes, and looks at the path for a while.
+    /// Sends the first bytes.
     fn begin(pair: String, client: &'a Client<'a>, peer: &'a Peer, expected: Way) -> Result<Self, Failed> {
         let begun = Instant::now();
         let stream = client.dial(peer, 7).map_err(|error| format!("{pair}: {}", error.message().unwrap_or("")))?;
         let mut trip = Self { pair, client, peer, expected, begun, stream, paths: Vec::new() };
-        let look = if expected == Way::Relayed { SHORT_LOOK } else { FIRST_LOOK };
         trip.echo()?;
-        while begun.elapsed() < look && trip.way() != expected {
-            trip.look()?;
-            std::thread::sleep(Duration::from_millis(4));
-        }
         Ok(trip)
     }
 
@@ -110,6 +105,7 @@ pub(crate) fn every_pair_of_networks_gets_the_path_that_tailscaled_gets(bed: &Be
             for client in clients {
                 let pair = format!("{} -> {}", ours.name(), theirs.name());
                 trips.push(Trip::begin(pair, client, peer, ours.way_to(theirs))?);
+                first_look(&mut trips)?;
             }
         }
         for client in clients.iter().filter(|_| ours == Kind::Hard) {
@@ -117,10 +113,12 @@ pub(crate) fn every_pair_of_networks_gets_the_path_that_tailscaled_gets(bed: &Be
             nat.internet.peers.iter().try_for_each(Network::forget_met)?;
             let pair = "hard -> cone".to_owned();
             trips.push(Trip::begin(pair, client, nat.peer(Kind::Cone)?, Kind::Hard.way_to(Kind::Cone))?);
+            first_look(&mut trips)?;
         }
         for (pair, peer) in NEIGHBOURS.into_iter().zip(&nat.neighbours).filter(|_| ours == Kind::Easy) {
             for client in clients {
                 trips.push(Trip::begin(pair.to_owned(), client, peer, Way::DirectV4)?);
+                first_look(&mut trips)?;
             }
         }
     }
@@ -136,6 +134,26 @@ pub(crate) fn every_pair_of_networks_gets_the_path_that_tailscaled_gets(bed: &Be
     }
     table(&trips);
     judge(&trips)
+}
+
+/// Looks at the newest one's path for a while. Those before it that are not on their way yet go on: without packets nobody
+/// looks for a path, and one that nobody looks at has no time.
+fn first_look(trips: &mut [Trip<'_>]) -> Result<(), Failed> {
+    let Some((newest, others)) = trips.split_last_mut() else { return Ok(()) };
+    loop {
+        for trip in others.iter_mut().filter(|trip| trip.way() != trip.expected) {
+            trip.echo()?;
+            trip.look()?;
+        }
+        let turn = Instant::now();
+        while turn.elapsed() < OTHERS_TURN {
+            if newest.begun.elapsed() > FIRST_LOOK || newest.way() == newest.expected {
+                return Ok(());
+            }
+            newest.look()?;
+            std::thread::sleep(Duration::from_millis(4));
+        }
+    }
 }
 
 /// A host whose IPv4 address is of the range that tailnets have theirs from, which no peer is told, with IPv6 beside: a
