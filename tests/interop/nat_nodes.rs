@@ -284,13 +284,20 @@ impl Peer {
 
     /// Waits until the peer knows a client by the address that it has now: hostnames come again in later scenarios.
     pub(crate) fn knows(&self, client: &Client<'_>) -> Result<(), Failed> {
-        let address = client.address()?;
-        until(Duration::from_secs(10), &format!("{} to know {address}", self.name), || {
-            let status = local_status(self.daemon.socket())?;
-            let known = |peer: &Value| peer["TailscaleIPs"].as_array().is_some_and(|ips| ips.contains(&address));
-            Ok(peers_of(&status).any(known).then_some(()))
-        })
+        knows(&self.daemon, &self.name, &client.address()?)
     }
+}
+
+/// Waits until a daemon has heard of the node with that address.
+///
+/// # Errors
+/// When it has not soon, or does not answer.
+pub(crate) fn knows(daemon: &Tailscaled, name: &str, address: &Value) -> Result<(), Failed> {
+    until(Duration::from_secs(10), &format!("{name} to know {address}"), || {
+        let status = local_status(daemon.socket())?;
+        let known = |peer: &Value| peer["TailscaleIPs"].as_array().is_some_and(|ips| ips.contains(address));
+        Ok(peers_of(&status).any(known).then_some(()))
+    })
 }
 
 /// The paths to a peer, one after the other, by a tailcar's log: an address, or `None` for a relay.

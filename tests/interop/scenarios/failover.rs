@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::bed::Bed;
 use crate::headscale::{BROWSER, KeyKind};
+use crate::nat_nodes::knows;
 use crate::process::{output, until};
 use crate::say;
 use crate::sidecar::{Launch, Sidecar};
@@ -47,12 +48,19 @@ fn goes_by(sidecar: &Sidecar<'_>, host: &str, router: &str, limit: Duration) -> 
     Ok(())
 }
 
+/// Waits until the routers have heard of the sidecar: those that have not answer nobody, whichever is used.
+fn known<const N: usize>(sidecar: &Sidecar<'_>, routers: [&Tailscaled; N]) -> Result<(), Failed> {
+    let address = &sidecar.ready["node"]["addresses"][0];
+    routers.into_iter().try_for_each(|router| knows(router, "a router", address))
+}
+
 /// headscale notices a dead primary by its probes; from then on the other one is used.
 pub(crate) fn the_router_that_control_names_next_is_used_at_once(bed: &Bed) -> Result<(), Failed> {
     let key = bed.headscale().mint(KeyKind { tag: "tag:router", ..BROWSER })?;
     let role = Role { hostname: "router2", tun: "ts0", daemon: &[], up: &["--advertise-routes=10.20.0.0/24"] };
     let second = Tailscaled::join(&bed.places(), &bed.hosts.router2, &role, &key.secret)?;
     let sidecar = Launch::new(bed).ready()?;
+    known(&sidecar, [&*bed.router(), &second])?;
     goes_by(&sidecar, HOST, "10.20.0.1", BOUND)?;
     bed.router().process.signal(Signal::STOP);
     let moved = primary(bed, "router2");
@@ -82,7 +90,7 @@ fn primary(bed: &Bed, router: &str) -> Result<(), Failed> {
 struct Routers {
     control: TestControl,
     first: Tailscaled,
-    _second: Tailscaled,
+    second: Tailscaled,
 }
 
 impl Routers {
@@ -106,7 +114,7 @@ impl Routers {
         for (name, routes) in [("tb-one", first), ("tb-two", second)] {
             control.ask("routes", json!({ "node": name, "prefixes": routes }))?;
         }
-        Ok(Self { control, first: one, _second: two })
+        Ok(Self { control, first: one, second: two })
     }
 }
 
@@ -114,12 +122,14 @@ impl Routers {
 pub(crate) fn a_silent_router_is_left_although_control_calls_it_online(bed: &Bed) -> Result<(), Failed> {
     let routers = Routers::join(bed, &["10.20.0.0/24"], &["10.20.0.0/24"])?;
     let sidecar = routers.control.launch(bed).ready()?;
+    known(&sidecar, [&routers.first, &routers.second])?;
     goes_by(&sidecar, HOST, "10.20.0.1", BOUND)?;
     routers.first.process.signal(Signal::STOP);
     let mut result = goes_by(&sidecar, HOST, "10.20.0.2", SILENCE + BOUND);
-    result = result.and_then(|()| goes_by(&sidecar, HOST, "10.20.0.2", Duration::from_millis(500)));
+    result = result.and_then(|()| goes_by(&sidecar, HOST, "10.20.0.2", SILENCE / 2));
     // One that knows neither of them yet.
     let other = routers.control.launch(bed).ready()?;
+    result = result.and_then(|()| known(&other, [&routers.second]));
     result = result.and_then(|()| goes_by(&other, HOST, "10.20.0.2", SILENCE_UNMET + BOUND));
     routers.first.process.signal(Signal::CONT);
     result?;
@@ -134,6 +144,7 @@ pub(crate) fn a_silent_router_is_left_although_control_calls_it_online(bed: &Bed
 pub(crate) fn the_longest_prefix_decides_between_two_routers(bed: &Bed) -> Result<(), Failed> {
     let routers = Routers::join(bed, &["10.20.0.0/24"], &["10.20.0.128/25"])?;
     let sidecar = routers.control.launch(bed).ready()?;
+    known(&sidecar, [&routers.first, &routers.second])?;
     goes_by(&sidecar, HOST, "10.20.0.1", BOUND)?;
     goes_by(&sidecar, "10.20.0.200", "10.20.0.2", BOUND)
 }
