@@ -143,20 +143,25 @@ pub(crate) fn exec_tells_a_missing_command_from_a_wrong_one(bed: &Bed) -> Result
     Ok(())
 }
 
-/// Without control the end is unconfirmed, says so, and is 80 only when asked; at once when control refuses.
+/// Without control, be it silent or not there, the end is unconfirmed within its time, says so, and is 80 only when asked.
 pub(crate) fn an_unreachable_control_bounds_the_logout(bed: &Bed) -> Result<(), Failed> {
-    let launch = |flags: &[&str]| Launch::new(bed).args(&["--logout-timeout", "1s"]).args(flags).ready();
+    // More than what it is without the flag, so that it shows whose limit counts.
+    let (limit, late) = (Duration::from_secs(3), Duration::from_secs(8));
+    let launch = |flags: &[&str]| Launch::new(bed).args(&["--logout-timeout", "3s"]).args(flags).ready();
     let (frozen, strict, refused) = (launch(&[])?, launch(&["--strict-logout"])?, launch(&[])?);
-    let (second, seconds) = (Duration::from_secs(1), Duration::from_secs(3));
     {
         let headscale = bed.headscale();
         headscale.process.signal(Signal::STOP);
-        let result = unconfirmed(frozen, 0, second..seconds).and_then(|()| unconfirmed(strict, 80, second..seconds));
+        let results = thread::scope(|scope| {
+            let ends = [(frozen, 0), (strict, 80)]
+                .map(|(sidecar, code)| scope.spawn(move || unconfirmed(sidecar, code, limit..late)));
+            ends.map(|end| end.join().unwrap_or_else(|_| Err("it panicked".into())))
+        });
         headscale.process.signal(Signal::CONT);
-        result?;
+        results.into_iter().collect::<Result<(), Failed>>()?;
     }
     bed.headscale().stop();
-    let result = unconfirmed(refused, 0, Duration::ZERO..seconds);
+    let result = unconfirmed(refused, 0, Duration::ZERO..late);
     bed.headscale().resume(&bed.hosts.wan)?;
     result
 }
@@ -187,11 +192,12 @@ pub(crate) fn a_second_signal_ends_it_at_once(bed: &Bed) -> Result<(), Failed> {
     let start = Instant::now();
     // Another one than the first: the same soon after may be that one's echo by a process group.
     sidecar.process.signal(Signal::INT);
-    let status = sidecar.process.wait(Duration::from_secs(5));
+    let status = sidecar.process.wait(Duration::from_secs(10));
     let took = start.elapsed();
     headscale.process.signal(Signal::CONT);
     leaving?;
-    match (lasts, status?.code(), took < Duration::from_secs(1)) {
+    // A loaded machine is slow; the logout would take four times as long.
+    match (lasts, status?.code(), took < Duration::from_secs(5)) {
         (true, Some(130), true) => Ok(()),
         (_, code, _) => Err(format!("lasted: {lasts}; the second signal took {took:?}, exit {code:?}").into()),
     }
