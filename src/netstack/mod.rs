@@ -4,6 +4,7 @@
 //! connections cost the busy one nothing, and every flow gets its turn. Flows are found by their addresses and ports.
 //! Only what we opened is here: a packet of no flow is not answered at all.
 
+mod clock;
 mod device;
 mod flow;
 mod ports;
@@ -19,6 +20,7 @@ use smoltcp::iface::Interface;
 use smoltcp::socket::{tcp, udp};
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
+use clock::Clock;
 use device::{Device, MTU};
 pub use flow::{Again, FlowId};
 use flow::{Flow, FlowKey, Kind};
@@ -58,7 +60,7 @@ pub enum OpenError {
 /// The stack. Pure: packets and `now` come in, packets go out by a closure.
 pub struct Netstack {
     iface: Interface,
-    epoch: Instant,
+    clock: Clock,
     addresses: Vec<IpAddr>,
     flows: HashMap<FlowId, Flow>,
     by_key: HashMap<FlowKey, FlowId>,
@@ -86,7 +88,7 @@ impl Netstack {
         let iface = Interface::new(config, &mut device, smoltcp::time::Instant::ZERO);
         Self {
             iface,
-            epoch: now,
+            clock: Clock::new(now),
             addresses: Vec::new(),
             flows: HashMap::new(),
             by_key: HashMap::new(),
@@ -215,6 +217,7 @@ impl Netstack {
 
     /// Takes a packet from the tunnel. Returns the flow that it belongs to, or `None`: it is dropped then.
     pub fn handle_packet(&mut self, packet: &mut [u8], now: Instant) -> Option<FlowId> {
+        self.skip_pause(now);
         let id = *self.by_key.get(&FlowKey::of_inbound(packet)?)?;
         let flow = self.flows.get_mut(&id)?;
         let known = flow.window.round_trip().is_some();
@@ -226,7 +229,7 @@ impl Netstack {
         let replies = &mut self.replies;
         let mut reply = |packet: &mut [u8]| replies.push(packet.to_vec());
         let mut device = Device::new(Some(packet), &mut self.scratch[..], &mut reply);
-        let (iface, time) = (&mut self.iface, timestamp(self.epoch, now));
+        let (iface, time) = (&mut self.iface, self.clock.at(now));
         flow.with_set(|set| iface.poll_ingress_single(time, &mut device, set));
         self.unread += u64::from(waiting.is_some() && flow.waiting() == waiting);
         self.replies[first..].iter_mut().for_each(|reply| flow.announce(reply, now));
@@ -237,10 +240,11 @@ impl Netstack {
     /// Gives flows that have something to send their turns, each at most 48 packets, until about `ROUND` packets
     /// are out; `send` takes each packet, and says how it leaves, if it can tell. Returns whether more waits.
     pub fn egress(&mut self, now: Instant, send: &mut dyn FnMut(&[u8]) -> Option<Carrier>) -> bool {
+        self.skip_pause(now);
         for packet in self.replies.drain(..) {
             send(&packet);
         }
-        let time = timestamp(self.epoch, now);
+        let time = self.clock.at(now);
         let mut left = ROUND;
         for _ in 0..self.dirty.len() {
             if left == 0 {
@@ -268,11 +272,8 @@ impl Netstack {
     /// Sets a flow's timer to when smoltcp wants it polled again.
     fn schedule(&mut self, id: FlowId, now: Instant) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        let (iface, time) = (&mut self.iface, timestamp(self.epoch, now));
-        let due = flow.with_set(|set| iface.poll_at(time, set)).map(|at| {
-            let micros = u64::try_from(at.total_micros()).unwrap_or(0);
-            (self.epoch + std::time::Duration::from_micros(micros)).max(now)
-        });
+        let (iface, time) = (&mut self.iface, self.clock.at(now));
+        let due = flow.with_set(|set| iface.poll_at(time, set)).map(|at| self.clock.when(at).max(now));
         if flow.due == due {
             return;
         }
@@ -311,6 +312,17 @@ impl Netstack {
 
     /// Wakes the flows whose time has come; they send with the next [`egress`](Self::egress).
     pub fn handle_timeout(&mut self, now: Instant) {
+        self.skip_pause(now);
+        self.wake_due(now);
+    }
+
+    fn skip_pause(&mut self, now: Instant) {
+        if self.clock.skip_pause(self.next_deadline(), now) {
+            self.wake_due(now);
+        }
+    }
+
+    fn wake_due(&mut self, now: Instant) {
         while let Some(&(due, id)) = self.timers.first()
             && due <= now
         {
@@ -355,11 +367,6 @@ fn addressable(local: IpAddr, remote: SocketAddr) -> Result<(), OpenError> {
 fn is_unicast(ip: IpAddr) -> bool {
     let broadcast = ip == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
     !ip.is_unspecified() && !ip.is_multicast() && !broadcast
-}
-
-fn timestamp(epoch: Instant, now: Instant) -> smoltcp::time::Instant {
-    let micros = i64::try_from(now.saturating_duration_since(epoch).as_micros()).unwrap_or(i64::MAX);
-    smoltcp::time::Instant::from_micros(micros)
 }
 
 #[cfg(test)]

@@ -86,7 +86,7 @@ impl World {
             out.push_back(packet);
             carrier
         }) {}
-        let time = timestamp(self.start, self.now);
+        let time = Clock::new(self.start).at(self.now);
         let mut replies = Vec::new();
         let mut scratch = [0; MTU];
         for packet in std::mem::take(&mut self.to_server) {
@@ -336,7 +336,7 @@ fn a_datagram_that_finds_a_full_ring_is_counted() {
     let header = [remote.port(), local.port(), 8 + 100, 0].map(u16::to_be_bytes).concat();
     let answer = [header, vec![7; 100]].concat();
     let answer = crate::wire::ip::build(17, remote.ip(), local.ip(), &answer).unwrap();
-    let put = |stack: &mut Netstack| stack.handle_packet(&mut answer.clone(), stack.epoch);
+    let put = |stack: &mut Netstack| stack.handle_packet(&mut answer.clone(), Instant::now());
     let taken = (0..10_000).take_while(|_| put(&mut stack).is_some() && stack.unread() == 0).count();
     assert!((1..10_000).contains(&taken));
     stack.with_udp(id, |socket| socket.recv().map(drop)).unwrap().unwrap();
