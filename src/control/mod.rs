@@ -14,6 +14,7 @@ mod overdue;
 mod ping;
 mod register;
 mod session;
+mod unreached;
 mod update;
 
 use std::net::SocketAddr;
@@ -42,6 +43,7 @@ use ping::Answerer;
 pub use ping::PingJob;
 use register::Answer;
 use session::Ended;
+use unreached::say_unreached;
 
 /// The first pause after a lost session, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -260,12 +262,14 @@ impl Task {
     /// Keeps the node registered and its map up to date, until that is over for good.
     async fn stay(&mut self) {
         let overdue = overdue(self.back_by.subscribe());
+        let unreached = say_unreached(self.out.phase.subscribe());
         let failure = tokio::select! {
             failure = self.keep_in() => failure,
             lost = overdue => {
                 warn!(limit_s = self.config.return_limit.as_secs(), "the node did not come back in time");
                 lost.into()
             }
+            never = unreached => match never {},
         };
         self.out.phase.send_replace(Phase::Failed(Arc::new(failure)));
     }
