@@ -289,6 +289,7 @@ impl Engine {
             established: self.wireguard.is_usable(slot, now),
             heard: self.wireguard.heard(slot),
             asking_since: self.wireguard.asking_since(slot),
+            unheard_since: self.wireguard.unheard_since(slot),
             path: self.magicsock.status(slot, entry, now),
             open: self.magicsock.is_open(slot, entry, now),
             sent_bytes: counters.sent_bytes,

@@ -156,6 +156,8 @@ pub struct PeerStatus {
     pub heard: Option<Instant>,
     /// Since then a handshake is unanswered, however old a session there is.
     pub asking_since: Option<Instant>,
+    /// Since then packets have gone out to it, and nothing has come back.
+    pub unheard_since: Option<Instant>,
     /// The present path.
     pub path: PathStatus,
     /// Whether a packet would leave by it.

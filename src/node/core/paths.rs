@@ -3,7 +3,7 @@
 //! A peer that stays idle is nobody's business, and a path that is about to become a better one is not news. Addresses
 //! are told at debug level alone.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, info, warn};
 
@@ -12,14 +12,31 @@ use super::told::{News, Way};
 use crate::engine::{PathStatus, PeerStatus};
 use crate::key::NodePublic;
 
+/// Whether a relay still leads to a peer that has been sent something is not told before it has had so long to answer.
+const ANSWERS: Duration = Duration::from_secs(1);
+/// So long, and nothing has come: one that gets packets and has nothing to say says so after ten seconds.
+/// Source: WireGuard, protocol, "Passive Keepalive".
+const SILENT: Duration = Duration::from_secs(15);
+/// How often it is looked whether a silent peer has been heard of.
+const LOOK: Duration = Duration::from_secs(2);
+
 impl Core {
     /// Says how packets reach a peer now, where that is news.
     pub(super) fn say_path(&mut self, key: &NodePublic, now: Instant) {
         let Some(status) = self.parts.engine.peer_status(key, now) else { return self.told.forget(key) };
         debug!(peer = self.name_of(key), path = %status.path, "peer's path");
-        let heard = status.established && status.asking_since.is_none();
-        if let Some(news) = self.told.note(*key, way_by(&status), heard, now) {
+        let silent = silence(&status, now);
+        if (ANSWERS..SILENT).contains(&silent) {
+            return self.told.look_again(key, now + LOOK);
+        }
+        let gone = silent >= SILENT;
+        let heard = status.established && status.asking_since.is_none() && !gone;
+        let way = if gone { Some(Way::Nothing) } else { way_by(&status) };
+        if let Some(news) = self.told.note(*key, way, heard, now) {
             self.say_news(key, news, now);
+        }
+        if gone {
+            self.told.look_again(key, now + LOOK);
         }
     }
 
@@ -97,6 +114,13 @@ fn way_by(status: &PeerStatus) -> Option<Way> {
         PathStatus::None if status.open => None,
         PathStatus::Derp { .. } | PathStatus::None => Some(Way::Nothing),
     }
+}
+
+/// For how long a peer that packets go to by a relay has been silent.
+fn silence(status: &PeerStatus, now: Instant) -> Duration {
+    let relayed = matches!(status.path, PathStatus::Derp { .. }) && status.open;
+    let since = status.unheard_since.or(status.asking_since).filter(|_| relayed);
+    since.map(|since| now.saturating_duration_since(since)).unwrap_or_default()
 }
 
 #[cfg(test)]

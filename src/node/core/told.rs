@@ -166,6 +166,13 @@ impl Told {
         }
     }
 
+    /// What is to be said of a peer in use is seen at that time.
+    pub(super) fn look_again(&mut self, peer: &NodePublic, at: Instant) {
+        if self.peers.get(peer).is_some_and(|known| known.flows > 0) {
+            self.put_off(*peer, Some((Way::Nothing, at)));
+        }
+    }
+
     fn put_off(&mut self, peer: NodePublic, unsaid: Option<(Way, Instant)>) {
         let Some(known) = self.peers.get_mut(&peer) else { return };
         if let Some((_, at)) = std::mem::replace(&mut known.unsaid, unsaid) {
@@ -322,6 +329,22 @@ mod tests {
         assert!(lines.windows(2).all(in_time), "{lines:?}");
         assert!(lines.iter().filter(|line| ends(line)).count() > 5, "{lines:?}");
         assert!(!ends(&lines[0]) && !lines.windows(2).any(|pair| ends(&pair[0]) && ends(&pair[1])), "{lines:?}");
+    }
+
+    #[test]
+    fn what_is_looked_at_again_is_told_as_it_is_by_then() {
+        let ((mut told, key), now) = (one_in_use(), Instant::now());
+        assert_eq!(told.note(key, Some(Way::Direct), true, now), Some(News::Way(Way::Direct)));
+        let (looked, later) = (now + PAUSE, now + 2 * PAUSE);
+        told.look_again(&key, looked);
+        assert_eq!(told.due(looked), [key]);
+        assert_eq!(told.note(key, Some(Way::Nothing), false, looked), Some(News::Way(Way::Nothing)));
+        told.look_again(&key, later);
+        assert_eq!(told.note(key, Some(Way::Relay), true, later), Some(News::Again(Some(Way::Relay))));
+        assert_eq!(told.next_deadline(), None);
+        told.close(&key);
+        told.look_again(&key, later);
+        assert_eq!(told.next_deadline(), None, "nobody uses it");
     }
 
     #[test]

@@ -216,6 +216,7 @@ mod tests {
             established: true,
             heard: ago(1),
             asking_since: None,
+            unheard_since: None,
             path: PathStatus::Derp { region: 1 },
             open: true,
             sent_bytes: 0,
