@@ -29,15 +29,18 @@ impl Core {
         if (ANSWERS..SILENT).contains(&silent) {
             return self.told.look_again(key, now + LOOK);
         }
-        let gone = silent >= SILENT;
-        let heard = status.established && status.asking_since.is_none() && !gone;
-        let way = if gone { Some(Way::Nothing) } else { way_by(&status) };
-        if let Some(news) = self.told.note(*key, way, heard, now) {
+        // An old session outlives the handshakes that were given up.
+        let lately = status.heard.is_some_and(|at| now.saturating_duration_since(at) < SILENT);
+        let news = if silent >= SILENT {
+            self.told.note_silent(*key, now)
+        } else {
+            let heard = status.established && status.asking_since.is_none() && lately;
+            self.told.note(*key, way_by(&status), heard, now)
+        };
+        if let Some(news) = news {
             self.say_news(key, news, now);
         }
-        if gone {
-            self.told.look_again(key, now + LOOK);
-        }
+        self.told.watch(key, now + LOOK);
     }
 
     /// Says that a peer did not answer a dial.

@@ -173,6 +173,13 @@ impl Told {
         }
     }
 
+    /// The same, of one that is silent: nothing else tells when it is back by a relay.
+    pub(super) fn watch(&mut self, peer: &NodePublic, at: Instant) {
+        if self.peers.get(peer).is_some_and(|known| known.silent && known.unsaid.is_none()) {
+            self.look_again(peer, at);
+        }
+    }
+
     fn put_off(&mut self, peer: NodePublic, unsaid: Option<(Way, Instant)>) {
         let Some(known) = self.peers.get_mut(&peer) else { return };
         if let Some((_, at)) = std::mem::replace(&mut known.unsaid, unsaid) {
@@ -338,12 +345,19 @@ mod tests {
         let (looked, later) = (now + PAUSE, now + 2 * PAUSE);
         told.look_again(&key, looked);
         assert_eq!(told.due(looked), [key]);
-        assert_eq!(told.note(key, Some(Way::Nothing), false, looked), Some(News::Way(Way::Nothing)));
-        told.look_again(&key, later);
+        assert_eq!(told.note_silent(key, looked), Some(News::Way(Way::Nothing)));
+        told.watch(&key, later);
+        assert_eq!(told.due(later), [key]);
+        assert_eq!(told.note(key, Some(Way::Relay), false, later), None, "a path is no answer");
+        told.watch(&key, later);
         assert_eq!(told.note(key, Some(Way::Relay), true, later), Some(News::Again(Some(Way::Relay))));
         assert_eq!(told.next_deadline(), None);
         told.close(&key);
         told.look_again(&key, later);
+        assert_eq!(told.next_deadline(), None, "nobody uses it");
+        assert!(told.note_silent(key, later).is_none());
+        told.put_off(key, None);
+        told.watch(&key, later);
         assert_eq!(told.next_deadline(), None, "nobody uses it");
     }
 
