@@ -185,7 +185,7 @@ const ROUTES: [Scenario; 4] = [
 
 const FAILOVER: [Scenario; 3] = [
     scenario!(failover::the_router_that_control_names_next_is_used_at_once).within(90),
-    scenario!(failover::a_silent_router_is_left_although_control_calls_it_online).within(120),
+    scenario!(failover::a_silent_router_is_left_although_control_calls_it_online).within(220),
     scenario!(failover::the_longest_prefix_decides_between_two_routers).within(90),
 ];
 
