@@ -17,7 +17,7 @@ use crate::derper::Derper;
 use crate::headscale::{Headscale, Key, KeyKind, configuration};
 use crate::namespace::Namespace;
 use crate::nat::{CONTROL, CONTROL6, DERPER, DERPER6, Internet, Kind};
-use crate::process::{Process, output, until};
+use crate::process::{Process, until};
 use crate::sidecar::{Launch, Sidecar};
 use crate::tailscaled::{Places, Role, Tailscaled};
 
@@ -273,9 +273,7 @@ impl Peer {
     /// # Errors
     /// What the command complained of.
     pub(crate) fn endpoints_of(&self, node: &str) -> Result<Vec<SocketAddr>, Failed> {
-        let mut command = self.daemon.command();
-        command.args(["debug", "netmap"]);
-        let netmap: Value = serde_json::from_str(&output(command)?)?;
+        let netmap = self.daemon.netmap()?;
         let is_node = |peer: &&Value| peer["Name"].as_str().is_some_and(|name| name.starts_with(&format!("{node}.")));
         let found = netmap["Peers"].as_array().into_iter().flatten().find(is_node);
         let listed = found.and_then(|peer| peer["Endpoints"].as_array()).into_iter().flatten();
