@@ -161,6 +161,9 @@ pub(super) fn watch_state(
     state
 }
 
+/// How long the word of whoever makes the key may be on its way.
+const LAST_WORD: Duration = Duration::from_millis(300);
+
 struct Watcher {
     netmap: watch::Receiver<Option<Arc<Netmap>>>,
     phase: watch::Receiver<Phase>,
@@ -193,7 +196,7 @@ impl Watcher {
                 Ok(()) = self.home.changed() => {}
                 Ok(()) = self.minting.changed() => {}
                 () = tokio::time::sleep_until(deadline), if !self.was_ready => {
-                    out.send_replace(State::Failed(self.too_late().into()));
+                    out.send_replace(State::Failed(self.too_late().await.into()));
                     return;
                 }
                 () = stop.cancelled() => return,
@@ -247,7 +250,14 @@ impl Watcher {
         if self.was_ready { State::Ready(joined.into()) } else { State::Joined(joined.into()) }
     }
 
-    fn too_late(&self) -> NodeError {
+    /// Whoever makes the key gives up shortly before, on another thread, and its word says more.
+    async fn too_late(&mut self) -> NodeError {
+        let is_over = |progress: &Progress| !matches!(progress, Progress::Minting(_));
+        if let Ok(Ok(progress)) = tokio::time::timeout(LAST_WORD, self.minting.wait_for(is_over)).await
+            && let Progress::Failed(error) = &*progress
+        {
+            return NodeError::Mint(error.clone());
+        }
         let limit = self.join_timeout;
         if self.netmap.borrow().is_some() {
             return NodeError::JoinTimeout { stage: JoinStage::Relay, limit, last_error: None };
