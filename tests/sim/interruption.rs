@@ -138,7 +138,8 @@ fn any_order() -> impl Strategy<Value = u64> {
     prop_oneof![Just(200), Just(2_000)]
 }
 
-// TCP's pauses before it tries again end 1.4 s after the change, and 3 s.
+// TCP's pauses before it tries again end 1.4 s after the change, and 3 s; those of an answer begin when its question has
+// come by the relay, 1.15 s after the change, and end 2.55 s after it, and 4.15 s.
 
 /// Holds the longest pause of a story to its limit.
 fn interrupts_for_at_most(limit: Duration, story: &Story) -> Result<(), TestCaseError> {
@@ -194,8 +195,8 @@ mod overtaking {
         }
 
         #[test]
-        fn dropped_datagrams_interrupt_for_a_pause_of_tcp_more(story in story(blocked(), any_order())) {
-            interrupts_for_at_most(Duration::from_millis(3_500), &story)?;
+        fn dropped_datagrams_interrupt_for_two_pauses_of_tcp_more(story in story(blocked(), any_order())) {
+            interrupts_for_at_most(Duration::from_millis(4_500), &story)?;
         }
     }
 }
