@@ -142,7 +142,11 @@ impl Bed {
     /// When they do not come up, for every scenario that needs them.
     pub(crate) fn apps(&self) -> Result<&Apps, Failed> {
         let up = || Apps::up(self).map_err(|error| error.message().unwrap_or("no reason").to_owned());
-        let apps = self.apps.get_or_init(up).as_ref().map_err(|why| format!("app connectors: {why}"))?;
+        let apps = self
+            .apps
+            .get_or_init(|| up().or_else(|_| up()))
+            .as_ref()
+            .map_err(|why| format!("app connectors: {why}"))?;
         apps.reset(self)?;
         Ok(apps)
     }
@@ -153,7 +157,7 @@ impl Bed {
     /// When they do not come up, for every scenario that needs them.
     pub(crate) fn nat(&self) -> Result<&Nat, Failed> {
         let up = || Nat::up(self).map_err(|error| error.message().unwrap_or("no reason").to_owned());
-        let nat = self.nat.get_or_init(up).as_ref();
+        let nat = self.nat.get_or_init(|| up().or_else(|_| up())).as_ref();
         Ok(nat.map_err(|why| format!("networks: {why}"))?)
     }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 use rustix::process::Signal;
@@ -25,6 +25,11 @@ use crate::usage;
 
 /// How long a join may take on a loaded machine.
 const JOIN: Duration = Duration::from_secs(30);
+
+/// How long after a join a peer's packet filter may not know the node yet.
+const NEW: Duration = Duration::from_secs(2);
+/// The pause before it is asked again.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// The binary under test: the one that cargo built, unless the caller names another.
 pub(crate) fn program() -> PathBuf {
@@ -55,6 +60,8 @@ pub(crate) struct Sidecar<'a> {
     lines: Mutex<Receiver<String>>,
     /// The ready object, once it was read.
     pub(crate) ready: Value,
+    /// When that was.
+    since: Option<Instant>,
 }
 
 /// How a tailcar ended that was to fail.
@@ -156,8 +163,11 @@ impl<'a> Launch<'a> {
     /// # Errors
     /// Those of writing the key and of starting.
     pub(crate) fn start(self) -> Result<Sidecar<'a>, Failed> {
+        // A log of its own, although hostnames come again: what it says is not to be taken for another's word.
+        static STARTED: AtomicUsize = AtomicUsize::new(1);
+        let log = format!("{}.{}", self.hostname, STARTED.fetch_add(1, Ordering::Relaxed));
         let command = self.command()?;
-        let mut process = Process::start(command, &self.hostname, &self.bed.folder, true)?.transient(self.host);
+        let mut process = Process::start(command, &log, &self.bed.folder, true)?.transient(self.host);
         let (sender, lines) = channel();
         let stdout = process.child().stdout.take().ok_or("stdout was not piped")?;
         thread::spawn(move || {
@@ -167,7 +177,14 @@ impl<'a> Launch<'a> {
                 }
             }
         });
-        Ok(Sidecar { host: self.host, hostname: self.hostname, process, lines: Mutex::new(lines), ready: Value::Null })
+        Ok(Sidecar {
+            host: self.host,
+            hostname: self.hostname,
+            process,
+            lines: Mutex::new(lines),
+            ready: Value::Null,
+            since: None,
+        })
     }
 
     /// What was put together, as a command inside the host.
@@ -211,7 +228,7 @@ impl<'a> Launch<'a> {
         if object["state"] != "ready" {
             return Err(format!("not ready: {object}\n{}", tail(&sidecar.process.log())).into());
         }
-        sidecar.ready = object;
+        (sidecar.ready, sidecar.since) = (object, Some(Instant::now()));
         Ok(sidecar)
     }
 
@@ -295,14 +312,22 @@ impl Sidecar<'_> {
         client::socks5(self.connect()?, host, port)
     }
 
-    /// A stream to `host:port` by SOCKS5.
+    /// A stream to `host:port` by SOCKS5. What a peer's filter rejects while the node is new is asked for again: tailscaled
+    /// takes a node's handshakes a moment before its filter knows the node.
     ///
     /// # Errors
     /// When the reply is not success.
     pub(crate) fn dial(&self, host: &str, port: u16) -> Result<std::net::TcpStream, Failed> {
-        match self.socks(host, port)? {
-            (0, stream) => Ok(stream),
-            (code, _) => Err(format!("SOCKS reply {code:02} for {host}:{port}\n{}", tail(&self.process.log())).into()),
+        loop {
+            let is_new = self.since.is_some_and(|since| since.elapsed() < NEW);
+            match self.socks(host, port)? {
+                (0, stream) => return Ok(stream),
+                (2, _) if is_new && self.process.log().contains("code=1602") => thread::sleep(LOOK),
+                (code, _) => {
+                    let log = self.process.log();
+                    return Err(format!("SOCKS reply {code:02} for {host}:{port}\n{}", tail(&log)).into());
+                }
+            }
         }
     }
 

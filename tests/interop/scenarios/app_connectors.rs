@@ -160,6 +160,7 @@ pub(crate) fn answers_of_every_shape_lead_to_their_site(bed: &Bed) -> Result<(),
 /// An address that moves is followed once the old answer's time is over.
 pub(crate) fn an_address_that_moves_is_followed_after_its_time(bed: &Bed) -> Result<(), Failed> {
     with_apps(bed, |apps| {
+        apps.move_to(bed, "10.30.0.91")?;
         let sidecar = apps.launch(bed).ready()?;
         let (_, first) = served(&sidecar, "moving.app.test")?;
         apps.move_to(bed, "10.30.0.92")?;

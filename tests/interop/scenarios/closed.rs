@@ -137,7 +137,7 @@ pub(crate) fn a_policy_change_closes_what_it_closes(bed: &Bed) -> Result<(), Fai
         return Err("the policy has changed under this scenario".into());
     }
     let sidecar = Launch::new(bed).args(&["--dial-timeout", "3s"]).ready()?;
-    sidecar.page("web", "web")?;
+    until(Duration::from_secs(10), "the peer to know the node", || Ok(sidecar.page("web", "web").ok()))?;
     bed.headscale().set_policy(&narrow)?;
     let closed = until(Duration::from_secs(20), "port 80 to be closed", || {
         let (response, _) = sidecar.tunnel("web:80")?;

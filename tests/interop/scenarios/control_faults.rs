@@ -232,7 +232,7 @@ pub(crate) fn deltas_do_what_whole_maps_would(bed: &Bed) -> Result<(), Failed> {
     let me = sidecar.hostname.clone();
     let peer = control.node(PEER)?;
     let web = address(&peer)?;
-    sidecar.page(&web, "web")?;
+    until(SOON, "the peer to know the node", || Ok(sidecar.page(&web, "web").ok()))?;
 
     let ghosts: Vec<Value> = (1..=20).map(|n| control.ghost(&format!("ghost{n}"), n)).collect::<Result<_, _>>()?;
     let target = format!("{}:80", address(&ghosts[8])?);
@@ -264,7 +264,7 @@ pub(crate) fn patches_change_a_peers_key_and_endpoints(bed: &Bed) -> Result<(), 
     let me = sidecar.hostname.clone();
     let peer = control.node(PEER)?;
     let (id, web) = (&peer["ID"], address(&peer)?);
-    sidecar.page(&web, "web")?;
+    until(SOON, "the peer to know the node", || Ok(sidecar.page(&web, "web").ok()))?;
 
     let nobody = control.ghost("nobody", 1)?["Key"].clone();
     control.send(&me, json!({ "PeersChangedPatch": [{ "NodeID": id, "Key": nobody }] }))?;

@@ -117,7 +117,7 @@ pub(crate) fn without_its_exit_node_nothing_public_is_reached(bed: &Bed) -> Resu
     with_exit(bed, |exit| {
         let [public, _] = PUBLIC;
         let sidecar = Launch::new(bed).args(&["--exit-node", "exit", "--dial-timeout", "3s"]).ready()?;
-        sidecar.page(public, "exit")?;
+        until(Duration::from_secs(10), "the exit node to know the node", || Ok(sidecar.page(public, "exit").ok()))?;
         exit.down()?;
         let gone = || {
             let (response, _) = sidecar.tunnel(&format!("{public}:80"))?;

@@ -59,13 +59,7 @@ pub(crate) fn the_router_that_control_names_next_is_used_at_once(bed: &Bed) -> R
     let key = bed.headscale().mint(KeyKind { tag: "tag:router", ..BROWSER })?;
     let role = Role { hostname: "router2", tun: "ts0", daemon: &[], up: &["--advertise-routes=10.20.0.0/24"] };
     let second = Tailscaled::join(&bed.places(), &bed.hosts.router2, &role, &key.secret)?;
-    let sidecar = Launch::new(bed).ready()?;
-    known(&sidecar, [&*bed.router(), &second])?;
-    goes_by(&sidecar, HOST, "10.20.0.1", BOUND)?;
-    bed.router().process.signal(Signal::STOP);
-    let moved = primary(bed, "router2");
-    let result = moved.and_then(|()| goes_by(&sidecar, HOST, "10.20.0.2", BOUND));
-    bed.router().process.signal(Signal::CONT);
+    let result = moves(bed, &second);
     // The bed's router serves alone again, for whoever comes next. headscale probes only rivals: one whose last rival
     // leaves while it counts as unwell stays without the route until it comes anew.
     let mut logout = second.command();
@@ -75,6 +69,17 @@ pub(crate) fn the_router_that_control_names_next_is_used_at_once(bed: &Bed) -> R
     bed.router().up_again()?;
     primary(bed, "router")?;
     result
+}
+
+/// The bed's router stops, and the second one is used.
+fn moves(bed: &Bed, second: &Tailscaled) -> Result<(), Failed> {
+    let sidecar = Launch::new(bed).ready()?;
+    known(&sidecar, [&*bed.router(), second])?;
+    goes_by(&sidecar, HOST, "10.20.0.1", BOUND)?;
+    bed.router().process.signal(Signal::STOP);
+    let moved = primary(bed, "router2").and_then(|()| goes_by(&sidecar, HOST, "10.20.0.2", BOUND));
+    bed.router().process.signal(Signal::CONT);
+    moved
 }
 
 /// Waits until headscale gives the LAN's route to this node.
@@ -120,7 +125,9 @@ impl Routers {
 
 /// A router whose host is gone and of which control says nothing: its silence is enough, with a session and without.
 pub(crate) fn a_silent_router_is_left_although_control_calls_it_online(bed: &Bed) -> Result<(), Failed> {
-    let routers = Routers::join(bed, &["10.20.0.0/24"], &["10.20.0.0/24"])?;
+    let mut routers = Routers::join(bed, &["10.20.0.0/24"], &["10.20.0.0/24"])?;
+    // Control prefers the first: of two equal ones the nearer would be used, whichever that is at the moment.
+    routers.control.ask("alter", json!({ "node": "tb-two", "primary": [] }))?;
     let sidecar = routers.control.launch(bed).ready()?;
     known(&sidecar, [&routers.first, &routers.second])?;
     goes_by(&sidecar, HOST, "10.20.0.1", BOUND)?;

@@ -1,8 +1,10 @@
 //! Leaving: whatever ends the run, the node is gone at once, and no outage can hold the exit up.
 
+use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -103,7 +105,7 @@ pub(crate) fn exec_passes_signals_both_ways(bed: &Bed) -> Result<(), Failed> {
     if status.code() != Some(128 + 9) {
         return Err(format!("a killed child gave {status}\n{}", tail(&sidecar.process.log())).into());
     }
-    let marker = bed.folder.join("trapped");
+    let marker = fresh(bed, "trapped");
     let script = format!("trap 'exit 5' TERM; touch {}; while :; do sleep 0.05; done", marker.to_string_lossy());
     let mut sidecar = Launch::new(bed).exec().args(&["--", "sh", "-c", &script]).start()?;
     until(Duration::from_secs(30), "the child to start", || Ok(marker.exists().then_some(())))?;
@@ -112,7 +114,7 @@ pub(crate) fn exec_passes_signals_both_ways(bed: &Bed) -> Result<(), Failed> {
         return Err(format!("a child that ends with 5 at SIGTERM gave {status}").into());
     }
     bed.headscale().gone(&sidecar.hostname, GONE)?;
-    let marker = bed.folder.join("deaf");
+    let marker = fresh(bed, "deaf");
     let script = format!("trap '' TERM; touch {}; while :; do sleep 0.05; done", marker.to_string_lossy());
     let mut sidecar = Launch::new(bed).exec().args(&["--", "sh", "-c", &script]).start()?;
     until(Duration::from_secs(30), "the child to start", || Ok(marker.exists().then_some(())))?;
@@ -127,10 +129,17 @@ pub(crate) fn exec_passes_signals_both_ways(bed: &Bed) -> Result<(), Failed> {
     bed.headscale().gone(&sidecar.hostname, GONE)
 }
 
+/// A file that is not there.
+fn fresh(bed: &Bed, name: &str) -> PathBuf {
+    let file = bed.folder.join(name);
+    drop(fs::remove_file(&file));
+    file
+}
+
 /// What cannot be started: 127 when it is not there, 126 when it is no program, and no node either way.
 pub(crate) fn exec_tells_a_missing_command_from_a_wrong_one(bed: &Bed) -> Result<(), Failed> {
     let plain = bed.folder.join("no-program");
-    std::fs::write(&plain, "no program\n")?;
+    fs::write(&plain, "no program\n")?;
     for (command, expected) in [("/no/such/program", 127), (&plain.to_string_lossy(), 126)] {
         let mut sidecar = Launch::new(bed).exec().args(&["--", command]).start()?;
         let status = sidecar.process.wait(Duration::from_secs(40))?;

@@ -121,7 +121,7 @@ const APP_CONNECTORS: [Scenario; 12] = [
     scenario!(app_connectors::a_connectors_no_is_told_and_nobody_else_is_asked).never(),
     scenario!(connector_routes::a_route_that_is_never_approved_has_its_code),
     scenario!(connector_routes::a_route_that_is_withdrawn_is_asked_for_anew),
-    scenario!(connector_routes::an_address_of_two_connectors_is_served_by_either),
+    scenario!(connector_routes::an_address_of_two_connectors_is_served_by_either).within(120),
     scenario!(connector_routes::another_peers_wider_route_stands_in_and_the_log_says_so),
     scenario!(connector_failures::of_several_connectors_one_is_asked_and_an_offline_one_is_not),
     scenario!(connector_failures::a_connector_that_stops_is_replaced_until_it_is_back),

@@ -9,6 +9,9 @@ use crate::bed::Bed;
 use crate::process::until;
 use crate::sidecar::Launch;
 
+/// How long a router may take to hear of a node.
+const KNOWN: Duration = Duration::from_secs(10);
+
 /// Hosts behind the router, by address of both families, over every way in.
 pub(crate) fn a_lan_behind_the_router_is_reached_by_address(bed: &Bed) -> Result<(), Failed> {
     let sidecar = Launch::new(bed).ready()?;
@@ -55,7 +58,7 @@ pub(crate) fn a_withdrawn_route_ends_new_connections_with_its_code(bed: &Bed) ->
 /// A router that is down: its route has no router, which is not the same as no answer.
 pub(crate) fn a_route_whose_router_is_offline_says_so(bed: &Bed) -> Result<(), Failed> {
     let sidecar = Launch::new(bed).args(&["--dial-timeout", "3s"]).ready()?;
-    sidecar.page("10.20.0.80", "corp")?;
+    until(KNOWN, "the router to know the node", || Ok(sidecar.page("10.20.0.80", "corp").ok()))?;
     bed.router().down()?;
     let result = until(Duration::from_secs(25), "headscale to tell that the router is offline", || {
         let (response, _) = sidecar.tunnel("10.20.0.80:80")?;
@@ -64,7 +67,11 @@ pub(crate) fn a_route_whose_router_is_offline_says_so(bed: &Bed) -> Result<(), F
     });
     bed.router().up_again()?;
     result?;
-    until(Duration::from_secs(20), "the route to work again", || Ok(sidecar.page("10.20.0.80", "corp").ok()))
+    until(Duration::from_secs(20), "the route to work again", || Ok(sidecar.page("10.20.0.80", "corp").ok()))?;
+    // Its packets pass before headscale calls it online, and the next scenario's first netmap says what headscale does.
+    until(Duration::from_secs(20), "headscale to call the router online", || {
+        Ok(bed.headscale().node("router")?.filter(|node| node["online"] == true).map(drop))
+    })
 }
 
 /// A peer that does not answer handshakes: bounded by the dial timeout, told as such.
