@@ -10,6 +10,7 @@ mod flow;
 mod ports;
 mod repeat;
 mod rings;
+mod segment;
 mod window;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};

@@ -4,7 +4,7 @@
 //! TCP itself waits before each further try for twice as long, up to a minute, and is not told that the way has changed.
 //! A segment that was sent once is repeated soon enough.
 
-use super::window::Segment;
+use super::segment::Segment;
 
 /// One connection's segment to repeat.
 #[derive(Debug, Default)]
