@@ -12,6 +12,7 @@ use super::device::Device;
 use super::ports::endpoint;
 use super::repeat::Repeat;
 use super::rings::{Sizes, Sockets};
+use super::timestamps;
 use super::window::Window;
 use crate::netmap::Carrier;
 
@@ -153,17 +154,18 @@ impl Flow {
         (self.key.kind == Kind::Udp).then(|| self.with_set(|set| act(set.get_mut(handle))))
     }
 
-    /// Sends one packet, if there is one.
+    /// Sends one packet, if there is one: by the clocks of the system, of smoltcp and of timestamps.
     pub(super) fn send_one(
         &mut self,
         iface: &mut Interface,
-        (now, time): (Instant, smoltcp::time::Instant),
+        (now, time, stamp): (Instant, smoltcp::time::Instant, u32),
         scratch: &mut [u8],
         send: &mut dyn FnMut(&[u8]) -> Option<Carrier>,
     ) -> bool {
         let (mut window, mut repeat) = (std::mem::take(&mut self.window), std::mem::take(&mut self.repeat));
         let mut leave = |packet: &mut [u8]| {
             window.handle_outbound(packet, now);
+            timestamps::stamp(packet, stamp);
             repeat.note_sent(packet);
             window.note_way(send(packet));
         };
@@ -181,6 +183,7 @@ impl Flow {
     /// A packet is about to be taken in.
     pub(super) fn note_ingress(&mut self, packet: &mut [u8], now: Instant) {
         self.window.handle_inbound(packet, now);
+        timestamps::leave_room(packet);
         self.repeat.note_received(packet);
     }
 
@@ -253,6 +256,7 @@ fn tune(socket: &mut tcp::Socket<'_>) {
     socket.set_sack_recovery(true);
     socket.set_min_rto(MIN_RTO);
     socket.set_congestion_control(tcp::CongestionControl::Cubic);
+    socket.set_tsval_generator(Some(timestamps::PLACEHOLDER));
     socket.set_timeout(Some(DEAD_AFTER));
     socket.set_keep_alive(Some(KEEP_ALIVE));
 }

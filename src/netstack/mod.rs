@@ -11,6 +11,7 @@ mod ports;
 mod repeat;
 mod rings;
 mod segment;
+mod timestamps;
 mod window;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -27,6 +28,7 @@ pub use flow::{Again, FlowId};
 use flow::{Flow, FlowKey, Kind};
 use ports::Ports;
 use rings::Budget;
+use timestamps::Timestamps;
 
 use crate::netmap::Carrier;
 
@@ -62,6 +64,7 @@ pub enum OpenError {
 pub struct Netstack {
     iface: Interface,
     clock: Clock,
+    timestamps: Timestamps,
     addresses: Vec<IpAddr>,
     flows: HashMap<FlowId, Flow>,
     by_key: HashMap<FlowKey, FlowId>,
@@ -90,6 +93,7 @@ impl Netstack {
         Self {
             iface,
             clock: Clock::new(now),
+            timestamps: Timestamps::new(seed),
             addresses: Vec::new(),
             flows: HashMap::new(),
             by_key: HashMap::new(),
@@ -242,10 +246,12 @@ impl Netstack {
     /// are out; `send` takes each packet, and says how it leaves, if it can tell. Returns whether more waits.
     pub fn egress(&mut self, now: Instant, send: &mut dyn FnMut(&[u8]) -> Option<Carrier>) -> bool {
         self.skip_pause(now);
-        for packet in self.replies.drain(..) {
+        let time = self.clock.at(now);
+        let stamp = self.timestamps.at(time);
+        for mut packet in self.replies.drain(..) {
+            timestamps::stamp(&mut packet, stamp);
             send(&packet);
         }
-        let time = self.clock.at(now);
         let mut left = ROUND;
         for _ in 0..self.dirty.len() {
             if left == 0 {
@@ -255,7 +261,7 @@ impl Netstack {
             let Some(flow) = self.flows.get_mut(&id) else { continue };
             flow.dirty = false;
             let mut sent = QUANTUM;
-            while sent > 0 && flow.send_one(&mut self.iface, (now, time), &mut self.scratch[..], send) {
+            while sent > 0 && flow.send_one(&mut self.iface, (now, time, stamp), &mut self.scratch[..], send) {
                 sent -= 1;
             }
             left = left.saturating_sub(QUANTUM - sent);

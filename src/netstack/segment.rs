@@ -69,27 +69,67 @@ impl<'p> Segment<'p> {
         self.half(14)
     }
 
-    /// Source: RFC 1624, 3 (equation 3).
     pub(super) fn set_window(&mut self, window: u16) {
-        let sum = u32::from(!self.half(16)) + u32::from(!self.window()) + u32::from(window);
-        let sum = (sum & 0xffff) + (sum >> 16);
-        let sum = (sum & 0xffff) + (sum >> 16);
-        self.tcp[14..16].copy_from_slice(&window.to_be_bytes());
-        self.tcp[16..18].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+        self.replace(14, &window.to_be_bytes());
     }
 
     /// The window scale option of a SYN; more than 14 is 14. Source: RFC 7323, 2.2 and 2.3.
     pub(super) fn scale(&self) -> Option<u8> {
-        let mut options = &self.tcp[20..self.header()];
-        while let [kind, rest @ ..] = options {
-            options = match (kind, rest) {
-                (0, _) => break,
-                (1, rest) => rest,
-                (3, [3, shift, ..]) => return Some((*shift).min(14)),
-                (_, [length, ..]) if *length >= 2 => options.get(usize::from(*length)..).unwrap_or_default(),
-                _ => break,
+        self.option(3, 3, 20).map(|at| self.tcp[at].min(14))
+    }
+
+    /// Whether it has the timestamps option. Source: RFC 7323, 3.2.
+    pub(super) fn has_timestamp(&self) -> bool {
+        self.timestamp().is_some()
+    }
+
+    /// Says when it leaves, if it has the timestamps option.
+    pub(super) fn set_timestamp(&mut self, value: u32) {
+        if let Some(at) = self.timestamp() {
+            self.replace(at, &value.to_be_bytes());
+        }
+    }
+
+    fn timestamp(&self) -> Option<usize> {
+        self.option(8, 10, 20)
+    }
+
+    /// Replaces a SYN's segment size, each if it names several. Source: RFC 9293, 3.2.
+    pub(super) fn map_segment_size(&mut self, map: impl Fn(u16) -> u16) {
+        let mut next = self.option(2, 4, 20);
+        while let Some(at) = next {
+            self.replace(at, &map(self.half(at)).to_be_bytes());
+            next = self.option(2, 4, at + 2);
+        }
+    }
+
+    /// Where the value of the first option of that kind and length is, seen from one that begins at `at`.
+    fn option(&self, kind: u8, length: usize, mut at: usize) -> Option<usize> {
+        let header = self.tcp.get(..self.header())?;
+        loop {
+            at += match *header.get(at)? {
+                0 => return None,
+                1 => 1,
+                other => match usize::from(*header.get(at + 1)?) {
+                    0 | 1 => return None,
+                    taken if other == kind && taken == length => return (at + taken <= header.len()).then_some(at + 2),
+                    taken => taken,
+                },
             };
         }
-        None
+    }
+
+    /// Replaces octets and corrects the checksum, in which an octet at an odd place is the lower half of a word.
+    /// Source: RFC 1624, 3 (equation 3).
+    fn replace(&mut self, at: usize, octets: &[u8]) {
+        let mut sum = u32::from(!self.half(16));
+        for (place, new) in (at..).zip(octets.iter().copied()) {
+            let old = std::mem::replace(&mut self.tcp[place], new);
+            let shift = if place % 2 == 0 { 8 } else { 0 };
+            sum += u32::from(!(u16::from(old) << shift)) + (u32::from(new) << shift);
+        }
+        let sum = (sum & 0xffff) + (sum >> 16);
+        let sum = (sum & 0xffff) + (sum >> 16);
+        self.tcp[16..18].copy_from_slice(&(!(sum as u16)).to_be_bytes());
     }
 }

@@ -97,16 +97,24 @@ impl World {
             let mut device = Device::new(Some(&packet), &mut scratch, &mut reply);
             self.iface.poll_ingress_single(time, &mut device, &mut self.sockets);
         }
-        let mut reply = |packet: &mut [u8]| replies.push(packet.to_vec());
-        let mut device = Device::new(None, &mut scratch, &mut reply);
-        while self.iface.poll_egress(time, &mut device, &mut self.sockets)
-            == smoltcp::iface::PollResult::SocketStateChanged
-        {}
+        replies.extend(self.server_sends());
         for mut packet in replies {
             if !self.lost() {
                 self.stack.handle_packet(&mut packet, self.now);
             }
         }
+    }
+
+    /// What the server has to send.
+    pub(super) fn server_sends(&mut self) -> Vec<Vec<u8>> {
+        let (mut packets, mut scratch) = (Vec::new(), [0; MTU]);
+        let mut keep = |packet: &mut [u8]| packets.push(packet.to_vec());
+        let mut device = Device::new(None, &mut scratch, &mut keep);
+        let time = Clock::new(self.start).at(self.now);
+        while self.iface.poll_egress(time, &mut device, &mut self.sockets)
+            == smoltcp::iface::PollResult::SocketStateChanged
+        {}
+        packets
     }
 
     /// Sends `octets` from our side, and returns what the server got.
