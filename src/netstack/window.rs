@@ -13,11 +13,13 @@ use std::time::{Duration, Instant};
 use super::segment::Segment;
 use crate::netmap::Carrier;
 
-/// What the shortest queue holds: 32 packets of 1,280 octets, without one for whoever else sends there.
-const QUEUE: usize = 31 * 1_240;
+/// What a packet of 1,280 octets carries at most beside timestamps, by IPv4.
+const SEGMENT: usize = 1_228;
+/// What the shortest queue holds: 32 packets, without one for whoever else sends there.
+const QUEUE: usize = 31 * SEGMENT;
 /// By how much the peer's window opens at once: a quarter of it. An acknowledgement of two packets that lets two more
 /// leave costs every process on the way a record and a wake-up; three quarters are on their way meanwhile.
-const STEP: i32 = 8 * 1_240;
+const STEP: i32 = 8 * SEGMENT as i32;
 /// Octets a second that a relay carries of one connection. Where the round trip is longer than the queue lasts at that
 /// rate, the window is this times the round trip: losses are rare there, and a small window would rule the rate.
 const RATE: f64 = 20e6;

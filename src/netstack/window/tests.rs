@@ -95,11 +95,12 @@ fn the_peers_window_opens_by_steps_and_never_beyond_the_limit() {
         window.handle_inbound(&mut ack, now);
         acknowledged as usize + window_of(&ack)
     };
-    let ends: Vec<_> = (0..16).map(|pair| opened(1 + pair * 2_480)).collect();
+    let pair = 2 * SEGMENT as u32;
+    let ends: Vec<_> = (0..16).map(|pairs| opened(1 + pairs * pair)).collect();
     let end = |steps: usize| 1 + QUEUE + steps * STEP as usize;
     assert_eq!(ends, (0..4).flat_map(|steps| [end(steps); 4]).collect::<Vec<_>>());
     // An acknowledgement that was overtaken takes nothing back.
-    assert_eq!(opened(1 + 14 * 2_480), end(3));
+    assert_eq!(opened(1 + 14 * pair), end(3));
     assert_eq!(opened(1), 1 + QUEUE);
     // A window that the peer itself ends is its own.
     let mut ack = segment(0x10, (1, 40_001), 1_000, &[], 0);
