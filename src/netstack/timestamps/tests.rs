@@ -56,6 +56,7 @@ fn longest(remote: SocketAddr, options: &[u8]) -> Option<usize> {
     stack.set_addresses(&[local]);
     let id = stack.connect(local, remote).unwrap();
     let syn = packets(&mut stack, now).pop().unwrap();
+    assert_ne!(times(&syn).unwrap(), (0, 0));
     let syn = &syn[if remote.is_ipv4() { 20 } else { 40 }..];
     let next = u32::from_be_bytes(syn[4..8].try_into().unwrap()).wrapping_add(1);
     let mut answer = [&syn[2..4], &syn[..2], &[0, 0, 0, 1], &next.to_be_bytes()].concat();
@@ -124,6 +125,22 @@ proptest! {
         if let Some(longest) = longest(remote.parse().unwrap(), &options) {
             prop_assert!((if v6 { 61 } else { 41 }..=MTU).contains(&longest), "{longest}");
         }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_time_at_any_place_of_the_options_leaves_the_checksum_right(
+        before in 0..=30_usize, old in any::<[u8; 8]>(), octets in prop::collection::vec(any::<u8>(), 0..40), now in any::<u32>(),
+    ) {
+        let mut options = [vec![1; before], vec![8, 10], old.to_vec()].concat();
+        options.resize(options.len().next_multiple_of(4), 0);
+        let mut segment = [vec![0; 12], vec![(5 + options.len() as u8 / 4) << 4, 0x10], vec![0; 6], options, octets].concat();
+        let (from, to) = (OURS.parse::<IpAddr>().unwrap(), THEIRS.parse::<SocketAddr>().unwrap().ip());
+        TcpPacket::new_unchecked(&mut segment[..]).fill_checksum(&from.into(), &to.into());
+        let mut packet = ip::build(6, from, to, &segment).unwrap();
+        stamp(&mut packet, now);
+        prop_assert_eq!(times(&packet).unwrap(), (now, u32::from_be_bytes(old[4..].try_into().unwrap())));
     }
 }
 
