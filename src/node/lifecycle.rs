@@ -196,7 +196,10 @@ impl Watcher {
                 Ok(()) = self.home.changed() => {}
                 Ok(()) = self.minting.changed() => {}
                 () = tokio::time::sleep_until(deadline), if !self.was_ready => {
-                    out.send_replace(State::Failed(self.too_late().await.into()));
+                    tokio::select! {
+                        error = self.too_late() => drop(out.send_replace(State::Failed(error.into()))),
+                        () = stop.cancelled() => {}
+                    }
                     return;
                 }
                 () = stop.cancelled() => return,
@@ -323,5 +326,42 @@ mod tests {
         assert_eq!(error.to_string(), "the tailnet did not grant tag:b, tag:x; it granted tag:a, tag:c");
         let error = compare_tags(&tags(&["b"]), &[]).unwrap_err();
         assert_eq!(error.to_string(), "the tailnet did not grant tag:b");
+    }
+
+    fn watcher(minting: watch::Receiver<Progress>) -> Watcher {
+        Watcher {
+            netmap: watch::channel(None).1,
+            phase: watch::channel(Phase::AwaitingKey).1,
+            accepted: watch::channel(HostReport::default()).1,
+            home: watch::channel(None).1,
+            minting,
+            started: Instant::now(),
+            join_timeout: Duration::from_secs(3),
+            exit_node: None,
+            asked_tags: Vec::new(),
+            joined_after: None,
+            was_ready: false,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_that_failed_a_moment_ago_is_why_the_join_did() {
+        let (say, minting) = watch::channel(Progress::Minting(None));
+        let mut watcher = watcher(minting);
+        let late = async {
+            tokio::time::sleep(LAST_WORD / 2).await;
+            say.send_replace(Progress::Failed(provision::MintError::NoTags));
+        };
+        let (error, ()) = tokio::join!(watcher.too_late(), late);
+        assert!(matches!(error, NodeError::Mint(_)), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_that_is_still_being_made_is_not_waited_for() {
+        let (_say, minting) = watch::channel(Progress::Minting(None));
+        let began = tokio::time::Instant::now();
+        let error = watcher(minting).too_late().await;
+        assert!(matches!(error, NodeError::JoinTimeout { .. }), "{error}");
+        assert!(began.elapsed() <= LAST_WORD * 2);
     }
 }
