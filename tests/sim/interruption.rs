@@ -195,8 +195,10 @@ mod overtaking {
         }
 
         #[test]
-        fn dropped_datagrams_interrupt_for_two_pauses_of_tcp_more(story in story(blocked(), any_order())) {
-            interrupts_for_at_most(Duration::from_millis(4_500), &story)?;
+        fn dropped_datagrams_interrupt_for_a_pause_of_tcp_more_or_two(story in story(blocked(), any_order())) {
+            // The call that is heard at last may be the one that is heeded in the wrong order.
+            let limit = if story.lose == [Lost::Call; 3] { 4_500 } else { 3_500 };
+            interrupts_for_at_most(Duration::from_millis(limit), &story)?;
         }
     }
 }
