@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use libtest_mimic::Failed;
 
+use crate::again;
 use crate::apps::Apps;
 use crate::authority::Authority;
 use crate::corp::Corp;
@@ -144,7 +145,7 @@ impl Bed {
         let up = || Apps::up(self).map_err(|error| error.message().unwrap_or("no reason").to_owned());
         let apps = self
             .apps
-            .get_or_init(|| up().or_else(|_| up()))
+            .get_or_init(|| up().or_else(|why| if again("app connectors", &why) { up() } else { Err(why) }))
             .as_ref()
             .map_err(|why| format!("app connectors: {why}"))?;
         apps.reset(self)?;
@@ -157,7 +158,8 @@ impl Bed {
     /// When they do not come up, for every scenario that needs them.
     pub(crate) fn nat(&self) -> Result<&Nat, Failed> {
         let up = || Nat::up(self).map_err(|error| error.message().unwrap_or("no reason").to_owned());
-        let nat = self.nat.get_or_init(|| up().or_else(|_| up())).as_ref();
+        let nat =
+            self.nat.get_or_init(|| up().or_else(|why| if again("networks", &why) { up() } else { Err(why) })).as_ref();
         Ok(nat.map_err(|why| format!("networks: {why}"))?)
     }
 

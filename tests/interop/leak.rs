@@ -10,8 +10,8 @@ use serde_json::Value;
 
 use crate::namespace::Namespace;
 
-/// Loaded before each scenario. The servers that a scenario has to itself are in it: the kernel may repeat the end of a
-/// connection to one when the next scenario has begun.
+/// Loaded before each scenario. To servers that a scenario has to itself no connection begins by these rules, but the
+/// kernel may repeat the end of an old one when the next scenario has begun.
 const RULES: &str = r#"
 table inet leak {
     counter loopback { }
@@ -36,7 +36,7 @@ table inet leak {
         oifname "lo" counter name loopback accept
         ip daddr 10.99.0.1 tcp dport 8443 counter name control accept
         ip daddr 10.99.0.2 tcp dport 8444 counter name derp accept
-        ip daddr 10.99.0.2-10.99.0.6 tcp dport { 8444, 9443-9445 } counter name control accept
+        ip daddr 10.99.0.2-10.99.0.6 tcp dport { 8444, 9443-9445 } tcp flags & syn == 0 counter name control accept
         ip daddr { 10.99.0.1, 10.99.0.2 } udp dport 3478 counter name stun accept
         ip daddr { 10.99.0.13-10.99.0.17, 10.99.0.31, 10.20.0.1, 10.20.0.2, 10.30.0.1, 10.30.0.2 } udp dport { 41641, 41642 } counter name peers accept
         ip6 daddr { fd20::1, fd20::2, fdaa:1:ffff::1, fdaa:1:ffff::2, fdaa:2::1, fdaa:2::2, fe80::/10 } udp dport 41641 counter name peers accept

@@ -7,7 +7,7 @@
 //!
 //! Ten programs that nobody here wrote, on two processors, now and then are late by their own clocks. So a scenario that
 //! fails is tried once more, and a line that begins with `AGAIN` tells it, which `tests/run` counts: two in a run at
-//! most, and none that is about what may never leave. `TAILCAR_ONE_TRY=1` gives nobody another try.
+//! most, and none that is about what may never leave or must be whole. `TAILCAR_ONE_TRY=1` gives nobody another try.
 
 mod apps;
 mod authority;
@@ -56,6 +56,9 @@ type SharedBed = OnceLock<Result<Arc<Bed>, String>>;
 /// The bed, for the end: nothing may be left behind on any way out.
 static BED: SharedBed = OnceLock::new();
 
+/// How many second tries have been asked for.
+static SECOND_TRIES: AtomicU32 = AtomicU32::new(0);
+
 /// Who is on the hosts, and who waits for one.
 static TURNS: (Mutex<Turns>, Condvar) =
     (Mutex::new(Turns { busy: Vec::new(), waiting: BTreeMap::new() }), Condvar::new());
@@ -92,7 +95,7 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(trials.len());
     let conclusion = libtest_mimic::run(&arguments, trials);
     let failed = *failures.lock().unwrap_or_else(PoisonError::into_inner);
-    take_down(failed > 0);
+    take_down(failed > 0 || SECOND_TRIES.load(Ordering::Relaxed) > 0);
     conclusion.exit_code()
 }
 
@@ -132,7 +135,7 @@ fn trial(scenario: Scenario, place: usize, peers: &Path, failures: &Arc<Mutex<u3
         });
         let result = bed.clone().map_err(Failed::from).and_then(|bed| in_turn(&scenario, place, &bed));
         if let Err(why) = &result {
-            say(&format!("{}: {}", scenario.name, indented(why)));
+            say(&format!("{}: {}", scenario.name, indented(words(why))));
             *failures.lock().unwrap_or_else(PoisonError::into_inner) += 1;
         }
         result
@@ -144,25 +147,25 @@ fn in_turn(scenario: &Scenario, place: usize, bed: &Arc<Bed>) -> Result<(), Fail
     let _turn = Turn::take((scenario.host)(&bed.hosts).name(), place);
     let start = Instant::now();
     let result = bounded(scenario, bed).or_else(|failure| match failure {
-        Failure::Chance(why) if scenario.may_fail_once && another_try() => {
-            say(&format!("AGAIN {}: {}", scenario.name, indented(&why)));
-            bounded(scenario, bed)
-        }
+        Failure::Chance(why) if scenario.may_fail_once && again(scenario.name, words(&why)) => bounded(scenario, bed),
         failure @ (Failure::Final(_) | Failure::Chance(_)) => Err(failure),
     });
     say(&format!("{:>6.1} s  {}", start.elapsed().as_secs_f32(), scenario.name));
     result.map_err(|(Failure::Final(why) | Failure::Chance(why))| why)
 }
 
-/// Takes one of this run's second tries, if there is one left.
-fn another_try() -> bool {
+/// Whether what failed is tried again: that takes one of this run's second tries, if there is one left, and is told.
+pub(crate) fn again(name: &str, why: &str) -> bool {
     const AT_MOST: u32 = 2;
-    static TAKEN: AtomicU32 = AtomicU32::new(0);
-    std::env::var_os("TAILCAR_ONE_TRY").is_none() && TAKEN.fetch_add(1, Ordering::Relaxed) < AT_MOST
+    if std::env::var_os("TAILCAR_ONE_TRY").is_some() || SECOND_TRIES.fetch_add(1, Ordering::Relaxed) >= AT_MOST {
+        return false;
+    }
+    say(&format!("AGAIN {name}: {}", indented(why)));
+    true
 }
 
-/// Why a scenario failed, by what another try would say: nothing, when something left that may not or when the first one
-/// still runs; otherwise whether it was chance.
+/// Why a scenario failed, by what another try would say: nothing, when something left that may not, when it panicked or
+/// hung; otherwise whether it was chance.
 enum Failure {
     Final(Failed),
     Chance(Failed),
@@ -209,9 +212,14 @@ impl Drop for Turn {
     }
 }
 
-/// What a failure says, so that no line of it is taken for one of ours.
-fn indented(why: &Failed) -> String {
-    why.message().unwrap_or("failed").replace('\n', "\n         ")
+/// What a failure says.
+fn words(why: &Failed) -> &str {
+    why.message().unwrap_or("failed")
+}
+
+/// The same, so that no line of it is taken for one of ours.
+fn indented(words: &str) -> String {
+    words.replace('\n', "\n         ")
 }
 
 /// Runs a scenario within its deadline, and its leak check after it, however it ended.
@@ -225,20 +233,24 @@ fn bounded(scenario: &Scenario, bed: &Arc<Bed>) -> Result<(), Failure> {
     })?;
     let ended = match receiver.recv_timeout(scenario.limit) {
         Ok(result) => result.map_err(Failure::Chance),
-        Err(RecvTimeoutError::Disconnected) => Err("it panicked".into()),
+        Err(RecvTimeoutError::Disconnected) => Err(Failure::Final("it panicked".into())),
         Err(RecvTimeoutError::Timeout) => {
             process::end_transient(host);
-            let late = format!("not done within {:?}", scenario.limit);
-            Err(match receiver.recv_timeout(RESTORE) {
-                Ok(_) => late.into(),
-                Err(_) => Failure::Final(format!("{late}; it has not ended since").into()),
-            })
+            let stuck = if receiver.recv_timeout(RESTORE).is_err() { "; it has not ended since" } else { "" };
+            Err(Failure::Final(format!("not done within {:?}{stuck}", scenario.limit).into()))
         }
     };
-    if matches!(scenario.leaks, Leaks::None) {
-        leak::check(host).map_err(Failure::Final)?;
+    let leak = match scenario.leaks {
+        Leaks::None => leak::check(host).err(),
+        Leaks::Unchecked => None,
+    };
+    match (ended, leak) {
+        (ended, None) => ended,
+        (Ok(()), Some(leak)) => Err(Failure::Final(leak)),
+        (Err(Failure::Final(why) | Failure::Chance(why)), Some(leak)) => {
+            Err(Failure::Final(format!("{}; and {}", words(&leak), words(&why)).into()))
+        }
     }
-    ended
 }
 
 /// Ends what the bed runs and removes it; the logs stay when something failed.

@@ -21,6 +21,7 @@ use crate::client::{self, Response};
 use crate::headscale::CONTROL;
 use crate::namespace::Namespace;
 use crate::process::{Process, tail};
+use crate::say;
 use crate::usage;
 
 /// How long a join may take on a loaded machine.
@@ -320,9 +321,14 @@ impl Sidecar<'_> {
     pub(crate) fn dial(&self, host: &str, port: u16) -> Result<std::net::TcpStream, Failed> {
         loop {
             let is_new = self.since.is_some_and(|since| since.elapsed() < NEW);
+            let rejections = || self.process.log().matches("code=1602").count();
+            let before = if is_new { rejections() } else { 0 };
             match self.socks(host, port)? {
                 (0, stream) => return Ok(stream),
-                (2, _) if is_new && self.process.log().contains("code=1602") => thread::sleep(LOOK),
+                (2, _) if is_new && rejections() > before => {
+                    say(&format!("         {host}:{port} does not know {} yet, and is asked again", self.hostname));
+                    thread::sleep(LOOK);
+                }
                 (code, _) => {
                     let log = self.process.log();
                     return Err(format!("SOCKS reply {code:02} for {host}:{port}\n{}", tail(&log)).into());

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::relay::{ADDRESS, PEER, join, moved};
 use crate::bed::Bed;
 use crate::client::line;
-use crate::derper::{Derper, REGION};
+use crate::derper::{Derper, PORT, REGION};
 use crate::process::{Process, output, tail};
 use crate::say;
 use crate::testcontrol::TestControl;
@@ -48,8 +48,10 @@ impl Drop for Stopped<'_> {
 /// upload goes on by the other region, whole.
 pub(crate) fn a_home_relay_that_freezes_is_left_while_bytes_go_by_it(bed: &Bed) -> Result<(), Failed> {
     let mut control = TestControl::start_for(bed, &bed.hosts.relayed, ADDRESS)?;
-    let stun = format!("insert rule inet leak out ip daddr {ADDRESS} udp dport 3478 counter name stun accept");
-    bed.hosts.relayed.nft(&stun)?;
+    bed.hosts.relayed.nft(&format!(
+        "insert rule inet leak out ip daddr {ADDRESS} tcp dport {PORT} counter name control accept\n\
+         insert rule inet leak out ip daddr {ADDRESS} udp dport 3478 counter name stun accept"
+    ))?;
     let derper =
         Derper::start_at(&bed.peers.join("derper"), &bed.hosts.wan, &bed.folder.join("frozen"), ADDRESS, None)?;
     let ours = control.ask("derp_map", json!({ "map": null }))?;
