@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use libtest_mimic::Failed;
 
-use crate::again;
 use crate::apps::Apps;
 use crate::authority::Authority;
 use crate::corp::Corp;
@@ -22,6 +21,7 @@ use crate::namespace::Namespace;
 use crate::nat_nodes::Nat;
 use crate::process::{Process, queries, queries_under, until};
 use crate::tailscaled::{Places, Role, Tailscaled};
+use crate::{again, words};
 
 /// What the bed's folder is called, up to the owner's pid.
 const FOLDER: &str = "tailcar-bed-";
@@ -142,12 +142,8 @@ impl Bed {
     /// # Errors
     /// When they do not come up, for every scenario that needs them.
     pub(crate) fn apps(&self) -> Result<&Apps, Failed> {
-        let up = || Apps::up(self).map_err(|error| error.message().unwrap_or("no reason").to_owned());
-        let apps = self
-            .apps
-            .get_or_init(|| up().or_else(|why| if again("app connectors", &why) { up() } else { Err(why) }))
-            .as_ref()
-            .map_err(|why| format!("app connectors: {why}"))?;
+        let apps = self.apps.get_or_init(|| brought_up("app connectors", || Apps::up(self)));
+        let apps = apps.as_ref().map_err(|why| format!("app connectors: {why}"))?;
         apps.reset(self)?;
         Ok(apps)
     }
@@ -157,16 +153,20 @@ impl Bed {
     /// # Errors
     /// When they do not come up, for every scenario that needs them.
     pub(crate) fn nat(&self) -> Result<&Nat, Failed> {
-        let up = || Nat::up(self).map_err(|error| error.message().unwrap_or("no reason").to_owned());
-        let nat =
-            self.nat.get_or_init(|| up().or_else(|why| if again("networks", &why) { up() } else { Err(why) })).as_ref();
-        Ok(nat.map_err(|why| format!("networks: {why}"))?)
+        let nat = self.nat.get_or_init(|| brought_up("networks", || Nat::up(self)));
+        Ok(nat.as_ref().map_err(|why| format!("networks: {why}"))?)
     }
 
     /// How often the trap or the LAN's resolver was asked for a name under `suffix`, or for itself.
     pub(crate) fn strayed_under(&self, suffix: &str) -> usize {
         queries_under(&self.trap, suffix) + queries_under(&self.corp.resolver, suffix)
     }
+}
+
+/// A part of the bed that several scenarios share, tried again as they are when it does not come up.
+fn brought_up<T>(name: &str, up: impl Fn() -> Result<T, Failed>) -> Result<T, String> {
+    let up = || up().map_err(|why| words(&why).to_owned());
+    up().or_else(|why| if again(name, &why) { up() } else { Err(why) })
 }
 
 /// Where this process's bed keeps its files, whether it came up or not.

@@ -8,7 +8,7 @@ use libtest_mimic::Failed;
 
 use crate::bed::{Bed, TRAP};
 use crate::headscale::CONTROL;
-use crate::{say, sidecar};
+use crate::{say, sidecar, words};
 
 /// Brings the bed up, runs `command` in the client's namespace and takes the bed down.
 ///
@@ -22,7 +22,7 @@ pub(crate) fn run(peers: &Path, command: Vec<OsString>) -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            say(&format!("demo: {}", error.message().unwrap_or("failed")));
+            say(&format!("demo: {}", words(&error)));
             ExitCode::FAILURE
         }
     }

@@ -214,6 +214,16 @@ impl Headscale {
         self.cli(&["nodes", "approve-routes", "-i", &id, "-r", &routes.join(",")]).map(drop)
     }
 
+    /// Waits until the node is online; what is listed of it.
+    ///
+    /// # Errors
+    /// When it is not within `limit`.
+    pub(crate) fn online(&self, hostname: &str, limit: Duration) -> Result<Value, Failed> {
+        until(limit, &format!("headscale to call {hostname} online"), || {
+            Ok(self.node(hostname)?.filter(|node| node["online"] == true))
+        })
+    }
+
     /// Waits until the node is no longer listed; how long that took.
     ///
     /// # Errors

@@ -129,7 +129,7 @@ fn trial(scenario: Scenario, place: usize, peers: &Path, failures: &Arc<Mutex<u3
         Turn::queue(place);
         let bed = BED.get_or_init(|| {
             let start = Instant::now();
-            let bed = Bed::up(&peers).map_err(|error| error.message().unwrap_or("no reason").to_owned());
+            let bed = Bed::up(&peers).map_err(|why| words(&why).to_owned());
             say(&format!("bed up in {:.1} s", start.elapsed().as_secs_f32()));
             bed.map(Arc::new)
         });
@@ -213,7 +213,7 @@ impl Drop for Turn {
 }
 
 /// What a failure says.
-fn words(why: &Failed) -> &str {
+pub(crate) fn words(why: &Failed) -> &str {
     why.message().unwrap_or("failed")
 }
 

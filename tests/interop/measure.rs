@@ -18,7 +18,7 @@ use crate::sidecar::Sidecar;
 use crate::tailscaled::{Role, Tailscaled};
 use crate::testcontrol::KEY;
 use crate::zone::{SPLIT, SPLIT_DNS};
-use crate::{leak, say};
+use crate::{leak, say, words};
 
 /// How often each is measured.
 const ROUNDS: usize = 8;
@@ -95,7 +95,7 @@ pub(crate) fn run(peers: &Path) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(&format!("measure: {}", error.message().unwrap_or("failed")));
+            say(&format!("measure: {}", words(&error)));
             ExitCode::FAILURE
         }
     }

@@ -25,7 +25,7 @@ use crate::say;
 use crate::usage;
 
 /// How long a join may take on a loaded machine.
-const JOIN: Duration = Duration::from_secs(30);
+pub(crate) const JOIN: Duration = Duration::from_secs(30);
 
 /// How long after a join a peer's packet filter may not know the node yet.
 const NEW: Duration = Duration::from_secs(2);

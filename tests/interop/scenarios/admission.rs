@@ -149,10 +149,7 @@ fn lose(bed: &Bed, sidecar: &Sidecar<'_>, how: &str) -> Result<(), Failed> {
 
 /// Waits until a page comes again by new connections.
 fn returned(bed: &Bed, sidecar: &Sidecar<'_>) -> Result<(), Failed> {
-    until(ASKED, "the node to be back", || {
-        let node = bed.headscale().node(&sidecar.hostname)?;
-        Ok(node.is_some_and(|node| node["online"] == true).then_some(()))
-    })?;
+    bed.headscale().online(&sidecar.hostname, ASKED)?;
     until(ASKED, "a page after coming back", || Ok(sidecar.page("web", "web").ok()))
 }
 

@@ -123,9 +123,7 @@ pub(crate) fn a_control_outage_leaves_connections_alone(bed: &Bed) -> Result<(),
     let during = sidecar.page("web", "web").and_then(|()| sidecar.page("web.corp.test", "corp"));
     bed.headscale().resume(&bed.hosts.wan)?;
     during?;
-    until(Duration::from_secs(30), "the node to be online again", || {
-        Ok(bed.headscale().node(&sidecar.hostname)?.filter(|node| node["online"] == true).map(drop))
-    })?;
+    bed.headscale().online(&sidecar.hostname, Duration::from_secs(30))?;
     sidecar.page("web", "web")
 }
 

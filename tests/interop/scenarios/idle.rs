@@ -12,9 +12,9 @@ use crate::bed::Bed;
 use crate::client;
 use crate::nat_nodes::{local_status, peers_of};
 use crate::process::until;
-use crate::say;
 use crate::sidecar::Launch;
 use crate::tailscaled::{Role, Tailscaled};
+use crate::{say, words};
 
 /// WireGuard's last packet of its own comes 10 s after the last data, both ends ping each other for up to 48 s after that,
 /// and 8 s later the NAT forgets. At 75 s TCP would ask whether its peer is still there.
@@ -74,7 +74,7 @@ pub(crate) fn a_connection_outlives_its_mapping(bed: &Bed) -> Result<(), Failed>
             late.ours.as_millis(),
             late.theirs.as_millis()
         ),
-        Err(error) => error.message().unwrap_or("failed").to_owned(),
+        Err(error) => words(error).to_owned(),
     };
     say(&format!("         after {} s of rest: {}; tailscaled {}", REST.as_secs(), told(&ours), told(&theirs)));
     let late = ours?;

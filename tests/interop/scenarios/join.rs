@@ -9,15 +9,12 @@ use serde_json::Value;
 
 use crate::bed::Bed;
 use crate::headscale::DOMAIN;
-use crate::process::until;
 use crate::sidecar::Launch;
 
 /// The node is online, ephemeral and tagged, and the ready object says what headscale says.
 pub(crate) fn an_ephemeral_key_becomes_an_online_tagged_node(bed: &Bed) -> Result<(), Failed> {
     let sidecar = Launch::new(bed).ready()?;
-    let listed = until(Duration::from_secs(5), "the node to be online", || {
-        Ok(bed.headscale().node(&sidecar.hostname)?.filter(|node| node["online"] == true))
-    })?;
+    let listed = bed.headscale().online(&sidecar.hostname, Duration::from_secs(5))?;
     let node = &sidecar.ready["node"];
     let name = format!("{}.{DOMAIN}", sidecar.hostname);
     let facts = [

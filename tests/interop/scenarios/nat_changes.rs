@@ -12,8 +12,8 @@ use crate::bed::Bed;
 use crate::nat::{Kind, Network};
 use crate::nat_nodes::{Client, Peer, Servers};
 use crate::process::{output, until};
-use crate::say;
 use crate::tailscaled::{Role, Tailscaled};
+use crate::{say, words};
 
 /// The longest pause while a NAT's address changes. It takes a second; a path whose trust must end first, 6.5 s, and
 /// TCP's own pause before it tries again, which has grown to 12.8 s by then, cost tailscaled 12.6 s.
@@ -234,7 +234,7 @@ pub(crate) fn a_peer_that_restarts_is_found_in_seconds(bed: &Bed) -> Result<(), 
     let (after, back, waiting, then) = dials?;
     let since = |dial: &Result<Instant, Failed>| match dial {
         Ok(at) => format!("{:?}", at.saturating_duration_since(back)),
-        Err(error) => error.message().unwrap_or("failed").to_owned(),
+        Err(error) => words(error).to_owned(),
     };
     for (name, index) in [("tailcar", 0), ("tailscaled", 1)] {
         say(&format!(

@@ -69,9 +69,7 @@ pub(crate) fn a_route_whose_router_is_offline_says_so(bed: &Bed) -> Result<(), F
     result?;
     until(Duration::from_secs(20), "the route to work again", || Ok(sidecar.page("10.20.0.80", "corp").ok()))?;
     // Its packets pass before headscale calls it online, and the next scenario's first netmap says what headscale does.
-    until(Duration::from_secs(20), "headscale to call the router online", || {
-        Ok(bed.headscale().node("router")?.filter(|node| node["online"] == true).map(drop))
-    })
+    bed.headscale().online("router", Duration::from_secs(20)).map(drop)
 }
 
 /// A peer that does not answer handshakes: bounded by the dial timeout, told as such.

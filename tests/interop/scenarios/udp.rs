@@ -13,12 +13,10 @@ use crate::bed::{Bed, TRAP};
 use crate::client;
 use crate::namespace::Namespace;
 use crate::process::{tail, until};
-use crate::sidecar::{Launch, Sidecar};
+use crate::sidecar::{JOIN, Launch, Sidecar};
 
 /// How long an answer may take, handshake and DNS included.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a join may take on a loaded machine.
-const JOIN: Duration = Duration::from_secs(30);
 /// How long an answer is waited for that must not come.
 const SILENCE: Duration = Duration::from_secs(2);
 /// The LAN's service: it answers a datagram with as many octets as its text says, or else with the datagram.
